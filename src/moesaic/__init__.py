@@ -1,0 +1,8 @@
+"""moesaic: Mixture-of-Experts layers, fast, exact and observable."""
+
+from .functional import moe, route
+from .nn import MoE
+from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
+
+__version__ = "0.1.0"
+__all__ = ["ExpertSpec", "ExpertWeights", "MoE", "RouterSpec", "Routing", "moe", "route"]

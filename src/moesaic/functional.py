@@ -1,0 +1,171 @@
+"""The public functions: `route` (logits to top-k) and `moe` (tokens through their experts).
+
+    T tokens · H hidden width · E experts · K top-k
+
+>>> spec = ExpertSpec(num_experts=4, hidden_size=8, intermediate_size=16)
+>>> weights = ExpertWeights(up=torch.randn(4, 32, 8), down=torch.randn(4, 8, 16))
+>>> routing = route(torch.randn(3, 4), RouterSpec(num_experts=4, top_k=2))
+>>> moe(torch.randn(3, 8), routing.topk_ids_TK, routing.topk_weights_TK, weights, spec).shape
+torch.Size([3, 8])
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .ops import WEIGHT_NAMES, experts_backward_op, experts_op, route_op
+from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
+from .validate import check_moe, check_route
+
+Impl = Literal["auto", "cpu", "triton", "reference"]
+log = logging.getLogger("moesaic")
+
+
+@lru_cache(maxsize=64)
+def choose_impl(impl: str, device: torch.device) -> str:
+    """The implementation that runs on `device`; the automatic choice is logged once.
+
+    Raises:
+        RuntimeError: the one asked for cannot run there, and why.
+    """
+    kind = device.type
+    if impl == "auto":
+        impl = "cpu" if kind == "cpu" else "triton"
+        log.info("impl=%s, because the tensors are on %s", impl, device)
+    if impl == "reference":
+        return impl
+    if impl == "cpu" and kind != "cpu":
+        raise RuntimeError(f"impl='cpu' needs tensors on the CPU, got {device}; use impl='auto'")
+    if impl == "triton":
+        if kind != "cuda":
+            raise RuntimeError(f"impl='triton' needs a CUDA device, got {device}; use impl='auto'")
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise RuntimeError(
+                f"impl='triton' needs compute capability 8.0 or newer, got {major}.{minor}; "
+                "use impl='reference'"
+            )
+    elif impl != "cpu":
+        raise RuntimeError(f"impl must be auto, cpu, triton or reference, got {impl!r}")
+    return impl
+
+
+@lru_cache(maxsize=1024)
+def _spec_key(spec: ExpertSpec) -> str:
+    return spec.key()
+
+
+@lru_cache(maxsize=1024)
+def _router_key(spec: RouterSpec) -> str:
+    return json.dumps(asdict(spec), sort_keys=True)
+
+
+def route(logits_TE: Tensor, spec: RouterSpec, *, bias_E: Tensor | None = None) -> Routing:
+    """Scores, top-k and counts of router logits (T, E), fused in one launch on GPU.
+
+    Args:
+        logits_TE: fp32, fp16 or bf16.
+        spec: the scoring rule.
+        bias_E: fp32 correction bias, for `scoring="sigmoid"` only.
+
+    Returns:
+        Routing: ids (T, K) int32, weights (T, K) fp32, counts (E,) int32.
+
+    Raises:
+        TypeError, ValueError: see `validate.check_route`.
+    """
+    if not torch.compiler.is_compiling():
+        check_route(logits_TE, spec, bias_E)
+    if logits_TE.requires_grad and torch.is_grad_enabled():
+        return _route_differentiable(logits_TE, spec, bias_E)
+    return Routing(*route_op(logits_TE, bias_E, _router_key(spec)))
+
+
+def _route_differentiable(
+    logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None
+) -> Routing:
+    """The same routing, the weights recomputed in torch from the chosen ids, so that they carry
+    gradients."""
+    ids_TK, _, counts_E = route_op(logits_TE.detach(), bias_E, _router_key(spec))
+    index_TK = ids_TK.long()
+    logits = logits_TE.float()
+    if spec.scoring == "topk_softmax":
+        weights_TK = logits.gather(1, index_TK).softmax(-1)
+    else:
+        scores_TE = logits.softmax(-1) if spec.scoring == "softmax" else logits.sigmoid()
+        weights_TK = scores_TE.gather(1, index_TK)
+        if spec.renormalize:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return Routing(ids_TK, weights_TK * spec.scale, counts_E)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        spec: str,
+        impl: str,
+        *params: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_TH, topk_ids_TK, topk_weights_TK, *params)
+        ctx.spec = spec
+        return experts_op(hidden_TH, topk_ids_TK, topk_weights_TK, *params, spec, impl)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TH, topk_ids_TK, topk_weights_TK, *params = ctx.saved_tensors
+        present = [p for p in params if p is not None]
+        d_hidden, d_weights, *d_present = experts_backward_op(
+            grad_TH.contiguous(), hidden_TH, topk_ids_TK, topk_weights_TK, present, ctx.spec
+        )
+        it = iter(d_present)
+        d_params = [None if p is None else next(it) for p in params]
+        return (d_hidden, None, d_weights, None, None, *d_params)
+
+
+def moe(
+    hidden_TH: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    weights: ExpertWeights,
+    spec: ExpertSpec,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Each token through its K experts, weighted and summed in slot order: the output (T, H).
+
+    Args:
+        hidden_TH: fp32, fp16 or bf16.
+        topk_ids_TK: int32 or int64, values in [0, E).
+        topk_weights_TK: fp32 or the dtype of `hidden_TH`, already normalised and scaled.
+        weights: tensors of `spec.weight_shapes()`, in the dtype of `hidden_TH`.
+        spec: shape and arithmetic of the experts.
+        impl: "auto", or an implementation by name; one that cannot run raises.
+
+    Raises:
+        TypeError, ValueError: see `validate.check_moe`.
+        RuntimeError: `impl` cannot run on this device.
+    """
+    if not torch.compiler.is_compiling():
+        check_moe(hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec)
+        impl = choose_impl(impl, hidden_TH.device)  # type: ignore[assignment]
+    named = weights.named()
+    params = [named.get(name) for name in WEIGHT_NAMES]
+    tensors = (hidden_TH, topk_weights_TK, *named.values())
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        out_TH: Tensor = _Experts.apply(
+            hidden_TH, topk_ids_TK, topk_weights_TK, _spec_key(spec), impl, *params
+        )
+        return out_TH
+    return experts_op(hidden_TH, topk_ids_TK, topk_weights_TK, *params, _spec_key(spec), impl)

@@ -1,0 +1,117 @@
+"""`MoE`: a router and its experts as one `nn.Module`, weights in transformers' layouts.
+
+    B... leading dims · T tokens · H hidden width · E experts · K top-k
+
+>>> layer = MoE(
+...     RouterSpec(num_experts=8, top_k=2),
+...     ExpertSpec(num_experts=8, hidden_size=64, intermediate_size=128),
+... )
+>>> layer(torch.randn(2, 5, 64)).shape
+torch.Size([2, 5, 64])
+>>> sorted(layer.state_dict())
+['experts.down_proj', 'experts.gate_up_proj', 'gate.weight']
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .functional import Impl, moe, route
+from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
+
+
+def parameter_names(spec: ExpertSpec) -> dict[str, str]:
+    """The state_dict name of each weight tensor of `spec`, as transformers calls it."""
+    first = "gate_up_proj" if spec.gated else "up_proj"
+    names = {"up": first, "down": "down_proj", "mid": "mid_proj"}
+    names |= {f"{weight}_bias": f"{name}_bias" for weight, name in names.items()}
+    return {weight: names[weight] for weight in spec.weight_shapes()}
+
+
+class Experts(nn.Module):
+    """The experts of one layer; call it with hidden states, ids and weights of the routing."""
+
+    def __init__(
+        self,
+        spec: ExpertSpec,
+        *,
+        impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.impl = spec, impl
+        for weight, shape in spec.weight_shapes().items():
+            empty = torch.empty(shape, device=device, dtype=dtype)
+            self.register_parameter(parameter_names(spec)[weight], nn.Parameter(empty))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights of variance 1 / fan-in, zero biases."""
+        for weight, name in parameter_names(self.spec).items():
+            parameter = self.get_parameter(name)
+            if weight.endswith("_bias"):
+                nn.init.zeros_(parameter)
+            else:
+                fan_in = parameter.shape[1 if self.spec.transposed else 2]
+                nn.init.normal_(parameter, std=fan_in**-0.5)
+
+    def weights(self) -> ExpertWeights:
+        """The parameters as the functional interface takes them."""
+        names = parameter_names(self.spec)
+        return ExpertWeights(**{weight: getattr(self, name) for weight, name in names.items()})
+
+    def forward(self, hidden_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        """Output (T, H) of `moe` on this layer's weights; raises as `moe` does."""
+        return moe(
+            hidden_TH, topk_ids_TK, topk_weights_TK, self.weights(), self.spec, impl=self.impl
+        )
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer: linear router, top-k, experts, weighted sum.
+
+    Args:
+        router: how logits become a choice.
+        experts: shape and arithmetic of the experts.
+        impl: implementation of the experts, see `moe`.
+
+    Raises:
+        ValueError: router and experts disagree on the number of experts.
+    """
+
+    def __init__(
+        self,
+        router: RouterSpec,
+        experts: ExpertSpec,
+        *,
+        impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if router.num_experts != experts.num_experts:
+            raise ValueError(
+                f"router and experts must have the same num_experts, "
+                f"got {router.num_experts} and {experts.num_experts}"
+            )
+        self.router = router
+        kwargs = {"device": device, "dtype": dtype}
+        self.gate = nn.Linear(experts.hidden_size, experts.num_experts, bias=False, **kwargs)  # type: ignore[arg-type]
+        self.experts = Experts(experts, impl=impl, device=device, dtype=dtype)
+        if router.scoring == "sigmoid":
+            bias_E = torch.zeros(router.num_experts, device=device, dtype=torch.float32)
+            self.register_buffer("e_score_correction_bias", bias_E)
+
+    def route(self, hidden_TH: Tensor) -> Routing:
+        """The routing of hidden states (T, H)."""
+        bias_E = getattr(self, "e_score_correction_bias", None)
+        return route(self.gate(hidden_TH), self.router, bias_E=bias_E)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The layer's output, same shape (..., H) and dtype as `hidden_states`."""
+        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routing = self.route(hidden_TH)
+        out_TH: Tensor = self.experts(hidden_TH, routing.topk_ids_TK, routing.topk_weights_TK)
+        return out_TH.view_as(hidden_states)
