@@ -1,0 +1,107 @@
+"""The `moesaic` command. A command here only names its options; the work is in its room.
+
+Exit codes: 0 done, 1 a defect of moesaic, 2 input or machine not as needed (one line on stderr
+says what and the remedy), 130 interrupted. `MOESAIC_DEBUG=1` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Mixture-of-Experts layers, fast, exact and observable.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+STYLES = {"ok": "green", "note": "yellow", "missing": "red"}
+
+
+def one_line(error: BaseException) -> str:
+    """The message of `error` without line breaks; its type when it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def edge() -> Iterator[None]:
+    """Turn what a command raises into one line and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("moesaic: interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("MOESAIC_DEBUG") == "1":
+            raise
+        print(f"moesaic: {one_line(error)}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except Exception as error:
+        if os.environ.get("MOESAIC_DEBUG") == "1":
+            raise
+        print(
+            f"moesaic: a defect, {type(error).__name__}: {one_line(error)}; "
+            "please report what MOESAIC_DEBUG=1 shows",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(f"moesaic {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit."),
+    ] = False,
+) -> None:
+    """Mixture-of-Experts layers, fast, exact and observable."""
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """What was found on this machine, what is missing, and the remedy."""
+    with edge():
+        from .hardware.doctor import examine
+
+        findings = examine()
+        if as_json:
+            print(json.dumps([asdict(finding) for finding in findings]))
+            return
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("", "what", "found", "remedy", box=None)
+        for f in findings:
+            cells = (Text(cell, overflow="fold") for cell in (f.name, f.found, f.remedy))
+            table.add_row(Text(f.status, STYLES[f.status]), *cells)
+        Console().print(table)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
