@@ -1,0 +1,183 @@
+"""Which tiles a layer runs with: measured tables where there are some, pure heuristics elsewhere.
+
+`choose` is a function of the shape of the problem alone (never of the routing), so a captured graph
+and an eager call agree, and none of its answers can change a bit of the output. The tables are
+`configs/<device family>.json`; a table's row is found by the shape of the layer and the power of
+two at or above the token count.
+
+    T tokens · H hidden width · I intermediate width · E experts · K top-k
+
+>>> qwen = Problem(1, 8, 128, 2048, 768, gated=True, layers=2, dtype="bfloat16", arch=90)
+>>> choose(qwen).heights
+(16,)
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class Problem(NamedTuple):
+    """The shape of one call; `arch` is the compute capability (80, 90, ...), `family` its table."""
+
+    tokens: int
+    top_k: int
+    num_experts: int
+    hidden: int
+    intermediate: int
+    gated: bool
+    layers: int
+    dtype: str
+    arch: int
+    family: str = ""
+
+
+class GemmConfig(NamedTuple):
+    """How one grouped product is cut: a choice of speed only, never of bits.
+
+    block_n counts output columns (a gated tile multiplies twice as many weight rows); tiles of at
+    most `swap_up_to` rows put the weights on the M side of the tensor core; `group_m` row tiles
+    share a sweep over the columns; `ctas_per_sm` is 0 for one program per tile.
+    """
+
+    block_n: int = 64
+    block_k: int = 64
+    num_warps: int = 4
+    num_stages: int = 4
+    group_m: int = 8
+    swap_up_to: int = 0
+    ctas_per_sm: int = 0
+
+
+class Config(NamedTuple):
+    """How one call runs: tile heights, the order of experts, one cut per product, and why.
+
+    `fused` asks for the one-launch three-layer kernel with tiles of `heights[-1]` rows.
+    """
+
+    heights: tuple[int, ...]
+    up: GemmConfig
+    down: GemmConfig
+    mid: GemmConfig = GemmConfig()
+    order: Literal["index", "large_first", "mixed"] = "index"
+    fused: bool = False
+    reason: str = ""
+
+
+def rows_per_expert(problem: Problem) -> float:
+    """Routed rows of an expert that got any, if the routing were uniform.
+
+    >>> rows_per_expert(Problem(64, 8, 128, 8, 8, True, 2, "bfloat16", 90))
+    4.0
+    """
+    slots = problem.tokens * problem.top_k
+    return slots / max(1, min(slots, problem.num_experts))
+
+
+def token_bucket(tokens: int) -> int:
+    """The power of two at or above `tokens`: the rows of a table.
+
+    >>> [token_bucket(t) for t in (1, 3, 64, 65)]
+    [1, 4, 64, 128]
+    """
+    return 1 << max(0, tokens - 1).bit_length()
+
+
+def device_family(name: str) -> str:
+    """The table for a device name, "" where there is none.
+
+    >>> device_family("NVIDIA H200 NVL"), device_family("NVIDIA A10G")
+    ('h200', '')
+    """
+    words = name.lower().replace("-", " ").split()
+    return next((p.stem for p in sorted(CONFIGS.glob("*.json")) if p.stem in words), "")
+
+
+def shape_key(problem: Problem) -> str:
+    """The name of a layer's shape in a table.
+
+    >>> shape_key(Problem(1, 8, 128, 2048, 768, True, 2, "bfloat16", 90))
+    'E128_H2048_I768_K8_L2_gated_bfloat16'
+    """
+    p = problem
+    kind = "gated" if p.gated else "plain"
+    return f"E{p.num_experts}_H{p.hidden}_I{p.intermediate}_K{p.top_k}_L{p.layers}_{kind}_{p.dtype}"
+
+
+def _config_from_json(row: dict[str, Any], reason: str) -> Config:
+    gemms = {name: GemmConfig(**row[name]) for name in ("up", "mid", "down") if name in row}
+    return Config(
+        heights=tuple(row["heights"]),
+        order=row.get("order", "index"),
+        fused=row.get("fused", False),
+        reason=reason,
+        **gemms,
+    )
+
+
+def config_to_json(config: Config) -> dict[str, Any]:
+    """The row of a table that reads back as `config` (its reason left out)."""
+    row = config._asdict()
+    del row["reason"]
+    return row | {name: row[name]._asdict() for name in ("up", "mid", "down")}
+
+
+@lru_cache(maxsize=8)
+def load_table(family: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The measured table of a device family: shape, then token bucket; empty if there is none."""
+    path = CONFIGS / f"{family}.json"
+    if not family or not path.exists():
+        return {}
+    shapes: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())["shapes"]
+    return shapes
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem) -> Config:
+    """The configuration of a call: measured for its shape and bucket, or the heuristic's."""
+    rows = load_table(problem.family).get(shape_key(problem), {})
+    bucket = str(token_bucket(problem.tokens))
+    if bucket in rows:
+        return _config_from_json(rows[bucket], f"measured on {problem.family}, bucket {bucket}")
+    return heuristic(problem)
+
+
+def heuristic(problem: Problem) -> Config:
+    """A configuration from the expected rows of an expert, with its reason."""
+    rows = rows_per_expert(problem)
+    if problem.dtype == "float32":
+        return _float32(rows)
+    swap = 64 if problem.arch == 90 else 0
+    if rows <= 24:
+        narrow = problem.tokens * problem.top_k * problem.intermediate < 132 * 64 * 2
+        block = 32 if narrow else 64
+        up = GemmConfig(block_n=block, block_k=128, num_stages=4, swap_up_to=swap)
+        down = GemmConfig(block_n=64, block_k=128, num_stages=4, swap_up_to=swap)
+        why = f"{rows:.0f} rows an expert: weights are streamed once, short tiles"
+        return Config((16,) if rows <= 4 else (16, 64), up, down, down, reason=why)
+    if rows <= 96:
+        up = GemmConfig(block_n=64, block_k=64, num_stages=4, swap_up_to=swap)
+        down = GemmConfig(block_n=128, block_k=64, num_stages=4, swap_up_to=swap)
+        why = f"{rows:.0f} rows an expert: weights still dominate, tiles of 32 and 64 rows"
+        return Config((32, 64), up, down, down, reason=why)
+    up = GemmConfig(block_n=128, block_k=64, num_warps=8, num_stages=3)
+    down = GemmConfig(block_n=256, block_k=64, num_warps=8, num_stages=3)
+    if problem.arch != 90:
+        up = GemmConfig(block_n=64, block_k=32, num_warps=8, num_stages=4)
+        down = GemmConfig(block_n=128, block_k=32, num_warps=8, num_stages=4)
+    if not problem.gated:
+        up = down
+    return Config((128,), up, down, down, reason=f"{rows:.0f} rows an expert: tall tiles")
+
+
+def _float32(rows: float) -> Config:
+    """fp32 has no tensor core without TF32: products are FMA and tiles stay small."""
+    height = 16 if rows <= 24 else 32
+    up = GemmConfig(block_n=16, block_k=32, num_stages=2)
+    down = GemmConfig(block_n=32, block_k=32, num_stages=2)
+    return Config((height,), up, down, down, reason="fp32 without TF32: FMA tiles")
