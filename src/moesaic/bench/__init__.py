@@ -1,0 +1,1 @@
+"""Benchmarks: workloads, baselines, interleaved timing, suites, checked results, reports."""

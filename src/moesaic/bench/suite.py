@@ -1,0 +1,90 @@
+"""What a benchmark suite is, and the registry of them: every module of `suites/` with a `SUITE`.
+
+A suite lists its cells, measures those it is given, and turns lines into targets. `summarize` is a
+pure function of the lines, so that `moesaic bench --check` can repeat it anywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+
+from .results import Line, Recorder, Summarize
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to measure: a model at a number of tokens under a routing, in a dtype."""
+
+    model: str
+    tokens: int
+    routing: str = "uniform"
+    dtype: str = "bfloat16"
+
+
+@dataclass
+class Context:
+    """What a run may use: where to put lines, on which device, for how long.
+
+    `budget_s` is the wall time that the whole run should take; a suite spreads it over its cells.
+    """
+
+    device: torch.device
+    recorder: Recorder
+    budget_s: float
+    seed: int = 0
+    clock: Callable[[], float] = time.perf_counter
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+
+    def elapsed_s(self) -> float:
+        """Seconds since the run began."""
+        return self.clock() - self.started
+
+    def share_s(self, cells_left: int) -> float:
+        """The part of the remaining budget that one of `cells_left` cells may use."""
+        return max(0.0, self.budget_s - self.elapsed_s()) / max(1, cells_left)
+
+    def record(self, lines: Sequence[Line]) -> None:
+        """Keep lines at once, so that an interrupted run loses only the cell it was in."""
+        self.recorder.record(lines)
+
+    def say(self, text: str) -> None:
+        """Progress for the person who waits, on stderr."""
+        print(f"[{self.elapsed_s():6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named benchmark: its cells, how they are measured, what the lines must show."""
+
+    name: str
+    about: str
+    cells: Callable[[], Sequence[Cell]]
+    run: Callable[[Sequence[Cell], Context], None]
+    summarize: Summarize
+    devices: tuple[str, ...] = ("cuda",)
+    budget_s: float = 480.0
+
+
+@cache
+def registry() -> dict[str, Suite]:
+    """Every suite by name."""
+    from . import suites
+
+    found: dict[str, Suite] = {}
+    for info in pkgutil.iter_modules(suites.__path__):
+        module = importlib.import_module(f"{suites.__name__}.{info.name}")
+        suite = getattr(module, "SUITE", None)
+        if isinstance(suite, Suite):
+            found[suite.name] = suite
+    return found
