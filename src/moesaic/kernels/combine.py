@@ -1,0 +1,161 @@
+"""Combine: each token's K expert rows, weighted and summed in slot order, rounded once.
+
+    out[t] = round(((0 + w[t,0] y[t,0]) + w[t,1] y[t,1]) + ...),   y[t,k] = rows[position[t,k]]
+
+Products and sums are fp32, each rounded on its own (no fused multiply-add, no atomics), and the sum
+runs over k in order. So the bits of a token depend on nothing but its rows and weights: not on
+BLOCK_H, warps, architecture or the rest of the batch, and `combine_ref` has the same bits.
+
+    T tokens · K top-k · S routed rows · H hidden width
+
+>>> rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+>>> combine_ref(rows, torch.tensor([[2, 0], [1, -1]]), torch.tensor([[0.5, 2.0], [1.0, 9.0]]))
+tensor([[4.5000, 7.0000],
+        [3.0000, 4.0000]])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .aot import AotCase
+
+UNROLL = 8
+WANTED_PROGRAMS = 132
+
+
+@triton.jit
+def combine_kernel(
+    rows_ptr,
+    position_ptr,
+    weights_ptr,
+    out_ptr,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """One token and one block of columns per program.
+
+    rows_ptr: (S, HIDDEN) row-major, model dtype. position_ptr: (T, TOP_K) int32 or int64, the row
+    of slot k or a negative number for a slot of nobody. weights_ptr: (T, TOP_K), fp32 or model
+    dtype. out_ptr: (T, HIDDEN) row-major, any float dtype. Program p computes columns
+    ``(p % B) * BLOCK_H ...`` of token ``p // B``, B = ceil(HIDDEN / BLOCK_H).
+
+    Example: rows [[1, 2], [3, 4], [5, 6]], position [[2, 0], [1, -1]], weights
+    [[0.5, 2], [1, 9]] give [[4.5, 7], [3, 4]].
+    """
+    blocks: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
+    program = tl.program_id(0).to(tl.int64)
+    token = program // blocks
+    column = (program % blocks).to(tl.int32) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = column < HIDDEN
+    acc = tl.zeros((BLOCK_H,), tl.float32)
+    for start in range(0, TOP_K, UNROLL):
+        for step in tl.static_range(UNROLL):
+            slot = token * TOP_K + start + step
+            live = start + step < TOP_K
+            row = tl.load(position_ptr + slot, live, other=-1).to(tl.int64)
+            weight = tl.load(weights_ptr + slot, live & (row >= 0), other=0.0).to(tl.float32)
+            at = rows_ptr + row * HIDDEN + column
+            value = tl.load(at, inside & (row >= 0), other=0.0).to(tl.float32)
+            acc += weight * value
+    tl.store(out_ptr + token * HIDDEN + column, acc.to(out_ptr.dtype.element_ty), inside)
+
+
+def plan_combine(tokens: int, hidden: int, top_k: int, itemsize: int) -> dict[str, Any]:
+    """Constants and options of a launch: 16-byte accesses, and the SMs filled when T is small."""
+    lanes = 16 // itemsize * 32
+    block = min(4 * lanes, triton.next_power_of_2(hidden))
+    while block > 64 and tokens * triton.cdiv(hidden, block) < WANTED_PROGRAMS:
+        block //= 2
+    return {
+        "HIDDEN": hidden,
+        "TOP_K": top_k,
+        "BLOCK_H": block,
+        "UNROLL": min(UNROLL, top_k),
+        "num_warps": max(1, block // lanes),
+        "enable_fp_fusion": False,
+    }
+
+
+def combine(
+    rows_SH: Tensor, position_TK: Tensor, weights_TK: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """The weighted sum over k, in slot order, of rows ``rows_SH[position_TK[t, k]]``: (T, H).
+
+    Args:
+        rows_SH: fp32, fp16 or bf16, contiguous.
+        position_TK: int32 or int64, contiguous; negative for a slot of nobody, which adds nothing.
+        weights_TK: fp32 or the dtype of `rows_SH`, contiguous.
+        out: (T, H), contiguous, of any of these dtypes; made in that of `rows_SH` when None.
+
+    Raises:
+        ValueError: shapes disagree or a tensor is not contiguous.
+    """
+    tokens, top_k = position_TK.shape
+    hidden = rows_SH.shape[1]
+    if out is None:
+        out = rows_SH.new_empty((tokens, hidden))
+    if weights_TK.shape != (tokens, top_k) or out.shape != (tokens, hidden):
+        raise ValueError(
+            f"combine needs weights {(tokens, top_k)} and out {(tokens, hidden)}, "
+            f"got {tuple(weights_TK.shape)} and {tuple(out.shape)}"
+        )
+    if not all(t.is_contiguous() for t in (rows_SH, position_TK, weights_TK, out)):
+        raise ValueError("combine needs contiguous tensors: call .contiguous() first")
+    if tokens:
+        plan = plan_combine(tokens, hidden, top_k, rows_SH.element_size())
+        grid = (tokens * triton.cdiv(hidden, plan["BLOCK_H"]),)
+        combine_kernel[grid](rows_SH, position_TK, weights_TK, out, **plan)
+    return out
+
+
+def combine_ref(
+    rows_SH: Tensor, position_TK: Tensor, weights_TK: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The torch twin of `combine`, with its bits; the result in `dtype` or that of `rows_SH`."""
+    acc_TH = torch.zeros(
+        (position_TK.shape[0], rows_SH.shape[1]), dtype=torch.float32, device=rows_SH.device
+    )
+    for position_T, weight_T in zip(position_TK.unbind(1), weights_TK.unbind(1), strict=True):
+        live_T1 = (position_T >= 0)[:, None]
+        product_TH = weight_T.float()[:, None] * rows_SH[position_T.clamp(min=0).long()].float()
+        acc_TH = acc_TH + torch.where(live_T1, product_TH, 0.0)
+    return acc_TH.to(dtype or rows_SH.dtype)
+
+
+def aot_cases() -> list[AotCase]:
+    """bf16 at one token and many, at a width that blocks do not divide, at K = 64; fp16; fp32."""
+    shapes = [
+        ("bf16", 2, 1, 7168, 8, True),
+        ("bf16", 2, 4096, 7168, 8, True),
+        ("bf16", 2, 4096, 2880, 4, False),
+        ("bf16", 2, 4096, 4096, 2, False),
+        ("bf16", 2, 4096, 2048, 64, True),
+        ("fp16", 2, 4096, 2048, 8, False),
+        ("fp32", 4, 4096, 1024, 6, True),
+    ]
+    cases = []
+    for dtype, itemsize, tokens, hidden, top_k, quick in shapes:
+        plan = plan_combine(tokens, hidden, top_k, itemsize)
+        options = {k: plan.pop(k) for k in ("num_warps", "enable_fp_fusion")}
+        wide = ("ld.global.v4.b32",) if tokens > 1 else ()
+        types = {"rows_ptr": f"*{dtype}", "position_ptr": "*i32", "weights_ptr": "*fp32"}
+        cases.append(
+            AotCase(
+                name=f"combine/{dtype}-t{tokens}-h{hidden}-k{top_k}",
+                fn=combine_kernel,
+                signature=types | {"out_ptr": f"*{dtype}"},
+                constexprs=plan,
+                options=options,
+                ptx={arch: ("mul.rn.f32", "add.rn.f32", *wide) for arch in (80, 90, 100)},
+                quick=quick,
+            )
+        )
+    return cases
