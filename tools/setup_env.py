@@ -233,11 +233,15 @@ def set_up() -> dict[str, object]:
     return {"key": stamp_key(), "reuse": plan.reuse, "missing": missing}
 
 
+def leave_own_venv() -> None:
+    """Start again with the base interpreter when `.venv` itself is the one that runs this."""
+    if VENV.exists() and Path(sys.prefix).resolve() == VENV.resolve():
+        base = sys._base_executable
+        os.execv(base, [base, __file__, *sys.argv[1:]])
+
+
 def main() -> int:
     """Set up when the stamp does not match; 0, or 2 with the remedy."""
-    if VENV.exists() and Path(sys.prefix).resolve() == VENV.resolve():
-        base = sys._base_executable  # type: ignore[attr-defined]
-        os.execv(base, [base, __file__, *sys.argv[1:]])
     stamp = read_stamp()
     retry = "--retry" in sys.argv[1:] and bool(stamp.get("missing"))
     if stamp.get("key") == stamp_key() and not retry:
@@ -252,4 +256,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    leave_own_venv()
     sys.exit(main())
