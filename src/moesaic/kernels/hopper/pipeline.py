@@ -1,0 +1,114 @@
+"""The ring that feeds the tensor cores: what the partitions share, and the two loaders.
+
+    BM token rows of a tile · BN weight rows · BK depth of a stage · NB stages · K depth of the product
+
+A loader fills stage i when `empty[i]` says that every consumer is done with it, and consumers read
+it when `full[i]` says that all bytes have landed. Weights always come by TMA. Token rows come by
+cp.async through the slot order (the up-projection reads tokens where they lie) or, already sorted,
+by TMA.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.core import _aggregate as aggregate
+from triton.language.core import base_value
+
+from .tiles import load_weight, locate, tile_count
+
+
+@aggregate
+class Stage:
+    """Everything the partitions share: operands, shared memory, barriers and the tile shape."""
+
+    x: base_value
+    order_ptr: gl.tensor
+    w_desc: tma.tensor_descriptor
+    out_desc: tma.tensor_descriptor
+    a_bufs: gl.shared_memory_descriptor
+    b_bufs: gl.shared_memory_descriptor
+    c_bufs: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    K: gl.tensor
+    top_k: gl.tensor
+    limit: gl.tensor
+    alpha: gl.tensor
+    up_offset: gl.tensor
+    GATED: gl.constexpr
+    GATHER: gl.constexpr
+    ACTIVATION: gl.constexpr
+    HAS_LIMIT: gl.constexpr
+    BM: gl.constexpr
+    BN: gl.constexpr
+    BK: gl.constexpr
+    NB: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(  # noqa: D107
+        self, x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, full, empty, K, top_k,
+        limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB,
+    ):  # fmt: skip
+        self.x = x
+        self.order_ptr = order_ptr
+        self.w_desc = w_desc
+        self.out_desc = out_desc
+        self.a_bufs = a_bufs
+        self.b_bufs = b_bufs
+        self.c_bufs = c_bufs
+        self.full = full
+        self.empty = empty
+        self.K = K
+        self.top_k = top_k
+        self.limit = limit
+        self.alpha = alpha
+        self.up_offset = up_offset
+        self.GATED = gl.constexpr(GATED)
+        self.GATHER = gl.constexpr(GATHER)
+        self.ACTIVATION = gl.constexpr(ACTIVATION)
+        self.HAS_LIMIT = gl.constexpr(HAS_LIMIT)
+        self.BM = gl.constexpr(BM)
+        self.BN = gl.constexpr(BN)
+        self.BK = gl.constexpr(BK)
+        self.NB = gl.constexpr(NB)
+
+
+@gluon.jit
+def load_gathered(p, work):
+    """Four warps: weights by TMA, token rows by cp.async, both on the full barrier of a stage."""
+    BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    r = gl.arange(0, p.BM, layout=gl.SliceLayout(1, BL))
+    cols = gl.arange(0, p.BK, layout=gl.SliceLayout(0, BL))
+    c = 0
+    for t in range(gl.program_id(0), tile_count(work), gl.num_programs(0)):
+        e, row_start, rows, m, n = locate(t, work)
+        row = m * p.BM + r
+        slot = gl.load(p.order_ptr + row_start + row, mask=row < rows, other=0)
+        ptrs = p.x + (slot // p.top_k).to(gl.int64)[:, None] * p.K + cols[None, :]
+        for k in range(0, p.K, p.BK):
+            i = c % p.NB
+            mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+            mbarrier.expect(p.full.index(i), p.w_desc.block_type.nbytes)
+            load_weight(p.w_desc, e, n, k, p.full.index(i), p.b_bufs.index(i), p.GATED, p.BN)
+            async_copy.async_copy_global_to_shared(p.a_bufs.index(i), ptrs + k)
+            async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
+            c += 1
+
+
+@gluon.jit
+def load_rows(p, work):
+    """One warp: weights and sorted rows by TMA; rows past a task's end belong to its neighbour."""
+    c = 0
+    for t in range(gl.program_id(0), tile_count(work), gl.num_programs(0)):
+        e, row_start, rows, m, n = locate(t, work)
+        for k in range(0, p.K, p.BK):
+            i = c % p.NB
+            full = p.full.index(i)
+            mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+            mbarrier.expect(full, p.w_desc.block_type.nbytes + p.x.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                p.x, [row_start + m * p.BM, k], full, p.a_bufs.index(i)
+            )
+            load_weight(p.w_desc, e, n, k, full, p.b_bufs.index(i), p.GATED, p.BN)
+            c += 1

@@ -1,0 +1,135 @@
+"""Grouped GEMM for many rows per expert: 128 x BN tiles, two consumer warpgroups, one loader.
+
+    S routed rows · T tokens · E experts · C columns of the product · K its depth
+    BM = 128 rows · BN weight rows · BK depth of a stage · NB stages of shared memory
+
+One persistent launch walks the tiles of the task map. The loader partition fills a ring of NB
+stages: weights by TMA and, in the up-projection, token rows by cp.async through the sorted slot
+order, so no gathered copy of the tokens exists. Two consumer warpgroups of 64 rows each multiply
+and write their own half through shared memory with a ragged TMA store; one may run ahead of the
+other by the length of the ring, which hides most of the epilogue.
+
+A gated weight is seen as (E, I/8, 2, 8, H): eight gate rows, then the eight up rows that belong to
+them, so both halves of a pair sit in one thread and the activation needs no exchange.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .pipeline import Stage, load_gathered, load_rows
+from .tiles import Work, activate, locate, store_ragged, tile_count
+
+
+@gluon.jit
+def _put(p, y, c_buf, row_start, rows, row, col):
+    """Round 64 rows of half a tile, stage them in shared memory and send them off."""
+    tma.store_wait(0)
+    c_buf.reshape([64, p.BN // 2]).store(y.to(p.out_desc.dtype))
+    fence_async_shared()
+    store_ragged(p.out_desc, c_buf, row_start, rows, row, col)
+
+
+@gluon.jit
+def _epilogue(p, acc, c_buf, row_start, rows, row, n):
+    """Activate and store 64 rows; an ungated tile goes out in two halves of its columns."""
+    HALF: gl.constexpr = p.BN // 2
+    if p.GATED:
+        g, u = acc.reshape(64, p.BN // 16, 2, 8).permute(0, 1, 3, 2).split()
+        y = activate(g, u, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha, p.up_offset).reshape(64, HALF)
+        _put(p, y, c_buf, row_start, rows, row, n * HALF)
+    else:
+        left, right = acc.reshape(64, 2, HALF).permute(0, 2, 1).split()
+        _put(p, left, c_buf, row_start, rows, row, n * p.BN)
+        _put(p, right, c_buf, row_start, rows, row, n * p.BN + HALF)
+
+
+@gluon.jit
+def _consume(p, work, PART: gl.constexpr):
+    """One warpgroup: rows [64 * PART, +64) of every tile; one in-order K chain per element."""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BN, 16])
+    c = 0
+    for t in range(gl.program_id(0), tile_count(work), gl.num_programs(0)):
+        e, row_start, rows, m, n = locate(t, work)
+        acc = gl.zeros((64, p.BN), gl.float32, layout=L)
+        for k in range(0, p.K, p.BK):
+            i = c % p.NB
+            mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
+            if p.GATHER:
+                fence_async_shared()
+            a = p.a_bufs.index(i).slice(64 * PART, 64, dim=0)
+            b = p.b_bufs.index(i).reshape([p.BN, p.BK]).permute((1, 0))
+            acc = warpgroup_mma(a, b, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, (acc,))
+            mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
+            c += 1
+        acc = warpgroup_mma_wait(0, (acc,))
+        mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
+        row = m * p.BM + 64 * PART
+        _epilogue(p, acc, p.c_bufs.index(PART), row_start, rows, row, n)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _consume_low(p, work):
+    _consume(p, work, 0)
+
+
+@gluon.jit
+def _consume_high(p, work):
+    _consume(p, work, 1)
+
+
+@gluon.jit(do_not_specialize=["n_tiles", "top_k"])
+def prefill_kernel(
+    x, order_ptr, w_desc, out_desc,
+    tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, K, n_tiles, top_k, limit, alpha, up_offset,
+    N: gl.constexpr, LOG2N: gl.constexpr, GROUP_M: gl.constexpr, GATED: gl.constexpr,
+    GATHER: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, NB: gl.constexpr, CREG: gl.constexpr, LREG: gl.constexpr,
+):  # fmt: skip
+    """out[row] = act(x[row] @ w[e].T) for the rows of every task, 128 rows and BN columns a tile.
+
+    x: pointer to (T, K) token rows when GATHER, else a TMA descriptor of the sorted rows (S, K)
+    with box (BM, BK). order_ptr: int32 (S,) slot of each sorted row, token = slot // top_k.
+    w_desc: (E, C/16, 2, 8, K) box (1, BN/16, 2, 8, BK) when GATED, else (E, C, K) box (1, BN, BK).
+    out_desc: ragged store descriptor of (S, columns), box (1, 1, 64, BN/2). The task map's arrays
+    are (N,) int32, total_ptr (2,).
+    """
+    A: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], w_desc.dtype)
+    a_bufs = gl.allocate_shared_memory(w_desc.dtype, [NB, BM, BK], A)
+    b_bufs = gl.allocate_shared_memory(w_desc.dtype, [NB] + w_desc.block_type.shape, w_desc.layout)
+    c_bufs = gl.allocate_shared_memory(
+        out_desc.dtype, [2] + out_desc.block_type.shape, out_desc.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NB):
+        mbarrier.init(full.index(i), count=129 if GATHER else 1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    work = Work(
+        tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, n_tiles, N, LOG2N, GROUP_M
+    )
+    p = Stage(
+        x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, full, empty, K, top_k,
+        limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB,
+    )  # fmt: skip
+    if GATHER:
+        gl.warp_specialize(
+            [(_consume_low, (p, work)), (_consume_high, (p, work)), (load_gathered, (p, work))],
+            [4, 4],
+            [CREG, LREG],
+        )
+    else:
+        gl.warp_specialize(
+            [(_consume_low, (p, work)), (_consume_high, (p, work)), (load_rows, (p, work))],
+            [4, 1],
+            [CREG, LREG],
+        )

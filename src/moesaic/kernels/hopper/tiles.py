@@ -1,0 +1,121 @@
+"""Device pieces that the Hopper kernels share: tile look-up, activation, ragged stores.
+
+    N entries of the task map · t tile · e expert · m row tile inside a task · n column tile
+
+Gluon names moved in Triton 3.9, so these kernels state the range they were compiled on.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.language.core import _aggregate as aggregate
+
+from ..activation_triton import activate as _activate
+from ..activation_triton import pointwise as _pointwise
+
+TRITON_RANGE = ((3, 6), (3, 9))
+RAGGED_ORIGIN = gl.constexpr(1 << 30)
+activate = gluon.jit(_activate.fn)
+pointwise = gluon.jit(_pointwise.fn)
+
+
+def check_triton() -> None:
+    """Refuse a Triton outside the range that the Gluon kernels are tested on.
+
+    Raises:
+        RuntimeError: the installed Triton is too old or too new.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    low, high = TRITON_RANGE
+    if not low <= version < high:
+        raise RuntimeError(
+            f"the Hopper kernels need Triton >= {low[0]}.{low[1]} and < {high[0]}.{high[1]}, "
+            f"got {triton.__version__}; install another Triton or use impl='triton'"
+        )
+
+
+@gluon.jit
+def find_entry(tile_end_ptr, m_tile, N: gl.constexpr, LOG2N: gl.constexpr):
+    """The entry j whose tiles hold row tile `m_tile`: the number of ends <= m_tile.
+
+    Branch-free binary search over the inclusive prefix `tile_end_ptr` (N,) int32, LOG2N loads.
+    With ends [1, 4, 4], m_tile 0 -> 0, 1..3 -> 1.
+    """
+    j = m_tile * 0
+    for s in gl.static_range(LOG2N):
+        last = j + (1 << (LOG2N - 1 - s)) - 1
+        end = gl.load(tile_end_ptr + last, mask=last < N, other=0x7FFFFFFF)
+        j = gl.where(end <= m_tile, last + 1, j)
+    return j
+
+
+@aggregate
+class Work:
+    """The task map as the device sees it, and how its row tiles meet `n_tiles` column tiles."""
+
+    tile_end_ptr: gl.tensor
+    task_ptr: gl.tensor
+    row_start_ptr: gl.tensor
+    rows_ptr: gl.tensor
+    total_ptr: gl.tensor
+    n_tiles: gl.tensor
+    N: gl.constexpr
+    LOG2N: gl.constexpr
+    GROUP_M: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(  # noqa: D107
+        self, tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, n_tiles, N, LOG2N, GROUP_M
+    ):
+        self.tile_end_ptr = tile_end_ptr
+        self.task_ptr = task_ptr
+        self.row_start_ptr = row_start_ptr
+        self.rows_ptr = rows_ptr
+        self.total_ptr = total_ptr
+        self.n_tiles = n_tiles
+        self.N = gl.constexpr(N)
+        self.LOG2N = gl.constexpr(LOG2N)
+        self.GROUP_M = gl.constexpr(GROUP_M)
+
+
+@gluon.jit
+def tile_count(work):
+    """Tiles of the launch, row tiles times column tiles."""
+    return gl.load(work.total_ptr + 1) * work.n_tiles
+
+
+@gluon.jit
+def locate(t, work):
+    """Expert, first row, rows, row tile and column tile of tile `t`.
+
+    Inside a task, GROUP_M row tiles share a sweep over the columns, so that the tiles in flight
+    form a block that reads each weight column few times from L2.
+    """
+    j = find_entry(work.tile_end_ptr, t // work.n_tiles, work.N, work.LOG2N)
+    first = gl.load(work.tile_end_ptr + j - 1, mask=j > 0, other=0)
+    m_tiles = gl.load(work.tile_end_ptr + j) - first
+    e = gl.load(work.task_ptr + j)
+    row_start = gl.load(work.row_start_ptr + j)
+    rows = gl.load(work.rows_ptr + j)
+    q = t - first * work.n_tiles
+    group_first = (q // (work.GROUP_M * work.n_tiles)) * work.GROUP_M
+    group = gl.minimum(m_tiles - group_first, work.GROUP_M)
+    r = q - group_first * work.n_tiles
+    return e, row_start, rows, group_first + r % group, r // group
+
+
+@gluon.jit
+def store_ragged(desc, smem, row_start, rows, row, col):
+    """TMA store of `smem` to rows [row, ...) of a segment, clipped by hardware at its last row."""
+    origin: gl.constexpr = RAGGED_ORIGIN
+    tma.async_copy_shared_to_global(desc, [origin, row_start + rows, origin - rows + row, col], smem)
+
+
+@gluon.jit
+def load_weight(w_desc, e, n, k, bar, buf, GATED: gl.constexpr, ROWS: gl.constexpr):
+    """TMA load of weight tile `n` of expert `e` (ROWS rows, gate and up in eights when GATED)."""
+    if GATED:
+        tma.async_copy_global_to_shared(w_desc, [e, n * (ROWS // 16), 0, 0, k], bar, buf)
+    else:
+        tma.async_copy_global_to_shared(w_desc, [e, n * ROWS, k], bar, buf)
