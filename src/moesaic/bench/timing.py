@@ -74,14 +74,14 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:300]
 
 
-def check_device() -> None:
-    """Raise DeviceLost when CUDA is in use and does not answer."""
+def check_device(after: str) -> None:
+    """Raise DeviceLost, naming what it came `after`, when CUDA is in use and does not answer."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        raise DeviceLost(reason(error)) from error
+        raise DeviceLost(f"the GPU answers no more after {after}") from error
 
 
 def interleave(
@@ -117,7 +117,7 @@ def interleave(
             except Exception as error:
                 timed.errors[name] = reason(error)
                 del left[name]
-                check_device()
+                check_device(f"{name}: {timed.errors[name]}")
                 continue
             spent_s[name] += clock() - start
             taken = len(samples[name])
@@ -175,9 +175,11 @@ def eager_sampler(calls: Sequence[Call], *, target_ms: float = 5.0) -> Sampler:
 
     At least one full rotation a sample, or two calls where a rotation takes over 0.4 s.
     """
-    for call in calls:
-        call()
-    one_ms = _events_ms(lambda: _run(calls[:2]), head_start=False) / min(2, len(calls))
+    calls[0]()
+    one_ms = _events_ms(calls[0], head_start=False)
+    if one_ms * len(calls) < 400:
+        _run(calls)
+        one_ms = _events_ms(lambda: _run(calls), head_start=False) / len(calls)
     least = 2 if one_ms * len(calls) > 400 else max(8, len(calls))
     repeats = max(least, min(200, math.ceil(target_ms / max(one_ms, 1e-3))))
     turn = rotation(calls)
@@ -231,8 +233,9 @@ def capture(calls: Sequence[Call]) -> Captured:
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(outer)
     with torch.cuda.stream(side):
-        _run(calls)
+        calls[0]()
         refuse_sync(calls[0])
+        _run(calls)
     outer.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
@@ -243,7 +246,7 @@ def capture(calls: Sequence[Call]) -> Captured:
         torch.cuda.set_stream(outer)  # a capture that fails leaves its own stream current
         with contextlib.suppress(RuntimeError):
             graph.reset()
-        check_device()
+        check_device(f"a capture: {reason(error)}")
         raise GraphError(reason(error)) from error
     return Captured(graph, len(calls), first)
 
