@@ -42,7 +42,7 @@ bench-cpu: venv
 	@$(PY) -m moesaic bench cpu
 
 wheel: venv
-	@$(PY) -m build --wheel
+	@$(PY) -m build
 
 clean:
 	rm -rf build dist site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

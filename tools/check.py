@@ -117,7 +117,8 @@ def newest_transformers() -> None:
 def docs() -> None:
     """The documentation, built strictly into site/."""
     if available("mkdocs", "material", "mkdocstrings"):
-        run("mkdocs", "build", "--strict", "--quiet")
+        quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+        run("mkdocs", "build", "--strict", "--quiet", env=quiet)
 
 
 STEPS: dict[str, Callable[[], None]] = {
