@@ -45,7 +45,10 @@ def test_versions_agree() -> None:
 
 def test_readme_is_short_and_its_links_exist() -> None:
     assert len(README.split()) <= 700
-    assert local_links('see [a](b.md#c) <img alt="" src="d.png"> [e](http://f)') == ["b.md", "d.png"]
+    assert local_links('see [a](b.md#c) <img alt="" src="d.png"> [e](http://f)') == [
+        "b.md",
+        "d.png",
+    ]
     assert [link for link in local_links(README) if not (ROOT / link).exists()] == []
 
 
@@ -87,7 +90,9 @@ print("done")
 """
     env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     env.pop("TRITON_INTERPRET", None)
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=env
+    )
     assert result.stdout.strip().endswith("done"), result.stderr
 
 
@@ -105,7 +110,9 @@ def run(*command: str | Path, cwd: Path) -> str:
 def test_the_wheel_runs_the_main_job_in_an_empty_environment(tmp_path: Path) -> None:
     stamp = ROOT / ".venv" / "moesaic-setup.json"
     if stamp.exists() and json.loads(stamp.read_text())["reuse"]:
-        pytest.skip("this environment reuses the interpreter's packages; an empty one needs an index")
+        pytest.skip(
+            "this environment reuses the interpreter's packages; an empty one needs an index"
+        )
     # The wheel is built from the source distribution, so that one is tried as well.
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, ROOT, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
