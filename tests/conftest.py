@@ -1,4 +1,4 @@
-"""Shared fixtures: the device kernels run on, and `torch.empty` poisoned so that unwritten output fails."""
+"""Shared fixtures: the device of kernels, and `torch.empty` poisoned so that unwritten output fails."""
 
 from __future__ import annotations
 

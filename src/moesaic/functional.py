@@ -88,9 +88,7 @@ def route(logits_TE: Tensor, spec: RouterSpec, *, bias_E: Tensor | None = None) 
     return Routing(*route_op(logits_TE, bias_E, _router_key(spec)))
 
 
-def _route_differentiable(
-    logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None
-) -> Routing:
+def _route_differentiable(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None) -> Routing:
     """The same routing, the weights recomputed in torch from the chosen ids, so that they carry
     gradients."""
     ids_TK, _, counts_E = route_op(logits_TE.detach(), bias_E, _router_key(spec))
@@ -164,7 +162,7 @@ def moe(
     params = [named.get(name) for name in WEIGHT_NAMES]
     tensors = (hidden_TH, topk_weights_TK, *named.values())
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        out_TH: Tensor = _Experts.apply(
+        out_TH: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
             hidden_TH, topk_ids_TK, topk_weights_TK, _spec_key(spec), impl, *params
         )
         return out_TH

@@ -14,6 +14,8 @@ torch.Size([2, 5, 64])
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -97,8 +99,8 @@ class MoE(nn.Module):
                 f"got {router.num_experts} and {experts.num_experts}"
             )
         self.router = router
-        kwargs = {"device": device, "dtype": dtype}
-        self.gate = nn.Linear(experts.hidden_size, experts.num_experts, bias=False, **kwargs)  # type: ignore[arg-type]
+        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.gate = nn.Linear(experts.hidden_size, experts.num_experts, bias=False, **kwargs)
         self.experts = Experts(experts, impl=impl, device=device, dtype=dtype)
         if router.scoring == "sigmoid":
             bias_E = torch.zeros(router.num_experts, device=device, dtype=torch.float32)

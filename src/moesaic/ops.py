@@ -1,4 +1,4 @@
-"""One registered torch op per contract: `moesaic::route`, `moesaic::experts`, `moesaic::experts_backward`.
+"""One registered torch op per contract: `moesaic::route`, `::experts`, `::experts_backward`.
 
 Importing this module needs torch alone; the kernels (and Triton) are imported when an op first
 runs on a device. Specs cross the boundary as strings (`ExpertSpec.key()`), because op schemas know
@@ -10,6 +10,7 @@ no dataclasses. Autograd lives outside, in `functional.py`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -37,7 +38,7 @@ torch.library.define(
 
 
 def pack_weights(params: list[Tensor], spec: ExpertSpec) -> ExpertWeights:
-    """The weights of `spec` from its tensors in the order of `WEIGHT_NAMES`, absent ones left out."""
+    """The weights of `spec` from its tensors in the order of `WEIGHT_NAMES`, without absent ones."""
     wanted = spec.weight_shapes()
     names = [name for name in WEIGHT_NAMES if name in wanted]
     return ExpertWeights(**dict(zip(names, params, strict=True)))
@@ -207,6 +208,6 @@ torch.library.impl("moesaic::experts_backward", "CPU", _experts_backward)
 torch.library.impl("moesaic::experts_backward", "CUDA", _experts_backward)
 torch.library.register_fake("moesaic::experts_backward", _experts_backward_fake)
 
-route_op = torch.ops.moesaic.route.default
-experts_op = torch.ops.moesaic.experts.default
-experts_backward_op = torch.ops.moesaic.experts_backward.default
+route_op: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.moesaic.route.default
+experts_op: Callable[..., Tensor] = torch.ops.moesaic.experts.default
+experts_backward_op: Callable[..., list[Tensor]] = torch.ops.moesaic.experts_backward.default

@@ -1,4 +1,4 @@
-"""The whole-layer oracle: plain torch, any float dtype up to fp64, differentiable, slow and obvious.
+"""The whole-layer oracle: plain torch, any float dtype up to fp64, differentiable, slow, obvious.
 
     T tokens · H hidden width · I intermediate width · E experts · K top-k · R rows of one expert
 

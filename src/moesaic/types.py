@@ -1,9 +1,9 @@
-"""Frozen values that pass between the rooms: what an expert is, what routing said, what was measured.
+"""Frozen values that pass between the rooms: what an expert is, what routing said and came out.
 
 Nothing here computes on tensors or launches anything; `__post_init__` checks what the value itself
 can know. Shapes are written as suffixes of the names:
 
-    T tokens · H hidden width · I expert intermediate width · E experts · K top-k · S = T*K routed rows
+    T tokens · H hidden width · I expert intermediate width · E experts · K top-k · S = T*K rows
 
 >>> ExpertSpec(num_experts=8, hidden_size=4096, intermediate_size=14336).up_rows
 28672
