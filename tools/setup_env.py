@@ -22,7 +22,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -175,10 +174,13 @@ def make_venv(reuse: bool) -> None:
 
 
 def link_sources() -> None:
-    """Put the sources, and the packages of a calling virtual environment, on `.venv`'s path."""
-    lines = [str(ROOT / "src")]
-    if sys.prefix != sys.base_prefix:
-        lines.append(sysconfig.get_path("purelib"))
+    """Put the sources and the folders of the interpreter's packages on `.venv`'s path.
+
+    A virtual environment sees those of its base interpreter by itself, but not those of another
+    virtual environment, which may be what calls this.
+    """
+    folders = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+    lines = [str(ROOT / "src"), *folders]
     command = [VENV_PYTHON, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     site = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     Path(site, "moesaic-src.pth").write_text("\n".join(lines) + "\n")

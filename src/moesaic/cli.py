@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -77,6 +78,39 @@ def _top(
     ] = False,
 ) -> None:
     """Mixture-of-Experts layers, fast, exact and observable."""
+
+
+@app.command()
+def run(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A byte-level MoE model in one .safetensors file; default: embedded."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Any UTF-8 file; default: held-out text of the package.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the report's directory appears.")] = Path("runs"),
+    limit: Annotated[int | None, typer.Option("--bytes", help="Score at most so many.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    trace_ids: Annotated[
+        bool, typer.Option("--trace-ids", help="Record every token's experts in the trace.")
+    ] = False,
+) -> None:
+    """A language model over a text, through moesaic and through the sequential loop."""
+    with edge():
+        from .run import command
+
+        code = command.main(
+            model,
+            text=text,
+            out=out,
+            limit=limit,
+            device=device,
+            dtype=dtype,
+            trace_ids=trace_ids,
+        )
+        raise typer.Exit(code)
 
 
 @app.command()
