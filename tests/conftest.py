@@ -1,4 +1,4 @@
-"""Shared fixtures: the device of kernels, and `torch.empty` poisoned so that unwritten output fails."""
+"""Shared fixtures: the device of kernels, and a poisoned `torch.empty` that shows unwritten output."""
 
 from __future__ import annotations
 

@@ -114,6 +114,40 @@ def run(
 
 
 @app.command()
+def bench(
+    suite: Annotated[str | None, typer.Option(help="Measure this suite; none: list them.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Recompute the summaries of --out; 1 if one differs.")
+    ] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Cells of this model only.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Cells of so many tokens only.")] = None,
+    routing: Annotated[list[str] | None, typer.Option(help="Cells of this routing only.")] = None,
+    out: Annotated[Path, typer.Option(help="Where results are kept.")] = Path("benchmarks/results"),
+    budget: Annotated[float | None, typer.Option(help="Seconds to spend.")] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="Unmeasured cells only.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+) -> None:
+    """Measurements, with the best of other implementations beside ours."""
+    with edge():
+        from .bench import command
+
+        code = command.main(
+            suite=suite,
+            check_only=check,
+            only=only or (),
+            tokens=tokens or (),
+            routing=routing or (),
+            out=out,
+            budget_s=budget,
+            missing=missing,
+            device=device,
+            seed=seed,
+        )
+        raise typer.Exit(code)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:

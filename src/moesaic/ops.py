@@ -38,7 +38,7 @@ torch.library.define(
 
 
 def pack_weights(params: list[Tensor], spec: ExpertSpec) -> ExpertWeights:
-    """The weights of `spec` from its tensors in the order of `WEIGHT_NAMES`, without absent ones."""
+    """The weights of `spec` from its tensors in `WEIGHT_NAMES` order, absent ones left out."""
     wanted = spec.weight_shapes()
     names = [name for name in WEIGHT_NAMES if name in wanted]
     return ExpertWeights(**dict(zip(names, params, strict=True)))

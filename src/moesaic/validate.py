@@ -1,4 +1,4 @@
-"""Every check of the public edge, one function a contract: what was expected, what came, the remedy.
+"""The checks of the public edge, one function a contract: what was expected, what came, a remedy.
 
     T tokens · H hidden width · E experts · K top-k
 
