@@ -1,4 +1,4 @@
-"""Shared fixtures: the device of kernels, and a poisoned `torch.empty` that shows unwritten output."""
+"""Shared fixtures: the device of kernels, and a `torch.empty` that shows what was never written."""
 
 from __future__ import annotations
 
