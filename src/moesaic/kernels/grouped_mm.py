@@ -24,8 +24,9 @@ from torch import Tensor
 
 from .activation import activate_ref
 from .activation_triton import activate, pointwise
+from .aot import AotCase
 from .batching import RowSort, TaskMap, find_task, tile_capacity
-from .tune import GemmConfig
+from .tune import GemmConfig, Problem, heuristic
 
 
 class Epilogue(NamedTuple):
@@ -361,3 +362,63 @@ def grouped_mm_ref(
             product = activate_ref(product, **epilogue._asdict())
         out[rows] = product.to(x.dtype)
     return out
+
+
+def aot_cases() -> list[AotCase]:
+    """The cuts that the heuristics choose, by architecture, in both layouts and in fp32."""
+    gate, plain = Epilogue("silu", gated=True), Epilogue()
+    oss = Epilogue("silu", True, True, 7.0, 1.702, 1.0)
+    models = (
+        ("swiglu", gate, "bfloat16", False),
+        ("down", plain, "bfloat16", False),
+        ("oss", oss, "bfloat16", True),
+        ("fp32", gate, "float32", False),
+    )
+    return [
+        _aot_case(name, epilogue, dtype, transposed, tokens, arch)
+        for name, epilogue, dtype, transposed in models
+        for tokens in (16, 512, 8192)
+        for arch in (80, 90, 100)
+    ]
+
+
+def _aot_case(
+    name: str, epilogue: Epilogue, dtype: str, transposed: bool, tokens: int, arch: int
+) -> AotCase:
+    problem = Problem(tokens, 8, 128, 2048, 768, True, 2, dtype, arch)
+    config = heuristic(problem)
+    cut = config.up if epilogue.gated else config.down
+    pointer = {"bfloat16": "*bf16", "float32": "*fp32"}[dtype]
+    tables = ("order", "tile_end", "task", "row_start", "rows", "height", "total")
+    signature = {f"{n}_ptr": pointer for n in ("x", "weight", "bias", "out")}
+    signature |= {f"{n}_ptr": "*i32" for n in tables}
+    signature |= {"contraction8": "i32", "width8": "i32"}
+    signature |= {n: "fp32" for n in ("limit", "alpha", "up_offset")}
+    return AotCase(
+        name=f"grouped_mm/{name}_T{tokens}_sm{arch}",
+        fn=grouped_mm_kernel,
+        signature=signature,
+        constexprs={
+            "ENTRIES": 128,
+            "ENTRIES_POW2": 128,
+            "HEIGHTS": config.heights,
+            "TOP_K": 8 if epilogue.gated else 0,
+            "GATED": epilogue.gated,
+            "INTERLEAVED": epilogue.interleaved,
+            "TRANSPOSED": transposed,
+            "ACTIVATION": epilogue.activation,
+            "HAS_BIAS": True,
+            "HAS_LIMIT": epilogue.limit is not None,
+            "EVEN_K": True,
+            "EVEN_N": True,
+            "SWAP_UP_TO": cut.swap_up_to,
+            "BLOCK_N": cut.block_n,
+            "BLOCK_K": cut.block_k,
+            "GROUP_M": cut.group_m,
+        },
+        options={"num_warps": cut.num_warps, "num_stages": cut.num_stages},
+        archs=(arch,),
+        aligned=("contraction8", "width8"),
+        wgmma=dtype == "bfloat16",
+        quick=arch == 90 and tokens == 512,
+    )

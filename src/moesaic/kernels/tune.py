@@ -181,3 +181,41 @@ def _float32(rows: float) -> Config:
     up = GemmConfig(block_n=16, block_k=32, num_stages=2)
     down = GemmConfig(block_n=32, block_k=32, num_stages=2)
     return Config((height,), up, down, down, reason="fp32 without TF32: FMA tiles")
+
+
+FUSED_ROWS = 16
+FUSED_CHUNK = 32
+SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+
+
+def shared_limit(arch: int) -> int:
+    """Bytes of shared memory that one program may use on compute capability `arch`.
+
+    >>> shared_limit(90), shared_limit(89)
+    (232448, 101376)
+    """
+    return SHARED_KIB.get(arch, 99) * 1024
+
+
+def pow2_width(width: int) -> int:
+    """The power of two at or above `width`, at least 16: the least that a dot takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def fused_stages(hidden: int, intermediate: int, itemsize: int, arch: int) -> int:
+    """Pipeline stages of the fused three-layer expert; 0 where its tile does not fit on chip.
+
+    It fits when H <= 512 and I times the bytes of an element is at most 2048 (I <= 1024 in bf16 and
+    fp16, 512 in fp32), both rounded up to powers of two: beyond that the second layer's fp32
+    accumulator, 16 x I, and the operands beside it spill from 255 registers a thread. Shared memory
+    must hold one chunk of both layers' weights and of the rows.
+
+    >>> [fused_stages(512, i, 2, 90) for i in (512, 1024, 2048)], fused_stages(512, 1024, 2, 80)
+    ([3, 3, 0], 2)
+    """
+    h, i = pow2_width(hidden), pow2_width(intermediate)
+    if h > 512 or i * itemsize > 2048:
+        return 0
+    stage = (FUSED_CHUNK * (h + i) + FUSED_ROWS * h) * itemsize
+    buffers = (shared_limit(arch) - 1152) // stage
+    return min(buffers, 2) + 1 if buffers else 0
