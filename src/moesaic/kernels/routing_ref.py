@@ -12,6 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LARGEST, TINY = 2.0**126, 2.0**-126
+
+
+def _finite(x: Tensor) -> Tensor:
+    """`x` in fp32 within +-2**126, NaN as the least: sums and differences of two stay finite."""
+    x = x.float()
+    return torch.where(torch.isnan(x), -LARGEST, x.clamp(-LARGEST, LARGEST))
+
 
 def _topk_lowest_id(scores_TE: Tensor, top_k: int) -> Tensor:
     """Ids (T, K) of the largest scores, best first, ties to the lowest id."""
@@ -41,23 +49,29 @@ def route_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids (T, K) int32, weights (T, K) fp32 and counts (E,) int32 of logits (T, E), in fp32.
 
-    NaN logits count as -inf, so an id is in range whatever comes in.
+    Whatever comes in, ids are in range and distinct and weights are finite: logits are clamped to
+    +-2**126 and NaN counts as -inf, so a row of one such value alone takes the lowest ids with
+    equal weights. Sigmoid scores below 2**-126 count as zero, and a row whose
+    chosen scores are all zero is renormalised to 1/K each. Softmax that is renormalised is the
+    softmax of the K chosen logits, which is the same but for rounding.
     """
-    logits = logits_TE.float()
-    logits = torch.where(torch.isnan(logits), float("-inf"), logits)
+    logits = _finite(logits_TE)
+    choice_TE = logits
     if scoring == "sigmoid":
         scores_TE = logits.sigmoid()
-        choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    else:
-        scores_TE = logits.softmax(-1) if scoring == "softmax" else logits
-        choice_TE = logits
+        scores_TE = torch.where(scores_TE < TINY, 0.0, scores_TE)
+        choice_TE = scores_TE if bias_E is None else _finite(scores_TE + bias_E)
     if n_group > 1:
         choice_TE = _mask_groups(choice_TE, n_group, topk_group)
     ids_TK = _topk_lowest_id(choice_TE, top_k)
-    weights_TK = scores_TE.gather(1, ids_TK)
-    if scoring == "topk_softmax":
-        weights_TK = weights_TK.softmax(-1)
-    elif renormalize:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    if scoring == "sigmoid":
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if renormalize:
+            total_T1 = weights_TK.sum(-1, keepdim=True)
+            weights_TK = torch.where(total_T1 == 0, 1 / top_k, weights_TK / total_T1)
+    elif scoring == "topk_softmax" or renormalize:
+        weights_TK = logits.gather(1, ids_TK).softmax(-1)
+    else:
+        weights_TK = logits.softmax(-1).gather(1, ids_TK)
     counts_E = torch.bincount(ids_TK.flatten(), minlength=logits.shape[1]).to(torch.int32)
     return ids_TK.to(torch.int32), weights_TK * scale, counts_E
