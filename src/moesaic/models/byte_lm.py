@@ -1,12 +1,12 @@
 """A byte-level causal language model whose feed-forward layers are Mixtures of Experts.
 
-    B windows · N positions · T = B*N tokens · H hidden width · V = 256 bytes · A heads · D head width
-    I expert intermediate width · E experts · K top-k · L layers
+    B windows · N positions · T = B*N tokens · H hidden width · V = 256 bytes · A heads
+    D head width · I expert intermediate width · E experts · K top-k · L layers
 
-Pre-norm transformer: RMSNorm, rotary attention with normalised queries and keys, then routed experts
-plus (from layer `shared_from_layer` on) one shared expert that every token passes through. Router and
-experts are functions that the caller may replace, so the same weights run through any implementation;
-what the router decided is handed to `observe`, outside the computation.
+Pre-norm transformer: RMSNorm, rotary attention with normalised queries and keys, then routed
+experts plus (from layer `shared_from_layer` on) one shared expert that every token passes through.
+Router and experts are functions that the caller may replace, so the same weights run through any
+implementation; what the router decided is handed to `observe`, outside the computation.
 
 >>> model = ByteMoELM(ByteLMConfig(hidden_size=16, num_layers=1, num_heads=2, num_experts=4,
 ...     expert_width=8, shared_width=8, shared_from_layer=0), experts_impl=eager_experts)
@@ -96,9 +96,10 @@ def rotary_tables(
     positions: int, head_width: int, base: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines (N, D/2) in fp32 of rotary embedding (Su et al. 2021, section 3.4)."""
-    steps = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
-    angles = torch.arange(positions, device=device, dtype=torch.float32)[:, None] / base**steps
-    return angles.cos(), angles.sin()
+    with torch.inference_mode(False):  # kept, so they must serve autograd later too
+        steps = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
+        angles = torch.arange(positions, device=device, dtype=torch.float32)[:, None] / base**steps
+        return angles.cos(), angles.sin()
 
 
 def rotate(x_BAND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -262,5 +263,5 @@ def byte_windows(data: bytes, window: int) -> list[tuple[Tensor, Tensor]]:
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     stream = torch.frombuffer(bytearray([START_BYTE]) + data, dtype=torch.uint8).long()
-    pairs = zip(stream[:-1].split(window), stream[1:].split(window), strict=True)
-    return [pair for pair in pairs if pair[1].numel()]
+    cuts = range(0, len(data), window)
+    return [(stream[i : i + window][: len(data) - i], stream[i + 1 : i + 1 + window]) for i in cuts]

@@ -2,8 +2,8 @@
 
     T tokens · H hidden width · E experts · K top-k · R rows of one expert
 
-It exists so that a machine without transformers can still compare with it; a test holds it bit-equal
-to transformers' own class. It is written as that class is, not as this project would write it.
+It exists so that a machine without transformers can still compare with it; a test holds it
+bit-equal to transformers' own class. It is written as that class is.
 
 >>> import torch
 >>> spec = ExpertSpec(num_experts=2, hidden_size=8, intermediate_size=8)

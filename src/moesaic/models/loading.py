@@ -1,8 +1,9 @@
 """Reading and writing the byte language model: safetensors, data only, everything checked first.
 
 One file holds bf16 tensors named as `ByteMoELM.state_dict()` and, in the header's metadata,
-``format``, ``config`` (JSON of `ByteLMConfig`) and whatever the trainer noted. Nothing is unpickled,
-and no memory is allocated from a config before names and shapes were compared with the file.
+``format``, ``config`` (JSON of `ByteLMConfig`) and whatever the trainer noted. Nothing is
+unpickled, and no memory is allocated from a config before names and shapes were compared with the
+file.
 
 >>> config = read_config(model_path())
 >>> config.num_layers >= 4 and config.num_experts >= 16
@@ -57,7 +58,9 @@ def _parse_config(path: Path, metadata: dict[str, str]) -> ByteLMConfig:
     for name, value in raw.items():
         wanted = (int, float) if known[name] == "float" else (int,)
         if isinstance(value, bool) or not isinstance(value, wanted):
-            raise ValueError(f"{path}: config {name} must be {known[name]}, got {value!r}; {remedy}")
+            raise ValueError(
+                f"{path}: config {name} must be {known[name]}, got {value!r}; {remedy}"
+            )
     try:
         return ByteLMConfig(**raw)
     except ValueError as error:
