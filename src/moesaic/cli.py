@@ -119,11 +119,14 @@ def bench(
     check: Annotated[
         bool, typer.Option("--check", help="Recompute the summaries of --out; 1 if one differs.")
     ] = False,
+    list_suites: Annotated[bool, typer.Option("--list", help="Show the suites.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Cells of this model only.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Cells of so many tokens only.")] = None,
     routing: Annotated[list[str] | None, typer.Option(help="Cells of this routing only.")] = None,
     out: Annotated[Path, typer.Option(help="Where results are kept.")] = Path("benchmarks/results"),
-    budget: Annotated[float | None, typer.Option(help="Seconds to spend.")] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget-s", "--budget", help="Seconds to spend.")
+    ] = None,
     missing: Annotated[bool, typer.Option("--missing", help="Unmeasured cells only.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
@@ -135,6 +138,7 @@ def bench(
         code = command.main(
             suite=suite,
             check_only=check,
+            list_only=list_suites,
             only=only or (),
             tokens=tokens or (),
             routing=routing or (),
@@ -145,6 +149,21 @@ def bench(
             seed=seed,
         )
         raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    page: Annotated[Path, typer.Option(help="The page to fill.")] = Path("docs/performance.md"),
+    results: Annotated[Path, typer.Option(help="Folder of results.")] = Path("benchmarks/results"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; 1 if the page is stale.")
+    ] = False,
+) -> None:
+    """Fill the tables and plots of the performance page from the committed lines."""
+    with edge():
+        from .bench import report as room
+
+        raise typer.Exit(room.main(page=page, root=results, check=check))
 
 
 @app.command()

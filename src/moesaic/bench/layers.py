@@ -50,7 +50,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that computes the layer: how it is built, how it likes its inputs, what it refuses."""
+    """Something that computes the layer: how it is built, the inputs it likes, what it refuses."""
 
     name: str
     build: Build
@@ -126,7 +126,7 @@ def rotation_length(model: Model, tokens: int, itemsize: int, cache_bytes: int) 
 
 @dataclass(frozen=True)
 class Work:
-    """The calls of one cell: inputs per call, the experts they touch, what the first should give."""
+    """The calls of one cell: inputs, the experts they touch, what the first should give."""
 
     inputs: list[Inputs]
     active: float
@@ -148,11 +148,13 @@ def make_work(loaded: Loaded, cell: Cell, machine: Machine, seed: int, checked: 
         make_inputs(model, cell.tokens, cell.routing, dtype=loaded.dtype, generator=generator)
         for _ in range(length)
     ]
-    active = sum(one.topk_ids_TK.unique().numel() for one in inputs) / length
+    active = sum(len(set(one.topk_ids_TK.flatten().tolist())) for one in inputs) / length
     steps = torch.linspace(0, cell.tokens - 1, min(checked, cell.tokens)).long()
     rows_R = steps.to(machine.device)
-    some = (t[rows_R] for t in inputs[0])
-    want_RH = moe_reference(*some, loaded.sets[0], model.spec(), dtype=torch.float64)
+    hidden_RH, ids_RK, weights_RK = (tensor[rows_R] for tensor in inputs[0])
+    want_RH = moe_reference(
+        hidden_RH, ids_RK, weights_RK, loaded.sets[0], model.spec(), dtype=torch.float64
+    )
     return Work(inputs, active, rows_R, want_RH)
 
 
@@ -259,6 +261,8 @@ def measure_cell(
         bench.errors |= timed.errors
         for name, captured in bench.captured.items():
             if name != TWIN and (name, "graph") in timed.measured:
+                captured.first_output.fill_(float("nan"))
+                captured.graph.replay()
                 error = bench.work.relative_error(captured.first_output)
                 bench.accuracy[name, "graph"] = error
     fixed = stamped | {
