@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from .aot import AotCase
 
@@ -39,6 +40,7 @@ def combine_kernel(
     TOP_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     UNROLL: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One token and one block of columns per program.
 
@@ -50,6 +52,8 @@ def combine_kernel(
     Example: rows [[1, 2], [3, 4], [5, 6]], position [[2, 0], [1, -1]], weights
     [[0.5, 2], [1, 9]] give [[4.5, 7], [3, 4]].
     """
+    if PDL:
+        gdc_wait()
     blocks: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
     program = tl.program_id(0).to(tl.int64)
     token = program // blocks
@@ -85,7 +89,12 @@ def plan_combine(tokens: int, hidden: int, top_k: int, itemsize: int) -> dict[st
 
 
 def combine(
-    rows_SH: Tensor, position_TK: Tensor, weights_TK: Tensor, out: Tensor | None = None
+    rows_SH: Tensor,
+    position_TK: Tensor,
+    weights_TK: Tensor,
+    out: Tensor | None = None,
+    *,
+    pdl: bool = False,
 ) -> Tensor:
     """The weighted sum over k, in slot order, of rows ``rows_SH[position_TK[t, k]]``: (T, H).
 
@@ -94,6 +103,7 @@ def combine(
         position_TK: int32 or int64, contiguous; negative for a slot of nobody, which adds nothing.
         weights_TK: fp32 or the dtype of `rows_SH`, contiguous.
         out: (T, H), contiguous, of any of these dtypes; made in that of `rows_SH` when None.
+        pdl: start while the launch before still runs and wait for it on the device (sm_90 and up).
 
     Raises:
         ValueError: shapes disagree or a tensor is not contiguous.
@@ -112,7 +122,8 @@ def combine(
     if tokens:
         plan = plan_combine(tokens, hidden, top_k, rows_SH.element_size())
         grid = (tokens * triton.cdiv(hidden, plan["BLOCK_H"]),)
-        combine_kernel[grid](rows_SH, position_TK, weights_TK, out, **plan)
+        overlap = {"PDL": True, "launch_pdl": True} if pdl else {}
+        combine_kernel[grid](rows_SH, position_TK, weights_TK, out, **plan, **overlap)
     return out
 
 
@@ -152,7 +163,7 @@ def aot_cases() -> list[AotCase]:
                 name=f"combine/{dtype}-t{tokens}-h{hidden}-k{top_k}",
                 fn=combine_kernel,
                 signature=types | {"out_ptr": f"*{dtype}"},
-                constexprs=plan,
+                constexprs=plan | {"PDL": False},
                 options=options,
                 ptx={arch: ("mul.rn.f32", "add.rn.f32", *wide) for arch in (80, 90, 100)},
                 quick=quick,

@@ -19,13 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .pipeline import Stage, load_gathered, load_rows
+from .pipeline import Stage, begin, load_gathered, load_rows
 from .tiles import Work, activate, locate, store_ragged, tile_count
 
 
 @gluon.jit
 def _multiply(p, work):
     """One warpgroup: the transposed product (BW, BT) of every tile, written as rows."""
+    begin(p)
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BM, 16])
     COLS: gl.constexpr = p.BN // 2 if p.GATED else p.BN
     c_buf = p.c_bufs.index(0)
@@ -62,9 +63,9 @@ def _multiply(p, work):
 def decode_kernel(
     x, order_ptr, w_desc, out_desc,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, K, n_tiles, top_k, limit, alpha, up_offset,
-    N: gl.constexpr, LOG2N: gl.constexpr, GROUP_M: gl.constexpr, GATED: gl.constexpr,
+    N: gl.constexpr, LANES: gl.constexpr, GROUP_M: gl.constexpr, GATED: gl.constexpr,
     GATHER: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, NB: gl.constexpr, LREG: gl.constexpr,
+    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[row] @ w[e].T) for the rows of every task, BM rows and BN weights a tile.
 
@@ -84,11 +85,11 @@ def decode_kernel(
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
     work = Work(
-        tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, n_tiles, N, LOG2N, GROUP_M
+        tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, n_tiles, N, LANES, GROUP_M
     )
     p = Stage(
         x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, full, empty, K, top_k,
-        limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB,
+        limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
     )  # fmt: skip
     if GATHER:
         gl.warp_specialize([(_multiply, (p, work)), (load_gathered, (p, work))], [4], [LREG])

@@ -91,6 +91,7 @@ def grouped_mm_hopper(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    pdl: Literal["off", "wait", "prefetch"] = "off",
 ) -> Tensor:
     """``out[row] = act(x[token of row] @ weight[e].T)`` for the rows of every task, one launch.
 
@@ -100,7 +101,8 @@ def grouped_mm_hopper(
         weight: (E, U, K); U = 2C when `gated`.
         tasks: built with ``heights=(config.bm,)``.
         out: (S, C), written where rows are live.
-        num_sms: programs of the persistent grid per `ctas_per_sm`.
+        num_sms: SM budget; the persistent grid has `num_sms * ctas_per_sm` programs.
+        pdl: how to overlap with the launch before, see `pipeline.begin`.
 
     Raises:
         RuntimeError: Triton is outside the tested range.
@@ -135,7 +137,7 @@ def grouped_mm_hopper(
         alpha,
         up_offset,
         N=entries,
-        LOG2N=max(entries - 1, 1).bit_length(),
+        LANES=max(32, 1 << (entries - 1).bit_length()),
         GROUP_M=config.group_m,
         GATED=gated,
         GATHER=gather,
@@ -145,6 +147,8 @@ def grouped_mm_hopper(
         BN=config.bn,
         BK=config.bk,
         NB=config.stages,
+        PDL=pdl,
+        launch_pdl=pdl != "off",
         num_warps=4,
         **extra,
     )

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 from triton.language.core import base_value
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .tiles import load_weight, locate, tile_count
 
@@ -44,11 +45,12 @@ class Stage:
     BN: gl.constexpr
     BK: gl.constexpr
     NB: gl.constexpr
+    PDL: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(  # noqa: D107
         self, x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, full, empty, K, top_k,
-        limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB,
+        limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -72,12 +74,28 @@ class Stage:
         self.BN = gl.constexpr(BN)
         self.BK = gl.constexpr(BK)
         self.NB = gl.constexpr(NB)
+        self.PDL = gl.constexpr(PDL)
+
+
+@gluon.jit
+def begin(p):
+    """Wait for the launch before this one where its output is needed at once.
+
+    A chain of launches overlaps: each lets the next one start as soon as its own inputs are there.
+    "wait": the task map comes from the launch before. "prefetch": only the rows do, the map is
+    older, because that launch waited for it before it let this one start.
+    """
+    if p.PDL == "wait":
+        gdc_wait()
+    if p.PDL != "off":
+        gdc_launch_dependents()
 
 
 @gluon.jit
 def load_gathered(p, work):
     """Four warps: weights by TMA, token rows by cp.async, both on the full barrier of a stage."""
     BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    begin(p)
     r = gl.arange(0, p.BM, layout=gl.SliceLayout(1, BL))
     cols = gl.arange(0, p.BK, layout=gl.SliceLayout(0, BL))
     c = 0
@@ -85,30 +103,57 @@ def load_gathered(p, work):
         e, row_start, rows, m, n = locate(t, work)
         row = m * p.BM + r
         slot = gl.load(p.order_ptr + row_start + row, mask=row < rows, other=0)
+        live = (row < rows)[:, None] & (cols >= 0)[None, :]
         ptrs = p.x + (slot // p.top_k).to(gl.int64)[:, None] * p.K + cols[None, :]
         for k in range(0, p.K, p.BK):
             i = c % p.NB
             mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
             mbarrier.expect(p.full.index(i), p.w_desc.block_type.nbytes)
-            load_weight(p.w_desc, e, n, k, p.full.index(i), p.b_bufs.index(i), p.GATED, p.BN)
-            async_copy.async_copy_global_to_shared(p.a_bufs.index(i), ptrs + k)
+            load_weight(
+                p.w_desc, e, n, k, p.full.index(i), p.b_bufs.index(i), True, p.GATED, p.BN
+            )
+            async_copy.async_copy_global_to_shared(p.a_bufs.index(i), ptrs + k, mask=live)
             async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
             c += 1
 
 
 @gluon.jit
+def _fetch_first_weights(p, work, tiles):
+    """Start the weights of the ring's first stages; how many stages were started."""
+    BYTES: gl.constexpr = p.w_desc.block_type.nbytes + p.x.block_type.nbytes
+    t = gl.program_id(0)
+    started = gl.minimum(gl.cdiv(p.K, p.BK), p.NB)
+    if t < tiles:
+        e, row_start, rows, m, n = locate(t, work)
+        for i in range(0, started):
+            mbarrier.expect(p.full.index(i), BYTES)
+            load_weight(
+                p.w_desc, e, n, i * p.BK, p.full.index(i), p.b_bufs.index(i), True, p.GATED, p.BN
+            )
+    return started
+
+
+@gluon.jit
 def load_rows(p, work):
     """One warp: weights and sorted rows by TMA; rows past a task's end belong to its neighbour."""
+    BYTES: gl.constexpr = p.w_desc.block_type.nbytes + p.x.block_type.nbytes
+    begin(p)
+    tiles = tile_count(work)
+    started = 0
+    if p.PDL == "prefetch":
+        started = _fetch_first_weights(p, work, tiles)
+        gdc_wait()
     c = 0
-    for t in range(gl.program_id(0), tile_count(work), gl.num_programs(0)):
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         e, row_start, rows, m, n = locate(t, work)
         for k in range(0, p.K, p.BK):
             i = c % p.NB
             full = p.full.index(i)
             mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
-            mbarrier.expect(full, p.w_desc.block_type.nbytes + p.x.block_type.nbytes)
+            fresh = c >= started
+            mbarrier.expect(full, BYTES, pred=fresh)
+            load_weight(p.w_desc, e, n, k, full, p.b_bufs.index(i), fresh, p.GATED, p.BN)
             tma.async_copy_global_to_shared(
                 p.x, [row_start + m * p.BM, k], full, p.a_bufs.index(i)
             )
-            load_weight(p.w_desc, e, n, k, full, p.b_bufs.index(i), p.GATED, p.BN)
             c += 1

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .pipeline import Stage, load_gathered, load_rows
+from .pipeline import Stage, begin, load_gathered, load_rows
 from .tiles import Work, activate, locate, store_ragged, tile_count
 
 
@@ -53,26 +53,33 @@ def _epilogue(p, acc, c_buf, row_start, rows, row, n):
 @gluon.jit
 def _consume(p, work, PART: gl.constexpr):
     """One warpgroup: rows [64 * PART, +64) of every tile; one in-order K chain per element."""
+    begin(p)
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BN, 16])
     c = 0
     for t in range(gl.program_id(0), tile_count(work), gl.num_programs(0)):
         e, row_start, rows, m, n = locate(t, work)
-        acc = gl.zeros((64, p.BN), gl.float32, layout=L)
-        for k in range(0, p.K, p.BK):
-            i = c % p.NB
-            mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
-            if p.GATHER:
-                fence_async_shared()
-            a = p.a_bufs.index(i).slice(64 * PART, 64, dim=0)
-            b = p.b_bufs.index(i).reshape([p.BN, p.BK]).permute((1, 0))
-            acc = warpgroup_mma(a, b, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, (acc,))
-            mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
-            c += 1
-        acc = warpgroup_mma_wait(0, (acc,))
-        mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
         row = m * p.BM + 64 * PART
-        _epilogue(p, acc, p.c_bufs.index(PART), row_start, rows, row, n)
+        if row < rows:
+            acc = gl.zeros((64, p.BN), gl.float32, layout=L)
+            for k in range(0, p.K, p.BK):
+                i = c % p.NB
+                mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
+                if p.GATHER:
+                    fence_async_shared()
+                a = p.a_bufs.index(i).slice(64 * PART, 64, dim=0)
+                b = p.b_bufs.index(i).reshape([p.BN, p.BK]).permute((1, 0))
+                acc = warpgroup_mma(a, b, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, (acc,))
+                mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
+                c += 1
+            acc = warpgroup_mma_wait(0, (acc,))
+            mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
+            _epilogue(p, acc, p.c_bufs.index(PART), row_start, rows, row, n)
+        else:
+            for _ in range(0, p.K, p.BK):
+                mbarrier.wait(p.full.index(c % p.NB), (c // p.NB) & 1)
+                mbarrier.arrive(p.empty.index(c % p.NB), count=1)
+                c += 1
     tma.store_wait(0)
 
 
@@ -90,9 +97,9 @@ def _consume_high(p, work):
 def prefill_kernel(
     x, order_ptr, w_desc, out_desc,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, K, n_tiles, top_k, limit, alpha, up_offset,
-    N: gl.constexpr, LOG2N: gl.constexpr, GROUP_M: gl.constexpr, GATED: gl.constexpr,
+    N: gl.constexpr, LANES: gl.constexpr, GROUP_M: gl.constexpr, GATED: gl.constexpr,
     GATHER: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, NB: gl.constexpr, CREG: gl.constexpr, LREG: gl.constexpr,
+    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, CREG: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[row] @ w[e].T) for the rows of every task, 128 rows and BN columns a tile.
 
@@ -115,11 +122,11 @@ def prefill_kernel(
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     work = Work(
-        tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, n_tiles, N, LOG2N, GROUP_M
+        tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, n_tiles, N, LANES, GROUP_M
     )
     p = Stage(
         x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, full, empty, K, top_k,
-        limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB,
+        limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
     )  # fmt: skip
     if GATHER:
         gl.warp_specialize(

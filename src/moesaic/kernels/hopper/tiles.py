@@ -36,18 +36,17 @@ def check_triton() -> None:
 
 
 @gluon.jit
-def find_entry(tile_end_ptr, m_tile, N: gl.constexpr, LOG2N: gl.constexpr):
+def find_entry(tile_end_ptr, m_tile, N: gl.constexpr, LANES: gl.constexpr):
     """The entry j whose tiles hold row tile `m_tile`: the number of ends <= m_tile.
 
-    Branch-free binary search over the inclusive prefix `tile_end_ptr` (N,) int32, LOG2N loads.
+    Every warp holds the whole inclusive prefix `tile_end_ptr` (N,) int32, LANES >= N a power of
+    two, so the count is one load, a compare and one warp reduction.
     With ends [1, 4, 4], m_tile 0 -> 0, 1..3 -> 1.
     """
-    j = m_tile * 0
-    for s in gl.static_range(LOG2N):
-        last = j + (1 << (LOG2N - 1 - s)) - 1
-        end = gl.load(tile_end_ptr + last, mask=last < N, other=0x7FFFFFFF)
-        j = gl.where(end <= m_tile, last + 1, j)
-    return j
+    L: gl.constexpr = gl.BlockedLayout([LANES // 32], [32], [gl.num_warps()], [0])
+    lane = gl.arange(0, LANES, layout=L)
+    end = gl.load(tile_end_ptr + lane, mask=lane < N, other=0x7FFFFFFF)
+    return gl.sum((end <= m_tile).to(gl.int32), axis=0)
 
 
 @aggregate
@@ -61,12 +60,12 @@ class Work:
     total_ptr: gl.tensor
     n_tiles: gl.tensor
     N: gl.constexpr
-    LOG2N: gl.constexpr
+    LANES: gl.constexpr
     GROUP_M: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(  # noqa: D107
-        self, tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, n_tiles, N, LOG2N, GROUP_M
+        self, tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, n_tiles, N, LANES, GROUP_M
     ):
         self.tile_end_ptr = tile_end_ptr
         self.task_ptr = task_ptr
@@ -75,7 +74,7 @@ class Work:
         self.total_ptr = total_ptr
         self.n_tiles = n_tiles
         self.N = gl.constexpr(N)
-        self.LOG2N = gl.constexpr(LOG2N)
+        self.LANES = gl.constexpr(LANES)
         self.GROUP_M = gl.constexpr(GROUP_M)
 
 
@@ -92,7 +91,7 @@ def locate(t, work):
     Inside a task, GROUP_M row tiles share a sweep over the columns, so that the tiles in flight
     form a block that reads each weight column few times from L2.
     """
-    j = find_entry(work.tile_end_ptr, t // work.n_tiles, work.N, work.LOG2N)
+    j = find_entry(work.tile_end_ptr, t // work.n_tiles, work.N, work.LANES)
     first = gl.load(work.tile_end_ptr + j - 1, mask=j > 0, other=0)
     m_tiles = gl.load(work.tile_end_ptr + j) - first
     e = gl.load(work.task_ptr + j)
@@ -113,9 +112,9 @@ def store_ragged(desc, smem, row_start, rows, row, col):
 
 
 @gluon.jit
-def load_weight(w_desc, e, n, k, bar, buf, GATED: gl.constexpr, ROWS: gl.constexpr):
+def load_weight(w_desc, e, n, k, bar, buf, pred, GATED: gl.constexpr, ROWS: gl.constexpr):
     """TMA load of weight tile `n` of expert `e` (ROWS rows, gate and up in eights when GATED)."""
     if GATED:
-        tma.async_copy_global_to_shared(w_desc, [e, n * (ROWS // 16), 0, 0, k], bar, buf)
+        tma.async_copy_global_to_shared(w_desc, [e, n * (ROWS // 16), 0, 0, k], bar, buf, pred)
     else:
-        tma.async_copy_global_to_shared(w_desc, [e, n * ROWS, k], bar, buf)
+        tma.async_copy_global_to_shared(w_desc, [e, n * ROWS, k], bar, buf, pred)

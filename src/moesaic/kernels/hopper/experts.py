@@ -1,0 +1,99 @@
+"""The MoE layer on Hopper: sort and map, up-projection, down-projection, combine; four launches.
+
+    T tokens · H hidden width · I intermediate width · E experts · K top-k · S = T*K routed rows
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..batching import batch_rows
+from ..combine import combine
+from .launch import HopperConfig, grouped_mm_hopper
+
+
+class LayerConfig(NamedTuple):
+    """The tiles of both products, which share one task map, and its order."""
+
+    up: HopperConfig
+    down: HopperConfig
+    order: str = "index"
+
+
+@lru_cache(maxsize=4096)
+def choose(rows_per_expert: float) -> LayerConfig:
+    """Tiles for an expected number of rows per expert: the smallest tile that holds them.
+
+    With few rows the work is reading weights, and a narrow token side wastes no shared memory;
+    from about a hundred rows on, 128-row tiles feed the tensor cores best.
+    """
+    for rows, stages in ((16, 5), (32, 5), (64, 8)):
+        if rows_per_expert <= 0.75 * rows:
+            tile = HopperConfig("decode", rows, 128, stages)
+            return LayerConfig(tile, tile)
+    tile = HopperConfig("prefill", 128, 256, 4)
+    return LayerConfig(tile, tile)
+
+
+@lru_cache(maxsize=16)
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def experts_hopper(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    up: Tensor,
+    down: Tensor,
+    activation: str = "silu",
+    gated: bool = True,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    num_sms: int | None = None,
+    config: LayerConfig | None = None,
+) -> Tensor:
+    """Each token through its K experts, weighted and summed in slot order: the output (T, H).
+
+    Args:
+        hidden: (T, H) bf16 or fp16; H and I multiples of 64.
+        topk_ids: (T, K) int32 or int64. topk_weights: (T, K), fp32 or the dtype of `hidden`.
+        up: (E, U, H), U = 2I when `gated`. down: (E, H, I).
+        num_sms: SM budget of the products; None: all.
+        config: instead of `choose`'s; moves time, never bits.
+    """
+    tokens, top_k = topk_ids.shape
+    experts, width, inter = up.shape[0], hidden.shape[1], down.shape[2]
+    if tokens == 0:
+        return torch.empty_like(hidden)
+    config = config or choose(tokens * top_k / experts)
+    num_sms = num_sms or _sm_count(hidden.device)
+    sort, tasks = batch_rows(topk_ids, experts, heights=(config.up.bm,), order=config.order)  # type: ignore[arg-type]
+    act_SI = hidden.new_empty((tokens * top_k, inter))
+    grouped_mm_hopper(
+        hidden,
+        up,
+        tasks,
+        act_SI,
+        config=config.up,
+        num_sms=num_sms,
+        order_S=sort.order_S,
+        top_k=top_k,
+        gated=gated,
+        activation=activation,
+        limit=limit,
+        alpha=alpha,
+        up_offset=up_offset,
+        pdl="wait",
+    )
+    rows_SH = hidden.new_empty((tokens * top_k, width))
+    grouped_mm_hopper(
+        act_SI, down, tasks, rows_SH, config=config.down, num_sms=num_sms, pdl="prefetch"
+    )
+    return combine(rows_SH, sort.position_S.view(tokens, top_k), topk_weights, pdl=True)
