@@ -24,8 +24,9 @@ from torch import Tensor
 from .taskmap import HEIGHTS, lanes, write_task_map
 
 MAX_EXPERTS = 1024
+MAX_SLOTS = 2**30
 ONE_LAUNCH_SLOTS = 4096
-SMALL = {"ROWS": 16, "CHUNK": 1024}
+SMALL = {"ROWS": 8, "CHUNK": 512}
 SCAN = {"CHUNKS": 128, "EXPERTS": 32}
 
 
@@ -62,9 +63,9 @@ def _check_ids(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
         )
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise ValueError(f"num_experts must be in [1, {MAX_EXPERTS}], got {num_experts}")
-    if topk_ids_TK.numel() >= 2**31 // MAX_EXPERTS:
+    if topk_ids_TK.numel() > MAX_SLOTS:
         raise ValueError(
-            f"T * K must be below {2**31 // MAX_EXPERTS}, got {topk_ids_TK.numel()}; "
+            f"T * K must be at most {MAX_SLOTS}, got {topk_ids_TK.numel()}; "
             "split the batch into chunks of tokens"
         )
     return topk_ids_TK.contiguous()
@@ -81,6 +82,11 @@ def sort_rows(topk_ids_TK: Tensor, num_experts: int) -> RowSort:
         ValueError: ids of another dtype or rank, or a size out of range.
     """
     return launch_sort(topk_ids_TK, num_experts, None, HEIGHTS, "index")
+
+
+def chunk_size(slots: int) -> int:
+    """Slots that one program of the three-launch sort takes: enough programs to fill a GPU."""
+    return 512 if slots <= 131072 else 1024
 
 
 def launch_sort(
@@ -111,7 +117,7 @@ def launch_sort(
             ids_TK, *outputs, slots, num_experts, stride, **constants, **SMALL, num_warps=8
         )
         return rows
-    chunk = 512 if slots <= 131072 else 1024
+    chunk = chunk_size(slots)
     chunks = triton.cdiv(slots, chunk)
     hist = torch.empty((chunks + 1, num_experts), dtype=torch.int32, device=device)
     count_chunks_kernel[(chunks,)](
@@ -201,12 +207,14 @@ def sort_small_kernel(
         key_R = id_R * slots + slot_R
         smaller_RC = tl.zeros((ROWS, CHUNK), tl.int32)
         live_C = tl.zeros((CHUNK,), tl.int32)
+        id_C = load_ids(ids_ptr, tl.arange(0, CHUNK), slots, experts)
         for first in range(0, slots, CHUNK):
             slot_C = first + tl.arange(0, CHUNK)
-            id_C = load_ids(ids_ptr, slot_C, slots, experts)
+            next_C = load_ids(ids_ptr, slot_C + CHUNK, slots, experts)
             key_C = id_C * slots + slot_C
             smaller_RC += (key_C[None, :] < key_R[:, None]).to(tl.int32)
             live_C += (id_C < experts).to(tl.int32)
+            id_C = next_C
         place_R = tl.sum(smaller_RC, axis=1)
         write_places(
             slot_R, id_R, place_R, tl.sum(live_C, axis=0), order_ptr, position_ptr, slots, experts
