@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -55,10 +56,12 @@ def text_files(root: Path) -> Iterator[tuple[str, bytes]]:
     Skipped: third-party packages, the codec tables, empty files, files over 1 MiB, files that are
     not UTF-8.
     """
-    for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
+    paths: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        paths += [Path(folder, name) for name in names if name.endswith(SUFFIXES)]
+    for path in sorted(paths, key=lambda p: p.relative_to(root).as_posix()):
         relative = path.relative_to(root)
-        if path.suffix not in SUFFIXES or SKIPPED_FOLDERS & set(relative.parts):
-            continue
         if not path.is_file() or not 0 < path.stat().st_size <= MAX_FILE_BYTES:
             continue
         content = path.read_bytes()

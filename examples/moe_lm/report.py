@@ -112,6 +112,20 @@ def numbers(summary: dict[str, Any], measured: dict[str, float]) -> str:
     return "\n".join(table + shares)
 
 
+def fill_card(card: Path, summary: dict[str, Any], measured: dict[str, float]) -> None:
+    """Put the numbers between the two marks of the model card.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    filled = f"{BEGIN}\n{numbers(summary, measured)}\n{END}"
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    page, count = pattern.subn(lambda _: filled, card.read_text(encoding="utf-8"))
+    if count != 1:
+        raise ValueError(f"{card}: needs the lines {BEGIN} and {END} once; restore the page")
+    card.write_text(page, encoding="utf-8")
+
+
 def install(source: Path, root: Path, bits_per_byte: Callable[[ByteMoELM, bytes], float]) -> None:
     """Copy a result into the repository after checking it, and fill the model card's numbers.
 
@@ -119,6 +133,11 @@ def install(source: Path, root: Path, bits_per_byte: Callable[[ByteMoELM, bytes]
         ValueError: the model misses its goal, or gives other bits per byte than its summary says.
     """
     summary = json.loads((source / "summary.json").read_text(encoding="utf-8"))
+    if summary["ratio_to_trigram"] > GOAL:
+        raise ValueError(
+            f"{source}: {summary['ratio_to_trigram']:.3f} of the 3-gram, the goal is {GOAL}; "
+            "train longer"
+        )
     text = heldout_path().read_bytes()
     measured: dict[str, float] = {}
     for impl in ("reference", "auto"):
@@ -129,20 +148,9 @@ def install(source: Path, root: Path, bits_per_byte: Callable[[ByteMoELM, bytes]
                 f"{source}: held-out bits per byte are {measured[impl]:.4f} here with impl={impl}, "
                 f"but {summary['heldout_bpb']:.4f} in summary.json; take both from one run"
             )
-    if summary["ratio_to_trigram"] > GOAL:
-        raise ValueError(
-            f"{source}: {summary['ratio_to_trigram']:.3f} of the 3-gram, the goal is {GOAL}; "
-            "train longer"
-        )
     shutil.copyfile(source / model_path().name, model_path())
     shutil.copyfile(source / "training.jsonl", root / "docs" / "model_training.jsonl")
     (root / "docs" / "assets").mkdir(exist_ok=True)
     draw_curve(source / "training.jsonl", root / "docs" / "assets" / "model_curve.png")
-    card = root / "docs" / "model.md"
-    filled = f"{BEGIN}\n{numbers(summary, measured)}\n{END}"
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    page, count = pattern.subn(lambda _: filled, card.read_text(encoding="utf-8"))
-    if count != 1:
-        raise ValueError(f"{card}: needs the lines {BEGIN} and {END} once; restore the page")
-    card.write_text(page, encoding="utf-8")
+    fill_card(root / "docs" / "model.md", summary, measured)
     print(f"installed: {summary['heldout_bpb']:.3f} bits per byte on held-out text")

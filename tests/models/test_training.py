@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
@@ -18,9 +19,10 @@ from moesaic.reference import moe_reference
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-corpus = pytest.importorskip("moe_lm.corpus")
-grouped = pytest.importorskip("moe_lm.grouped")
-ngram = pytest.importorskip("moe_lm.ngram")
+corpus = importlib.import_module("moe_lm.corpus")
+grouped = importlib.import_module("moe_lm.grouped")
+ngram = importlib.import_module("moe_lm.ngram")
+report = importlib.import_module("moe_lm.report")
 
 SPEC = ExpertSpec(num_experts=5, hidden_size=16, intermediate_size=24)
 
@@ -123,3 +125,11 @@ def test_training_runs_and_writes_its_four_files(tmp_path: Path) -> None:
     assert summary["steps"] == 3
     assert 1 < summary["heldout_bpb"] < 8.5
     load_model(tmp_path / "byte_moe_lm.safetensors")
+    card = tmp_path / "card.md"
+    card.write_text("before\n<!-- numbers: begin -->\nold\n<!-- numbers: end -->\nafter\n")
+    report.fill_card(card, summary, {"auto": 1.5})
+    page = card.read_text()
+    assert f"**{summary['heldout_bpb']:.3f}**" in page
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    with pytest.raises(ValueError, match="train longer"):
+        report.install(tmp_path, tmp_path, lambda *_: summary["heldout_bpb"])
