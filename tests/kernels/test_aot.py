@@ -60,7 +60,9 @@ def test_faults_are_reported(tmp_path: Path) -> None:
     assert "no wgmma" in found["no-wgmma"]
     assert "'tcgen05' not in the PTX" in found["no-such-ptx"]
     assert "does not compile" in found["does-not-compile"]
-    assert told["unlisted"] == ["aot_samples.forgotten_kernel"]
+    forgotten = [f"forgotten_kernel for sm_{arch}" for arch in (80, 90, 100)]
+    unlisted = [*forgotten, "product_kernel for sm_80", "product_kernel for sm_100"]
+    assert told["unlisted"] == [f"aot_samples.{kernel}" for kernel in unlisted]
 
 
 def test_log_of_ptxas_is_read() -> None:

@@ -145,9 +145,13 @@ def _memory(log: str) -> tuple[int, int]:
     return spill, sum(map(int, re.findall(r"(\d+) bytes stack frame", log)))
 
 
-def _version(text: str) -> tuple[int, int]:
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
+def gluon_works() -> bool:
+    """Whether this Triton is one that Gluon kernels are written for."""
+    import triton
+
+    low, high = GLUON_TRITON
+    major, minor = triton.__version__.split(".")[:2]
+    return low <= (int(major), int(minor)) <= high
 
 
 def compile_case(case: AotCase, arch: int) -> AotReport:
@@ -165,8 +169,7 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
     from triton.compiler import ASTSource
 
     name, version = case.name, triton.__version__
-    low, high = GLUON_TRITON
-    if case.gluon and not low <= _version(version) <= high:
+    if case.gluon and not gluon_works():
         return AotReport(name=name, arch=arch, triton=version, skipped="Gluon needs Triton 3.6-3.8")
     make_source: Any = ASTSource
     if case.gluon:
@@ -199,10 +202,11 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
 
 
 def kernel_modules() -> list[str]:
-    """Names of the modules of this package."""
+    """Names of the modules of this package and of those inside it."""
     package = __package__ or "moesaic.kernels"
     paths = importlib.import_module(package).__path__
-    return sorted(f"{package}.{m.name}" for m in pkgutil.iter_modules(paths) if m.name != "aot")
+    names = {module.name for module in pkgutil.walk_packages(paths, f"{package}.")}
+    return sorted(names - {f"{package}.aot"})
 
 
 def all_cases(modules: list[str] | None = None) -> dict[str, AotCase]:
@@ -222,15 +226,25 @@ def all_cases(modules: list[str] | None = None) -> dict[str, AotCase]:
 
 
 def unlisted_kernels(modules: list[str] | None = None) -> list[str]:
-    """Kernels (functions called ``*_kernel``) of `modules` that no case compiles."""
+    """Kernels (functions called ``*_kernel``) of `modules` that no case compiles for 80, 90 or 100.
+
+    For a Gluon kernel, which is written for one architecture, any will do, and outside the Tritons
+    of `GLUON_TRITON` none is asked for.
+    """
     from triton.runtime.jit import JITFunction
 
-    listed = {id(case.fn) for case in all_cases(modules).values()}
+    listed: dict[int, set[int]] = {}
+    for case in all_cases(modules).values():
+        archs = set(SHARED_LIMIT) if case.gluon else set(case.archs)
+        listed.setdefault(id(case.fn), set()).update(archs)
     return [
-        f"{module}.{name}"
+        f"{module}.{name} for sm_{arch}"
         for module in (kernel_modules() if modules is None else modules)
         for name, fn in vars(importlib.import_module(module)).items()
-        if isinstance(fn, JITFunction) and name.endswith("_kernel") and id(fn) not in listed
+        if isinstance(fn, JITFunction) and name.endswith("_kernel") and fn.__module__ == module
+        if gluon_works() or not fn.is_gluon()
+        for arch in SHARED_LIMIT
+        if arch not in listed.get(id(fn), ())
     ]
 
 
