@@ -77,8 +77,26 @@ def cells_of(lines: Sequence[Line]) -> dict[tuple[Any, ...], dict[str, Line]]:
     return found
 
 
+def counters_sheet(lines: Sequence[Line]) -> Sheet:
+    """Megabytes read and written and launches, one row per cell and implementation."""
+    heads = ["model", "tokens", "dtype", "impl", "MB read", "MB written", "launches", "state"]
+    rows = []
+    for x in lines:
+        sizes = [x.get(key) for key in ("bytes_read", "bytes_written")]
+        counts = [short(None if size is None else size / 1e6) for size in sizes]
+        state = "wrong" if x.get("wrong") else str(x.get("error", "right"))
+        place = [str(x[key]) for key in ("model", "tokens", "dtype", "impl")]
+        rows.append([*place, *counts, str(x.get("launches", "-")), state])
+    return Sheet(heads, rows)
+
+
 def sheet(lines: Sequence[Line]) -> Sheet:
-    """Milliseconds of every implementation per cell and mode; the speed-up over the best other."""
+    """Milliseconds of every implementation per cell and mode; the speed-up over the best other.
+
+    Lines of counters give `counters_sheet`.
+    """
+    if any(x["clock"] == "counters" for x in lines):
+        return counters_sheet(lines)
     by_cell = cells_of(lines)
     names = list(dict.fromkeys(name for row in by_cell.values() for name in row))
     names.sort(key=lambda name: (name != OURS, name == "dense-twin"))
@@ -96,7 +114,8 @@ def sheet(lines: Sequence[Line]) -> Sheet:
 
 def markdown(table: Sheet) -> str:
     """A sheet as a Markdown table."""
-    aligned = ["---" if head in CELL else "---:" for head in table.heads]
+    words = {*CELL, "impl", "state", "target"}
+    aligned = ["---" if head in words else "---:" for head in table.heads]
     every = [table.heads, aligned, *table.rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in every)
 

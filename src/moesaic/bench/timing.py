@@ -18,6 +18,7 @@ import contextlib
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -162,7 +163,7 @@ def _events_ms(work: Callable[[], None], *, head_start: bool) -> float:
     end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     if head_start:
-        torch.cuda._sleep(200_000)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(600_000)  # type: ignore[no-untyped-call]
     start.record()
     work()
     end.record()
@@ -204,7 +205,9 @@ def refuse_sync(call: Call) -> None:
         GraphError: the call waits for the device.
     """
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         call()
     except RuntimeError as error:

