@@ -105,12 +105,12 @@ def _experts_cpu(
     spec: str,
     impl: str,
 ) -> Tensor:
-    from .kernels.cpu import experts_cpu
-
     s = ExpertSpec.from_key(spec)
     weights = ExpertWeights(up, down, up_bias, down_bias, mid, mid_bias)
     if impl == "reference":
         return moe_reference(hidden, topk_ids, topk_weights, weights, s)
+    from .kernels.cpu import experts_cpu
+
     return experts_cpu(
         hidden,
         topk_ids,

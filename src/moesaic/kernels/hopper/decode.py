@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .pipeline import Stage, begin, load_gathered, load_rows
-from .tiles import Work, activate, locate, store_ragged, tile_count
+from .tiles import Work, activate, locate, store_ragged, tile_count, tile_of
 
 
 @gluon.jit
@@ -31,31 +31,32 @@ def _multiply(p, work):
     COLS: gl.constexpr = p.BN // 2 if p.GATED else p.BN
     c_buf = p.c_bufs.index(0)
     c = 0
-    for t in range(gl.program_id(0), tile_count(work), gl.num_programs(0)):
-        e, row_start, rows, m, n = locate(t, work)
-        acc = gl.zeros((p.BN, p.BM), gl.float32, layout=L)
-        for k in range(0, p.K, p.BK):
-            i = c % p.NB
-            mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
-            if p.GATHER:
-                fence_async_shared()
-            w = p.b_bufs.index(i).reshape([p.BN, p.BK])
-            x = p.a_bufs.index(i).permute((1, 0))
-            acc = warpgroup_mma(w, x, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, (acc,))
-            mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
-            c += 1
-        acc = warpgroup_mma_wait(0, (acc,))
-        mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
-        if p.GATED:
-            g, u = acc.reshape(p.BN // 16, 2, 8, p.BM).permute(0, 2, 3, 1).split()
-            y = activate(g, u, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha, p.up_offset).reshape(COLS, p.BM)
-        else:
-            y = acc
-        tma.store_wait(0)
-        c_buf.reshape([p.BM, COLS]).store(y.to(p.out_desc.dtype).permute(1, 0))
-        fence_async_shared()
-        store_ragged(p.out_desc, c_buf, row_start, rows, m * p.BM, n * COLS)
+    for first in range(0, tile_count(work), gl.num_programs(0)):
+        e, row_start, rows, m, n = locate(tile_of(first, work), work)
+        if rows > 0:
+            acc = gl.zeros((p.BN, p.BM), gl.float32, layout=L)
+            for k in range(0, p.K, p.BK):
+                i = c % p.NB
+                mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
+                if p.GATHER:
+                    fence_async_shared()
+                w = p.b_bufs.index(i).reshape([p.BN, p.BK])
+                x = p.a_bufs.index(i).permute((1, 0))
+                acc = warpgroup_mma(w, x, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, (acc,))
+                mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
+                c += 1
+            acc = warpgroup_mma_wait(0, (acc,))
+            mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
+            if p.GATED:
+                g, u = acc.reshape(p.BN // 16, 2, 8, p.BM).permute(0, 2, 3, 1).split()
+                y = activate(g, u, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha, p.up_offset).reshape(COLS, p.BM)
+            else:
+                y = acc
+            tma.store_wait(0)
+            c_buf.reshape([p.BM, COLS]).store(y.to(p.out_desc.dtype).permute(1, 0))
+            fence_async_shared()
+            store_ragged(p.out_desc, c_buf, row_start, rows, m * p.BM, n * COLS)
     tma.store_wait(0)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..batching import batch_rows
 from ..combine import combine
+from ..taskmap import TaskMap
 from .launch import HopperConfig, grouped_mm_hopper
 
 
@@ -42,6 +43,27 @@ def choose(rows_per_expert: float) -> LayerConfig:
 @lru_cache(maxsize=16)
 def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=64)
+def _every_slot(top_k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Constants of a map with one row per task: slot numbers from 0, from 1, and the totals."""
+    slots = torch.arange(top_k + 1, dtype=torch.int32, device=device)
+    return slots[:-1], slots[1:].clone(), torch.full((2,), top_k, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=64)
+def _ones(top_k: int, device: torch.device) -> Tensor:
+    return torch.ones(top_k, dtype=torch.int32, device=device)
+
+
+def _one_token(topk_ids: Tensor) -> tuple[Tensor, TaskMap]:
+    """Order and task map of a single token: each slot is a task of one row, nothing to sort."""
+    top_k, device = topk_ids.shape[1], topk_ids.device
+    start, end, total = _every_slot(top_k, device)
+    ones = _ones(top_k, device)
+    ids = topk_ids.view(-1).to(torch.int32)
+    return start, TaskMap(end, ids, start, ones, ones, total)
 
 
 def experts_hopper(
@@ -74,7 +96,12 @@ def experts_hopper(
         return torch.empty_like(hidden)
     config = config or choose(tokens * top_k / experts)
     num_sms = num_sms or _sm_count(hidden.device)
-    sort, tasks = batch_rows(topk_ids, experts, heights=(config.up.bm,), order=config.order)  # type: ignore[arg-type]
+    if tokens == 1:
+        order_S, tasks = _one_token(topk_ids)
+        position = order_S
+    else:
+        sort, tasks = batch_rows(topk_ids, experts, heights=(config.up.bm,), order=config.order)  # type: ignore[arg-type]
+        order_S, position = sort.order_S, sort.position_S
     act_SI = hidden.new_empty((tokens * top_k, inter))
     grouped_mm_hopper(
         hidden,
@@ -83,7 +110,7 @@ def experts_hopper(
         act_SI,
         config=config.up,
         num_sms=num_sms,
-        order_S=sort.order_S,
+        order_S=order_S,
         top_k=top_k,
         gated=gated,
         activation=activation,
@@ -96,4 +123,4 @@ def experts_hopper(
     grouped_mm_hopper(
         act_SI, down, tasks, rows_SH, config=config.down, num_sms=num_sms, pdl="prefetch"
     )
-    return combine(rows_SH, sort.position_S.view(tokens, top_k), topk_weights, pdl=True)
+    return combine(rows_SH, position.view(tokens, top_k), topk_weights, pdl=True)

@@ -16,7 +16,7 @@ from triton.language.core import _aggregate as aggregate
 from triton.language.core import base_value
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .tiles import load_weight, locate, tile_count
+from .tiles import load_weight, locate, tile_count, tile_of
 
 
 @aggregate
@@ -99,13 +99,13 @@ def load_gathered(p, work):
     r = gl.arange(0, p.BM, layout=gl.SliceLayout(1, BL))
     cols = gl.arange(0, p.BK, layout=gl.SliceLayout(0, BL))
     c = 0
-    for t in range(gl.program_id(0), tile_count(work), gl.num_programs(0)):
-        e, row_start, rows, m, n = locate(t, work)
+    for first in range(0, tile_count(work), gl.num_programs(0)):
+        e, row_start, rows, m, n = locate(tile_of(first, work), work)
         row = m * p.BM + r
         slot = gl.load(p.order_ptr + row_start + row, mask=row < rows, other=0)
         live = (row < rows)[:, None] & (cols >= 0)[None, :]
         ptrs = p.x + (slot // p.top_k).to(gl.int64)[:, None] * p.K + cols[None, :]
-        for k in range(0, p.K, p.BK):
+        for k in range(0, gl.where(rows > 0, p.K, 0), p.BK):
             i = c % p.NB
             mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
             mbarrier.expect(p.full.index(i), p.w_desc.block_type.nbytes)
@@ -144,9 +144,9 @@ def load_rows(p, work):
         started = _fetch_first_weights(p, work, tiles)
         gdc_wait()
     c = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        e, row_start, rows, m, n = locate(t, work)
-        for k in range(0, p.K, p.BK):
+    for first in range(0, tiles, gl.num_programs(0)):
+        e, row_start, rows, m, n = locate(tile_of(first, work), work)
+        for k in range(0, gl.where(rows > 0, p.K, 0), p.BK):
             i = c % p.NB
             full = p.full.index(i)
             mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)

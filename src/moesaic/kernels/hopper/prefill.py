@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .pipeline import Stage, begin, load_gathered, load_rows
-from .tiles import Work, activate, locate, store_ragged, tile_count
+from .tiles import Work, activate, locate, store_ragged, tile_count, tile_of
 
 
 @gluon.jit
@@ -56,8 +56,8 @@ def _consume(p, work, PART: gl.constexpr):
     begin(p)
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BN, 16])
     c = 0
-    for t in range(gl.program_id(0), tile_count(work), gl.num_programs(0)):
-        e, row_start, rows, m, n = locate(t, work)
+    for first in range(0, tile_count(work), gl.num_programs(0)):
+        e, row_start, rows, m, n = locate(tile_of(first, work), work)
         row = m * p.BM + 64 * PART
         if row < rows:
             acc = gl.zeros((64, p.BN), gl.float32, layout=L)
@@ -76,7 +76,7 @@ def _consume(p, work, PART: gl.constexpr):
             mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
             _epilogue(p, acc, p.c_bufs.index(PART), row_start, rows, row, n)
         else:
-            for _ in range(0, p.K, p.BK):
+            for _ in range(0, gl.where(rows > 0, p.K, 0), p.BK):
                 mbarrier.wait(p.full.index(c % p.NB), (c // p.NB) & 1)
                 mbarrier.arrive(p.empty.index(c % p.NB), count=1)
                 c += 1

@@ -15,6 +15,7 @@ from ..activation_triton import activate as _activate
 from ..activation_triton import pointwise as _pointwise
 
 TRITON_RANGE = ((3, 6), (3, 9))
+ROTATION = gl.constexpr(37)
 RAGGED_ORIGIN = gl.constexpr(1 << 30)
 activate = gluon.jit(_activate.fn)
 pointwise = gluon.jit(_pointwise.fn)
@@ -85,18 +86,31 @@ def tile_count(work):
 
 
 @gluon.jit
+def tile_of(first, work):
+    """This program's tile of the round that starts at tile `first`.
+
+    Rounds are rotated against each other. Without that, a task of three row tiles would give the
+    same programs the short last tile again and again; they would run ahead, and weights that their
+    neighbours still need would be read from memory twice.
+    """
+    programs = gl.num_programs(0)
+    return first + (gl.program_id(0) + (first // programs) * ROTATION) % programs
+
+
+@gluon.jit
 def locate(t, work):
-    """Expert, first row, rows, row tile and column tile of tile `t`.
+    """Expert, first row, rows, row tile and column tile of tile `t`; no rows past the last tile.
 
     Inside a task, GROUP_M row tiles share a sweep over the columns, so that the tiles in flight
     form a block that reads each weight column few times from L2.
     """
-    j = find_entry(work.tile_end_ptr, t // work.n_tiles, work.N, work.LANES)
+    m_tile = t // work.n_tiles
+    j = gl.minimum(find_entry(work.tile_end_ptr, m_tile, work.N, work.LANES), work.N - 1)
     first = gl.load(work.tile_end_ptr + j - 1, mask=j > 0, other=0)
     m_tiles = gl.load(work.tile_end_ptr + j) - first
     e = gl.load(work.task_ptr + j)
     row_start = gl.load(work.row_start_ptr + j)
-    rows = gl.load(work.rows_ptr + j)
+    rows = gl.where(t < tile_count(work), gl.load(work.rows_ptr + j), 0)
     q = t - first * work.n_tiles
     group_first = (q // (work.GROUP_M * work.n_tiles)) * work.GROUP_M
     group = gl.minimum(m_tiles - group_first, work.GROUP_M)
