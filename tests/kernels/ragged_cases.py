@@ -32,8 +32,8 @@ def violations(task_map: TaskMap, sizes: Sequence[int], heights: Sequence[int]) 
     found = []
     if filled != sum(size > 0 for size in sizes):
         found.append(f"{filled} entries for {sizes}")
-    if any(end != total for end in tile_end_N[filled:]):
-        found.append("the tail does not hold the total")
+    if any(end != total for end in tile_end_N[max(filled - 1, 0) :]):
+        found.append("the last entry and the tail do not hold the total")
     if total > tile_capacity(sum(sizes), len(sizes), heights):
         found.append(f"{total} tiles exceed the capacity")
     owner = [task for task, size in enumerate(sizes) for _ in range(size)]
