@@ -139,13 +139,31 @@ class Work:
         return float((got_RH - self.want_RH).norm() / self.want_RH.norm())
 
 
-def make_work(loaded: Loaded, cell: Cell, machine: Machine, seed: int, checked: int = 32) -> Work:
-    """Fresh inputs of a cell and the fp64 reference on `checked` of the first call's tokens."""
+def make_work(
+    loaded: Loaded,
+    cell: Cell,
+    machine: Machine,
+    seed: int,
+    *,
+    curve: Sequence[float] | None = None,
+    checked: int = 32,
+) -> Work:
+    """Fresh inputs of a cell and the fp64 reference on `checked` of the first call's tokens.
+
+    `curve`: the recorded loads that routing `curve` resamples.
+    """
     model = loaded.model
     generator = torch.Generator(machine.device).manual_seed(seed)
     length = rotation_length(model, cell.tokens, loaded.dtype.itemsize, machine.cache_bytes)
     inputs = [
-        make_inputs(model, cell.tokens, cell.routing, dtype=loaded.dtype, generator=generator)
+        make_inputs(
+            model,
+            cell.tokens,
+            cell.routing,
+            dtype=loaded.dtype,
+            generator=generator,
+            curve=curve,
+        )
         for _ in range(length)
     ]
     active = sum(len(set(one.topk_ids_TK.flatten().tolist())) for one in inputs) / length
@@ -246,6 +264,7 @@ def measure_cell(
     seed: int,
     stamped: Line,
     suite: str,
+    curve: Sequence[float] | None = None,
 ) -> list[Line]:
     """The lines of one cell, one per candidate and mode, and one of the dense twin.
 
@@ -253,7 +272,7 @@ def measure_cell(
         DeviceLost: the GPU answers no more; nothing later in this process can be measured.
     """
     with torch.no_grad():
-        bench = Bench(make_work(loaded, cell, machine, seed))
+        bench = Bench(make_work(loaded, cell, machine, seed, curve=curve))
         for candidate in candidates:
             _prepare(bench, loaded, cell, candidate, machine)
         _twin(bench, loaded, cell, machine)
