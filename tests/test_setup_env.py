@@ -8,12 +8,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import setup_env
+from setup_env import Requirement, decide, parse_requirement, requirements_of
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-
-import setup_env  # noqa: E402
-from setup_env import Requirement, decide, parse_requirement, requirements_of  # noqa: E402
 
 LINES = [
     "torch>=2.11",
