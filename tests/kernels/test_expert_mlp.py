@@ -1,4 +1,4 @@
-"""The fused three-layer expert: right, of the bits of the tiled products, refused where too wide."""
+"""The fused three-layer expert: right, with the bits of the tiled products, refused if too wide."""
 
 from __future__ import annotations
 

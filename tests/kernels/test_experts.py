@@ -1,4 +1,4 @@
-"""The whole Triton layer against the fp64 oracle, and its bits against everything that must not show."""
+"""The whole Triton layer against the fp64 oracle, and its bits against all that must not show."""
 
 from __future__ import annotations
 

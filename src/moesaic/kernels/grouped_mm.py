@@ -73,8 +73,8 @@ def _tile(
 ):
     """Rows [m*BLOCK_M, ...) of a task times output columns [n*BLOCK_N, ...) of its expert.
 
-    Padding rows repeat the task's first row and padding columns the expert's first weight row:
-    they read valid memory and are not stored.
+    Padding rows repeat the task's first row and padding columns the expert's first weight row (or
+    zero, when transposed): they read valid memory and are not stored.
     """
     COLS: tl.constexpr = BLOCK_N * 2 if GATED else BLOCK_N
     # Gate and up columns alternate in runs of PAIR. A thread holds neighbours of an accumulator of
@@ -92,19 +92,24 @@ def _tile(
     if GATED:
         out_col = n * BLOCK_N + (col // (2 * PAIR)) * PAIR + col % PAIR
         half = (col // PAIR) % 2
-        weight_row = out_col * 2 + half if INTERLEAVED else out_col + half * width
+        if INTERLEAVED and PAIR == 1:
+            weight_row = n * COLS + col
+        elif INTERLEAVED:
+            weight_row = out_col * 2 + half
+        else:
+            weight_row = out_col + half * width
         weight_rows = width * 2
     else:
         out_col = n * BLOCK_N + col
         weight_row = out_col
         weight_rows = width
-    if not EVEN_N:
+    if not (EVEN_N or TRANSPOSED):
         weight_row = tl.where(out_col < width, weight_row, 0)
     k = tl.arange(0, BLOCK_K)
     base = weight_ptr + expert.to(tl.int64) * weight_rows * contraction
     x_ptrs = x_ptr + source[:, None].to(tl.int64) * contraction + k[None, :]
     if TRANSPOSED:
-        w_ptrs = base + k[None, :] * weight_rows + weight_row[:, None]
+        w_ptrs = base + k[:, None] * weight_rows + weight_row[None, :]
         w_step = BLOCK_K * weight_rows
     else:
         w_ptrs = base + weight_row[:, None] * contraction + k[None, :]
@@ -114,23 +119,31 @@ def _tile(
     else:
         acc = tl.zeros((BLOCK_M, COLS), tl.float32)
     for start in range(0, contraction, BLOCK_K):
+        keep_k = k < contraction - start
         if EVEN_K:
             x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=keep_k[None, :], other=0.0)
+        if TRANSPOSED and not (EVEN_K and EVEN_N):
+            keep_w = keep_k[:, None] & (weight_row < weight_rows)[None, :]
+            w = tl.load(w_ptrs, mask=keep_w, other=0.0)
+        elif EVEN_K:
             w = tl.load(w_ptrs)
         else:
-            keep_k = k[None, :] < contraction - start
-            x = tl.load(x_ptrs, mask=keep_k, other=0.0)
-            w = tl.load(w_ptrs, mask=keep_k, other=0.0)
+            w = tl.load(w_ptrs, mask=keep_k[None, :], other=0.0)
         if SWAP:
-            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+            left = tl.trans(w) if TRANSPOSED else w
+            acc = tl.dot(left, tl.trans(x), acc, input_precision="ieee")
         else:
-            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+            right = w if TRANSPOSED else tl.trans(w)
+            acc = tl.dot(x, right, acc, input_precision="ieee")
         x_ptrs += BLOCK_K
         w_ptrs += w_step
     if SWAP:
         acc = tl.trans(acc)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + expert.to(tl.int64) * weight_rows + weight_row)
+        bias_ptrs = bias_ptr + expert.to(tl.int64) * weight_rows + weight_row
+        bias = tl.load(bias_ptrs, mask=weight_row < weight_rows, other=0.0)
         acc += bias[None, :].to(tl.float32)
     if GATED:
         pairs = tl.reshape(acc, (BLOCK_M, BLOCK_N // PAIR, 2, PAIR))
@@ -372,6 +385,10 @@ def aot_cases() -> list[AotCase]:
         ("swiglu", gate, "bfloat16", False),
         ("down", plain, "bfloat16", False),
         ("oss", oss, "bfloat16", True),
+        ("halves", gate, "bfloat16", True),
+        ("swiglu_tails", gate, "bfloat16", False),
+        ("oss_tails", oss, "bfloat16", True),
+        ("columns", plain, "bfloat16", True),
         ("fp32", gate, "float32", False),
     )
     return [
@@ -383,8 +400,14 @@ def aot_cases() -> list[AotCase]:
 
 
 def _aot_case(
-    name: str, epilogue: Epilogue, dtype: str, transposed: bool, tokens: int, arch: int
+    name: str,
+    epilogue: Epilogue,
+    dtype: str,
+    transposed: bool,
+    tokens: int,
+    arch: int,
 ) -> AotCase:
+    uneven = name.endswith("tails")
     problem = Problem(tokens, 8, 128, 2048, 768, True, 2, dtype, arch)
     config = heuristic(problem)
     cut = config.up if epilogue.gated else config.down
@@ -409,8 +432,8 @@ def _aot_case(
             "ACTIVATION": epilogue.activation,
             "HAS_BIAS": True,
             "HAS_LIMIT": epilogue.limit is not None,
-            "EVEN_K": True,
-            "EVEN_N": True,
+            "EVEN_K": not uneven,
+            "EVEN_N": not uneven,
             "SWAP_UP_TO": cut.swap_up_to,
             "BLOCK_N": cut.block_n,
             "BLOCK_K": cut.block_k,
