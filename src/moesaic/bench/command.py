@@ -30,7 +30,7 @@ def show(table: Sheet, title: str) -> None:
     rich = Table(title=title, box=None, header_style="bold")
     for column, head in enumerate(table.heads):
         text = all(not row[column][:1].isdigit() for row in table.rows)
-        rich.add_column(head, justify="left" if text else "right")
+        rich.add_column(head, justify="left" if text else "right", overflow="fold")
     for row in table.rows:
         rich.add_row(*(Text(cell) for cell in row))
     Console(width=width).print(rich)
