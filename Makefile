@@ -39,7 +39,7 @@ docs: venv
 	@$(CHECK) docs
 
 bench-cpu: venv
-	@$(PY) -m moesaic bench cpu
+	@$(PY) -m moesaic bench --suite cpu
 
 wheel: venv
 	@$(PY) -m build
