@@ -121,8 +121,8 @@ def add_lora_(
 ) -> Tensor:
     """Add each row's adapter to `out_TO`, in place: ``out[t] += scale[n] * (x[t] A[n]^T) B[n]^T``.
 
-    One launch, and one (up to 4096 rows, else three) to sort; no host sync. Products sum in fp32, the rank-wide
-    middle is rounded to the dtype of x, the sum with `out` is rounded once.
+    One launch, and one (up to 4096 rows, else three) to sort; no host sync. Products sum in fp32,
+    the rank-wide middle is rounded to the dtype of x, the sum with `out` is rounded once.
 
     Args:
         out_TO: fp32, fp16 or bf16; what the base layer gave. Rows without adapter stay as they are.
