@@ -15,6 +15,7 @@ whatever the tile, which is why tile sizes, warps and operand order do not show 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -257,6 +258,14 @@ def grouped_mm_kernel(
                     )
 
 
+@lru_cache(maxsize=64)
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a device; 1 for the interpreter."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _check(x_SC: Tensor, weight: Tensor, width: int, weight_rows: int) -> None:
     contraction = x_SC.shape[1]
     if weight.shape[1] * weight.shape[2] != weight_rows * contraction:
@@ -308,6 +317,8 @@ def grouped_mm(
     group_m = config.group_m
     row_tiles = tile_capacity(slots, entries, heights)
     programs = triton.cdiv(row_tiles, group_m) * group_m * triton.cdiv(width, config.block_n)
+    if num_sms is None and config.ctas_per_sm:
+        num_sms = sm_count(x.device)
     if num_sms is not None:
         programs = min(programs, num_sms * max(1, config.ctas_per_sm))
     if programs == 0:

@@ -2,8 +2,8 @@
 
 `choose` is a function of the shape of the problem alone (never of the routing), so a captured graph
 and an eager call agree, and none of its answers can change a bit of the output. The tables are
-`configs/<device family>.json`; a table's row is found by the shape of the layer and the power of
-two at or above the token count.
+`configs/<device family>.json`; a table's row is found by the shape of the layer and the measured
+token count nearest to that of the call, as powers of two.
 
     T tokens · H hidden width · I intermediate width · E experts · K top-k
 
@@ -57,7 +57,7 @@ class GemmConfig(NamedTuple):
 class Config(NamedTuple):
     """How one call runs: tile heights, the order of experts, one cut per product, and why.
 
-    `fused` asks for the one-launch three-layer kernel with tiles of `heights[-1]` rows.
+    `fused` asks for the one-launch three-layer kernel.
     """
 
     heights: tuple[int, ...]
@@ -79,23 +79,23 @@ def rows_per_expert(problem: Problem) -> float:
     return slots / max(1, min(slots, problem.num_experts))
 
 
-def token_bucket(tokens: int) -> int:
-    """The power of two at or above `tokens`: the rows of a table.
+def nearest_bucket(tokens: int, buckets: tuple[int, ...]) -> int:
+    """The measured token count nearest to `tokens` by ratio, the larger at a tie.
 
-    >>> [token_bucket(t) for t in (1, 3, 64, 65)]
-    [1, 4, 64, 128]
+    >>> [nearest_bucket(t, (1, 8, 128)) for t in (1, 2, 3, 40, 9000)]
+    [1, 1, 8, 128, 128]
     """
-    return 1 << max(0, tokens - 1).bit_length()
+    return min(buckets, key=lambda b: (max(b, tokens) / min(b, max(1, tokens)), -b))
 
 
 def device_family(name: str) -> str:
-    """The table for a device name, "" where there is none.
+    """The table that measurements of a device name go to: "NVIDIA H200 NVL" has "h200".
 
-    >>> device_family("NVIDIA H200 NVL"), device_family("NVIDIA A10G")
-    ('h200', '')
+    >>> device_family("NVIDIA H200 NVL"), device_family("NVIDIA A100-SXM4-80GB"), device_family("")
+    ('h200', 'a100', '')
     """
     words = name.lower().replace("-", " ").split()
-    return next((p.stem for p in sorted(CONFIGS.glob("*.json")) if p.stem in words), "")
+    return next((w for w in words if w[0] in "abhglr" and w[1:].isdigit()), "")
 
 
 def shape_key(problem: Problem) -> str:
@@ -141,38 +141,79 @@ def load_table(family: str) -> dict[str, dict[str, dict[str, Any]]]:
 def choose(problem: Problem) -> Config:
     """The configuration of a call: measured for its shape and bucket, or the heuristic's."""
     rows = load_table(problem.family).get(shape_key(problem), {})
-    bucket = str(token_bucket(problem.tokens))
-    if bucket in rows:
-        return _config_from_json(rows[bucket], f"measured on {problem.family}, bucket {bucket}")
-    return heuristic(problem)
+    if not rows:
+        return heuristic(problem)
+    bucket = nearest_bucket(problem.tokens, tuple(sorted(map(int, rows))))
+    why = f"measured on {problem.family} at {bucket} tokens"
+    return _config_from_json(rows[str(bucket)], why)
+
+
+SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+
+
+def shared_limit(arch: int) -> int:
+    """Bytes of shared memory that one program may use on compute capability `arch`.
+
+    >>> shared_limit(90), shared_limit(89)
+    (232448, 101376)
+    """
+    return SHARED_KIB.get(arch, 99) * 1024
+
+
+def shared_bytes(config: GemmConfig, height: int, *, gated: bool, itemsize: int) -> int:
+    """Shared memory that the stages of a product's tiles take (the accumulator's not counted).
+
+    >>> shared_bytes(GemmConfig(128, 64, 8, 3), 128, gated=True, itemsize=2)
+    147456
+    """
+    columns = config.block_n * (2 if gated else 1)
+    return config.num_stages * (height + columns) * config.block_k * itemsize
+
+
+def _fit(config: GemmConfig, height: int, problem: Problem, *, gated: bool) -> GemmConfig:
+    """`config` with as many stages, and at worst as short a block_k, as the device can hold."""
+    itemsize = 4 if problem.dtype == "float32" else 2
+    while shared_bytes(config, height, gated=gated, itemsize=itemsize) > shared_limit(problem.arch):
+        if config.num_stages > 2:
+            config = config._replace(num_stages=config.num_stages - 1)
+        else:
+            config = config._replace(block_k=config.block_k // 2)
+    return config
 
 
 def heuristic(problem: Problem) -> Config:
     """A configuration from the expected rows of an expert, with its reason."""
-    rows = rows_per_expert(problem)
+    config = _by_rows(problem, rows_per_expert(problem))
+    height = config.heights[-1]
+    return config._replace(
+        up=_fit(config.up, height, problem, gated=problem.gated),
+        mid=_fit(config.mid, height, problem, gated=False),
+        down=_fit(config.down, height, problem, gated=False),
+    )
+
+
+def _by_rows(problem: Problem, rows: float) -> Config:
     if problem.dtype == "float32":
         return _float32(rows)
     swap = 64 if problem.arch == 90 else 0
     if rows <= 24:
+        # One token's few experts must still give every SM a column block.
         narrow = problem.tokens * problem.top_k * problem.intermediate < 132 * 64 * 2
-        block = 32 if narrow else 64
-        up = GemmConfig(block_n=block, block_k=128, num_stages=4, swap_up_to=swap)
-        down = GemmConfig(block_n=64, block_k=128, num_stages=4, swap_up_to=swap)
+        up = GemmConfig(32 if narrow else 64, 128, 4, 4, group_m=1, swap_up_to=swap)
+        down = GemmConfig(64, 128, 4, 4, group_m=1, swap_up_to=swap)
         why = f"{rows:.0f} rows an expert: weights are streamed once, short tiles"
         return Config((16,) if rows <= 4 else (16, 64), up, down, down, reason=why)
     if rows <= 96:
-        up = GemmConfig(block_n=64, block_k=64, num_stages=4, swap_up_to=swap)
-        down = GemmConfig(block_n=128, block_k=64, num_stages=4, swap_up_to=swap)
+        up = GemmConfig(64, 64, 4, 4, swap_up_to=swap)
+        down = GemmConfig(128, 64, 4, 4, swap_up_to=swap)
         why = f"{rows:.0f} rows an expert: weights still dominate, tiles of 32 and 64 rows"
         return Config((32, 64), up, down, down, reason=why)
-    up = GemmConfig(block_n=128, block_k=64, num_warps=8, num_stages=3)
-    down = GemmConfig(block_n=256, block_k=64, num_warps=8, num_stages=3)
-    if problem.arch != 90:
-        up = GemmConfig(block_n=64, block_k=32, num_warps=8, num_stages=4)
-        down = GemmConfig(block_n=128, block_k=32, num_warps=8, num_stages=4)
-    if not problem.gated:
-        up = down
-    return Config((128,), up, down, down, reason=f"{rows:.0f} rows an expert: tall tiles")
+    if problem.arch == 90:
+        up, down = GemmConfig(128, 64, 8, 3), GemmConfig(256, 64, 8, 3)
+    else:
+        up, down = GemmConfig(64, 32, 8, 4), GemmConfig(128, 32, 8, 4)
+    why = f"{rows:.0f} rows an expert: tall tiles"
+    return Config((128,), up if problem.gated else down, down, down, reason=why)
 
 
 def _float32(rows: float) -> Config:
@@ -185,16 +226,6 @@ def _float32(rows: float) -> Config:
 
 FUSED_ROWS = 16
 FUSED_CHUNK = 32
-SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
-
-
-def shared_limit(arch: int) -> int:
-    """Bytes of shared memory that one program may use on compute capability `arch`.
-
-    >>> shared_limit(90), shared_limit(89)
-    (232448, 101376)
-    """
-    return SHARED_KIB.get(arch, 99) * 1024
 
 
 def pow2_width(width: int) -> int:
