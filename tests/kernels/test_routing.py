@@ -28,9 +28,10 @@ def _check(logits: torch.Tensor, bias: torch.Tensor | None, **how: Any) -> None:
 
 
 def _distinct_logits(tokens: int, experts: int, seed: int) -> torch.Tensor:
-    """Rows that are shuffles of one grid: scores differ by far more than rounding."""
+    """Rows that are shuffles of one uneven grid: scores, and sums of two, differ by far more than
+    rounding."""
     gen = torch.Generator().manual_seed(seed)
-    grid = torch.linspace(-6, 6, experts)
+    grid = torch.linspace(-6, 5, experts) + torch.rand(experts, generator=gen) * 5 / experts
     return torch.stack([grid[torch.randperm(experts, generator=gen)] for _ in range(tokens)])
 
 

@@ -4,7 +4,8 @@ Logits become order-preserving int32 keys, and each of the K steps takes the lar
 and, among equals, the lowest expert id. No reduction's order can show in the result: keys and ids
 are integers, the K chosen scores are summed in slot order, and the softmax over all E experts is
 summed in fixed point (exp <= 1, 40 fraction bits, int64). So the bits of a row's weights depend on
-that row alone: not on the batch, BLOCK_T, warps, alignment or layout.
+that row alone: not on the batch, BLOCK_T, warps, alignment or layout. Fused multiply-adds are
+written out where they are meant, and the compiler may make no others.
 
 The torch twin is `routing_ref.route_ref`, which says what happens to NaN, infinities and rows whose
 scores are all zero; it stands in its own file because the CPU must not need Triton.
@@ -140,7 +141,7 @@ def _choose(
     return slot_TE, top_T, total_T
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route_kernel(
     logits_ptr,
     bias_ptr,
@@ -257,6 +258,7 @@ def plan_route(
         "BLOCK_T": block_t,
         "ALONE": alone,
         "num_warps": max(1, columns // 512),
+        "enable_fp_fusion": False,
     }
     return 1 if alone else min(triton.cdiv(tokens, block_t), MAX_PROGRAMS), plan
 
@@ -326,7 +328,7 @@ def _aot_case(name: str, dtype: str, tokens: int, experts: int, top_k: int, **ho
     rule: dict[str, Any] = {"scoring": "softmax", "renormalize": True, "n_group": 1}
     rule |= {"topk_group": 1} | how
     _, plan = plan_route(tokens, experts, top_k=top_k, **rule)
-    options = {"num_warps": plan.pop("num_warps")}
+    options = {name: plan.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     signature = {"logits_ptr": f"*{dtype}", "ids_ptr": "*i32", "weights_ptr": "*fp32"}
     signature |= {"counts_ptr": "*i32", "tokens": "i32", "row_stride": "i32", "scale": "fp32"}
     if bias:
