@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import check
 import pytest
 
 import moesaic
@@ -59,6 +60,21 @@ def test_every_dependency_has_its_reason() -> None:
     lines = [*PYPROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)]
     assert explained == names_in(lines)
     assert names_in(["triton>=3.6; x == 'y'", "mkdocstrings[python]"]) == {"triton", "mkdocstrings"}
+
+
+@pytest.mark.parametrize(("text", "passes"), [("# Fine", True), ("[gone](gone.md)", False)])
+def test_the_documentation_build_fails_on_a_broken_link(
+    tmp_path: Path, text: str, passes: bool
+) -> None:
+    pytest.importorskip("material")
+    pages = tmp_path / "docs"
+    pages.mkdir()
+    (pages / "index.md").write_text(text)
+    settings = (ROOT / "mkdocs.yml").read_text().split("plugins:")[0]
+    (tmp_path / "mkdocs.yml").write_text(settings)
+    command = [sys.executable, "-m", *check.DOCS]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode == 0) == passes, result.stderr
 
 
 def test_ci_runs_exactly_the_tests_and_the_documentation() -> None:
