@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,11 +146,12 @@ def _experts_cuda(
         return moe_reference(hidden, topk_ids, topk_weights, weights, s)
     from .kernels.experts import experts_triton
 
+    named: dict[str, Any] = {**weights.named()}
     return experts_triton(
         hidden,
         topk_ids,
         topk_weights,
-        **weights.named(),
+        **named,
         activation=s.activation,
         gated=s.gated,
         interleaved=s.interleaved,

@@ -33,9 +33,7 @@ def pointwise_ref(x: Tensor, activation: str, alpha: float = 1.0) -> Tensor:
         return torch.relu(x)
     if activation == "relu2":
         return torch.relu(x).square()
-    raise ValueError(
-        f"activation must be silu, gelu, gelu_tanh, relu or relu2, got {activation!r}"
-    )
+    raise ValueError(f"activation must be silu, gelu, gelu_tanh, relu or relu2, got {activation!r}")
 
 
 def activate_ref(
