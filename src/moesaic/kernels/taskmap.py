@@ -156,8 +156,8 @@ def build_task_map_ref(
 def new_task_map(tasks: int, device: torch.device) -> tuple[Tensor, TaskMap]:
     """An unwritten table (6, stride) and the map whose tensors are its rows, 16-byte aligned."""
     table = torch.empty((6, -(-tasks // 4) * 4), dtype=torch.int32, device=device)
-    columns = table[:5, :tasks].unbind(0)
-    return table, TaskMap(*columns, total_2=table[5, :2])
+    columns = (*table[:5, :tasks].unbind(0), table[5, :2])
+    return table, TaskMap(*columns)
 
 
 def build_task_map(
