@@ -114,7 +114,15 @@ def launch_sort(
     if slots <= ONE_LAUNCH_SLOTS:
         grid = (1 + triton.cdiv(slots, SMALL["ROWS"]),)
         sort_small_kernel[grid](
-            ids_TK, *outputs, slots, num_experts, stride, **constants, **SMALL, num_warps=8
+            ids_TK,
+            *outputs,
+            slots,
+            num_experts,
+            stride,
+            **constants,
+            **SMALL,
+            COUNT=512 if slots <= 512 else 2048,
+            num_warps=8,
         )
         return rows
     chunk = chunk_size(slots)
@@ -184,8 +192,9 @@ def sort_small_kernel(
     E_POW2: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
-    """Program 0 counts and writes offsets and map; each other program places ROWS slots.
+    """Program 0 counts, COUNT slots at a time, and writes offsets and map; others place ROWS slots.
 
     A slot's position is the number of slots whose (id, slot) is smaller, so no program waits for
     another: ids [2, 0, 0, 3, 2, 1] of 3 experts have positions [3, 0, 1, -1, 4, 2], order
@@ -197,8 +206,8 @@ def sort_small_kernel(
     program = tl.program_id(0)
     if program == 0:
         counts_E = tl.zeros((E_POW2,), tl.int32)
-        for first in range(0, slots, CHUNK):
-            ids_C = load_ids(ids_ptr, first + tl.arange(0, CHUNK), slots, experts)
+        for first in range(0, slots, COUNT):
+            ids_C = load_ids(ids_ptr, first + tl.arange(0, COUNT), slots, experts)
             counts_E += tl.histogram(ids_C % E_POW2, E_POW2, mask=ids_C < experts)
         write_offsets(counts_E, offsets_ptr, table_ptr, experts, stride, ORDER, HEIGHTS, E_POW2)
     else:
@@ -326,13 +335,14 @@ def aot_cases() -> list[Any]:
         tag = f"{order or 'rows'}-{width}"
         cases += [
             AotCase(
-                name=f"sorting/small-{tag}",
+                name=f"sorting/small{count}-{tag}",
                 fn=sort_small_kernel,
                 signature={"ids_ptr": "*i32", **pointers, **sizes},
-                constexprs={**constants, **SMALL},
+                constexprs={**constants, **SMALL, "COUNT": count},
                 options={"num_warps": 8},
-                quick=width == 256,
+                quick=width == 256 and count == 512,
             )
+            for count in (512, 2048)
         ]
         cases += [
             AotCase(
