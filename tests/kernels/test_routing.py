@@ -141,6 +141,13 @@ def test_rows_of_one_value(
     _check(logits, None, **how)
 
 
+def test_zero_ties_with_minus_zero(kernel_device: torch.device) -> None:
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0], [0.0, -0.0, 0.0, -1.0]], device=kernel_device)
+    ids, _, _ = route(logits, top_k=3, scoring="softmax")
+    assert ids.tolist() == [[1, 2, 3], [0, 1, 2]]
+    assert torch.equal(ids, route_ref(logits, top_k=3)[0])
+
+
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_bits_do_not_depend_on_batch_block_or_stride(
     kernel_device: torch.device, scoring: str
