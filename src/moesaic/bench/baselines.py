@@ -81,6 +81,9 @@ def transformers_experts(model: Model, weights: ExpertWeights, implementation: s
         intermediate_size=model.intermediate_size,
         moe_intermediate_size=model.intermediate_size,
         hidden_act="silu",
+        # Read by GptOssExperts in newer versions; before, constants of the class.
+        swiglu_alpha=model.spec().alpha,
+        swiglu_limit=model.spec().limit,
         _experts_implementation=implementation,
     )
     with torch.device("meta"):
