@@ -284,9 +284,10 @@ def score(
         text_sha256=job.text.sha256,
     )
     scorer = Scorer(job, report, experts)
-    with writing(report.out):
-        trace = TraceWriter(report.partial / "trace.parquet", info, with_ids=trace_ids)
-    with trace, progress_bar(job.text.size, "scoring") as bar:
+    with (
+        report.trace(info, with_ids=trace_ids) as trace,
+        progress_bar(job.text.size, "scoring") as bar,
+    ):
         scorer.run(trace, bar, interrupt)
     if not scorer.account.sizes:
         raise KeyboardInterrupt
@@ -334,6 +335,6 @@ def main(
     layers = [{k: v for k, v in layer.items() if k != "load_E"} for layer in document["layers"]]
     print(json.dumps({**document, "layers": layers}, allow_nan=False, separators=(",", ":")))
     sys.stdout.flush()
-    if document["status"] == "interrupted":
-        return 130
-    return 0 if document["ok"] else 1
+    if not document["ok"]:
+        return 1
+    return 0 if document["status"] == "complete" else 130

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..trace import TraceInfo, TraceWriter
 from .show import Document, comparison, difference_line, experts_of, headline
 
 
@@ -70,6 +71,19 @@ class ReportDirectory:
         """Write one whole file."""
         with writing(self.out):
             (self.partial / name).write_bytes(data)
+
+    @contextmanager
+    def trace(self, info: TraceInfo, *, with_ids: bool) -> Iterator[TraceWriter]:
+        """A trace.parquet that is complete when the block ends."""
+        with writing(self.out):
+            writer = TraceWriter(self.partial / "trace.parquet", info, with_ids=with_ids)
+        try:
+            yield writer
+            with writing(self.out):
+                writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
 
     def commit(self) -> Path:
         """Force every file to disk, then give the directory its name, which it returns."""
