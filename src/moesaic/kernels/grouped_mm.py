@@ -227,35 +227,12 @@ def grouped_mm_kernel(
             for h in tl.static_range(len(HEIGHTS)):
                 if height == HEIGHTS[h]:
                     _tile(
-                        x_ptr,
-                        weight_ptr,
-                        bias_ptr,
-                        out_ptr,
-                        order_ptr,
-                        expert,
-                        row_start,
-                        rows,
-                        m,
-                        n,
-                        contraction,
-                        width,
-                        limit,
-                        alpha,
-                        up_offset,
-                        TOP_K,
-                        GATED,
-                        INTERLEAVED,
-                        TRANSPOSED,
-                        ACTIVATION,
-                        HAS_BIAS,
-                        HAS_LIMIT,
-                        EVEN_K,
-                        EVEN_N,
-                        HEIGHTS[h] <= SWAP_UP_TO,
-                        HEIGHTS[h],
-                        BLOCK_N,
-                        BLOCK_K,
-                    )
+                        x_ptr, weight_ptr, bias_ptr, out_ptr, order_ptr,
+                        expert, row_start, rows, m, n, contraction, width,
+                        limit, alpha, up_offset,
+                        TOP_K, GATED, INTERLEAVED, TRANSPOSED, ACTIVATION, HAS_BIAS, HAS_LIMIT,
+                        EVEN_K, EVEN_N, HEIGHTS[h] <= SWAP_UP_TO, HEIGHTS[h], BLOCK_N, BLOCK_K,
+                    )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
