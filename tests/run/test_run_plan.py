@@ -48,8 +48,16 @@ def test_who_goes_first_alternates() -> None:
 
 
 def test_short_texts_get_smaller_chunks() -> None:
-    assert plan_text(10, 1024, most_windows=4).windows == 1
-    assert plan_text(32 * 1024, 1024, most_windows=4).windows == 2
-    assert plan_text(10**9, 1024, most_windows=4).windows == 4
+    assert plan_text(10, 1024, most_tokens=4096).windows == 1
+    assert plan_text(32 * 1024, 1024, most_tokens=4096).windows == 2
+    assert plan_text(10**9, 1024, most_tokens=4096).windows == 4
+
+
+def test_no_chunk_is_larger_than_allowed() -> None:
+    plan = plan_text(10**9, 1 << 20, most_tokens=4096)
+    assert (plan.context, plan.windows) == (4096, 1)
+
+
+def test_nothing_to_plan() -> None:
     with pytest.raises(ValueError, match="positive"):
         Plan(size=0, context=1, windows=1)

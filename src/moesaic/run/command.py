@@ -45,7 +45,7 @@ from .text import TextInfo, TextReader, inspect_text
 
 # dtype: the largest relative difference of the two bits per byte that counts as the same answer.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
-MOST_WINDOWS = {"cpu": 4, "cuda": 16}
+MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def prepare(
             bar.update(bar.task_ids[0], total=min(source.stat().st_size, limit or sys.maxsize))
         info = inspect_text(source, limit=limit, advance=lambda n: bar.advance(bar.task_ids[0], n))
     loaded = load_model(place, dtype=getattr(torch, dtype), device=where)
-    plan = plan_text(info.size, loaded.config.context, most_windows=MOST_WINDOWS[where.type])
+    plan = plan_text(info.size, loaded.config.context, most_tokens=MOST_TOKENS[where.type])
     return Job(
         model=loaded,
         model_name="the embedded model" if model is None else place.name,

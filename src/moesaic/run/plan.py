@@ -1,6 +1,6 @@
 """How a text is cut into chunks and who goes first in each: pure arithmetic, nothing is read.
 
-    C context of the model (bytes) · W windows of a chunk · a chunk scores up to W*C bytes
+    C bytes of a window · W windows of a chunk · a chunk scores up to W*C bytes
 
 Every byte is scored exactly once: a window's inputs are its bytes shifted by one, so its first byte
 is predicted from the byte before it, the others from up to C bytes.
@@ -71,7 +71,11 @@ class Plan:
                 start, index = start + count * width, index + 1
 
 
-def plan_text(size: int, context: int, *, most_windows: int) -> Plan:
-    """A plan with at most `most_windows` a chunk, fewer where the text would give few chunks."""
-    windows = max(1, min(most_windows, size // (context * ENOUGH_CHUNKS)))
-    return Plan(size=size, context=context, windows=windows)
+def plan_text(size: int, context: int, *, most_tokens: int) -> Plan:
+    """A plan with at most `most_tokens` a chunk, fewer where the text would give few chunks.
+
+    Windows are as long as the context, but never longer than a chunk may be.
+    """
+    width = min(context, most_tokens)
+    windows = max(1, min(most_tokens // width, size // (width * ENOUGH_CHUNKS)))
+    return Plan(size=size, context=width, windows=windows)
