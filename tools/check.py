@@ -75,7 +75,7 @@ def pytest(*args: str, timeout: int, env: dict[str, str] | None = None) -> None:
 
 def test() -> None:
     """Every test that is quick enough for every change."""
-    pytest("-m", "not slow", timeout=120)
+    pytest("-m", "not slow", timeout=300)
 
 
 def test_all() -> None:
