@@ -58,13 +58,21 @@ def choose_impl(impl: str, device: torch.device) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _spec_key(spec: ExpertSpec) -> str:
-    return spec.key()
-
-
-@lru_cache(maxsize=1024)
-def _router_key(spec: RouterSpec) -> str:
+def _written(spec: ExpertSpec | RouterSpec) -> str:
+    if isinstance(spec, ExpertSpec):
+        return spec.key()
     return json.dumps(asdict(spec), sort_keys=True)
+
+
+# torch.compile cannot trace json; a frozen spec's string is a constant of the graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _spec_key(spec: ExpertSpec) -> str:
+    return _written(spec)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _router_key(spec: RouterSpec) -> str:
+    return _written(spec)
 
 
 def route(logits_TE: Tensor, spec: RouterSpec, *, bias_E: Tensor | None = None) -> Routing:

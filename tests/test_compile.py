@@ -1,0 +1,25 @@
+"""The public functions trace into one graph, and a graph belongs to the spec it was traced with."""
+
+from __future__ import annotations
+
+import torch
+
+from moesaic.functional import moe, route
+from moesaic.types import ExpertSpec, ExpertWeights, RouterSpec
+
+
+def test_route_and_moe_compile_whole() -> None:
+    silu = ExpertSpec(num_experts=4, hidden_size=8, intermediate_size=16)
+    gelu = ExpertSpec(num_experts=4, hidden_size=8, intermediate_size=16, activation="gelu")
+    weights = ExpertWeights(up=torch.randn(4, 32, 8), down=torch.randn(4, 8, 16))
+    router = RouterSpec(num_experts=4, top_k=2)
+    hidden, logits = torch.randn(3, 8), torch.randn(3, 4)
+
+    def layer(hidden: torch.Tensor, spec: ExpertSpec) -> torch.Tensor:
+        ids, share, _ = route(logits * 1, router)
+        return moe(hidden, ids, share, weights, spec, impl="reference") + 0
+
+    whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for spec in (silu, gelu, silu):
+        assert torch.equal(whole(hidden, spec), layer(hidden, spec))
+    assert not torch.equal(layer(hidden, silu), layer(hidden, gelu))
