@@ -30,7 +30,9 @@ from .activation import pointwise_ref
 
 VECTOR = 64
 GRAIN = 32768
-CALL_ROW_COST = 4.5e6
+CALL_COST = 4.5e6
+PHASED_HEIGHT = {torch.float32: 8, torch.bfloat16: 16}
+PHASED_ELEMENTS = 1 << 22
 
 
 class Run(NamedTuple):
@@ -42,56 +44,56 @@ class Run(NamedTuple):
     row: int
 
 
-@dataclass(frozen=True)
 class Shapes:
-    """The products of one layer, and which of their shapes may be used here."""
+    """The products of one layer, and which of their shapes may be used here; answers are kept."""
 
-    keys: tuple[products.Key, ...]
-    row_cost: int
+    def __init__(self, keys: tuple[products.Key, ...]) -> None:
+        self.keys = keys
+        self.row_cost = sum(2 * n * k for n, k, *_ in keys)
+        self._usable: dict[tuple[int, int], bool] = {}
+        self._tiles: dict[int, tuple[int, ...]] = {}
+        self._columns: dict[tuple[int, int], bool] = {}
+        self.trusted = all(products.anchor_height(key) > 1 for key in keys)
 
-    def columns(self, which: int, height: int, batch: int = 1) -> bool:
-        """Whether product `which` keeps its weights on the left at this height."""
-        n, k, dtype, transposed, _ = self.keys[which]
-        return (
-            batch == 1
-            and not transposed
-            and products.prefers_columns(height, n, k)
-            and products.stable(self.keys[which], 1, height, True)
-        )
+    def columns(self, which: int, height: int) -> bool:
+        """Whether product `which` of one expert keeps its weights on the left at this height."""
+        known = self._columns.get((which, height))
+        if known is None:
+            n, k, _, transposed, _ = self.keys[which]
+            known = (
+                self.trusted
+                and not transposed
+                and products.prefers_columns(height, n, k)
+                and products.stable(self.keys[which], 1, height, True)
+            )
+            self._columns[which, height] = known
+        return known
 
     def usable(self, batch: int, height: int) -> bool:
         """Whether every product of the layer is stable for `batch` experts of `height` rows."""
-        return _usable(self, batch, height)
+        known = self._usable.get((batch, height))
+        if known is None:
+            known = height == 1 or self.trusted
+            if batch > 1:
+                known = known and height <= products.BATCHED_HEIGHT
+                largest = batch * max(n * k for n, k, *_ in self.keys)
+                known = known and largest <= products.BATCHED_ELEMENTS
+            known = known and all(products.stable(k, batch, height, False) for k in self.keys)
+            self._usable[batch, height] = known
+        return known
 
-    def heights(self) -> tuple[int, ...]:
-        """The heights tried, smallest first; one row at a time if there is no stable anchor."""
-        if all(products.anchor_height(key) > 1 for key in self.keys):
-            return products.HEIGHTS
-        return (1,)
-
-
-@lru_cache(maxsize=65536)
-def _usable(shapes: Shapes, batch: int, height: int) -> bool:
-    if batch > 1 and (
-        height > products.BATCHED_HEIGHT
-        or batch * max(n * k for n, k, *_ in shapes.keys) > products.BATCHED_ELEMENTS
-    ):
-        return False
-    return all(
-        shapes.columns(i, height, batch) or products.stable(key, batch, height, False)
-        for i, key in enumerate(shapes.keys)
-    )
-
-
-@lru_cache(maxsize=4096)
-def tile_heights(rows: int, shapes: Shapes) -> tuple[int, ...]:
-    """The heights of the tiles that hold `rows` rows of one expert, the padded one last."""
-    heights = [h for h in shapes.heights() if h == 1 or shapes.usable(1, h)]
-    tiles = [heights[-1]] * (rows // heights[-1])
-    rest = rows % heights[-1]
-    if rest:
-        tiles.append(next(h for h in heights if h >= rest))
-    return tuple(tiles)
+    def tiles(self, rows: int) -> tuple[int, ...]:
+        """The heights of the tiles that hold `rows` rows of one expert, the padded one last."""
+        known = self._tiles.get(rows)
+        if known is None:
+            tried = products.HEIGHTS if self.trusted else (1,)
+            tallest = next(h for h in reversed(tried) if h == 1 or self.usable(1, h))
+            rest = rows % tallest
+            known = (tallest,) * (rows // tallest)
+            if rest:
+                known += (next(h for h in tried if h >= rest and self.usable(1, h)),)
+            self._tiles[rows] = known
+        return known
 
 
 def _split(first: int, batch: int, height: int, row: int, shapes: Shapes) -> list[Run]:
@@ -113,42 +115,36 @@ def plan_runs(counts: list[int], shapes: Shapes) -> tuple[list[Run], list[int], 
     than the calls it saves.
     """
     runs: list[Run] = []
-    starts: list[int] = []
-    row = 0
-    group: list[int] = []
-    waste_allowed = CALL_ROW_COST / shapes.row_cost
-    first = 0
-
-    def close() -> None:
-        nonlocal row
-        if group:
-            height = max(group)
-            starts.extend(row + i * height for i in range(len(group)))
-            runs.extend(_split(first, len(group), height, row, shapes))
-            row += len(group) * height
-            group.clear()
-
-    for e, count in enumerate(counts):
-        tiles = tile_heights(count, shapes)
-        joins = len(tiles) == 1 and shapes.usable(2, tiles[0])
-        if group and joins:
-            height = max(*group, tiles[0])
-            waste = height * (len(group) + 1) - sum(group) - tiles[0]
-            joins = waste <= len(group) * waste_allowed
-            if not joins:
-                close()
-                joins = True
-        else:
-            close()
-        if joins:
-            first = first if group else e
-            group.append(tiles[0])
+    starts = [0] * len(counts)
+    waste_allowed = CALL_COST / shapes.row_cost
+    row = e = 0
+    while e < len(counts):
+        if not counts[e]:
+            e += 1
             continue
-        starts.append(row)
-        for height in tiles:
-            runs.append(Run(e, 1, height, row))
-            row += height
-    close()
+        tiles = shapes.tiles(counts[e])
+        starts[e] = row
+        if len(tiles) > 1 or not shapes.usable(2, tiles[0]):
+            for height in tiles:
+                runs.append(Run(e, 1, height, row))
+                row += height
+            e += 1
+            continue
+        first, height, held = e, tiles[0], tiles[0]
+        e += 1
+        while e < len(counts) and counts[e]:
+            tiles = shapes.tiles(counts[e])
+            taller = max(height, tiles[0])
+            waste = taller * (e + 1 - first) - held - tiles[0]
+            if len(tiles) > 1 or waste > (e - first) * waste_allowed:
+                break
+            if not shapes.usable(2, taller):
+                break
+            height, held, e = taller, held + tiles[0], e + 1
+        for i in range(first, e):
+            starts[i] = row + (i - first) * height
+        runs += _split(first, e - first, height, row, shapes)
+        row += (e - first) * height
     return runs, starts, row
 
 
@@ -223,32 +219,52 @@ class Layer:
     act: Act
     compute: torch.dtype
 
-    def slice(self, which: int, run: Run) -> Tensor:
-        """Weights (B, N, K) of the run's experts in the compute dtype."""
-        return self.weights[which][run.first : run.first + run.batch].to(self.compute)
+
+def _linear(x: Tensor, which: int, run: Run, layer: Layer, columns: bool) -> Tensor:
+    """Product and bias of one run: (B*M, N), or (N, M) when `columns` (which has B = 1)."""
+    weights, bias_EN = layer.weights[which], layer.biases[which]
+    first, batch, height, _ = run
+    if batch == 1:
+        w_NK = weights[first]
+        if w_NK.dtype is not layer.compute:
+            w_NK = w_NK.to(layer.compute)
+        y = products.one_product(x, w_NK, columns=columns)
+    else:
+        w_BNK = weights[first : first + batch].to(layer.compute)
+        y = products.product(x.view(batch, height, -1), w_BNK)
+    if bias_EN is not None:
+        bias_BN = bias_EN[first : first + batch].to(layer.compute)
+        y.add_(bias_BN.t() if columns else bias_BN[:, None] if batch > 1 else bias_BN)
+    return y if batch == 1 else y.view(batch * height, -1)
 
 
-def _linear(x_BMK: Tensor, which: int, run: Run, layer: Layer, columns: bool) -> Tensor:
-    """Product and bias: (B, M, N), or (B, N, M) when `columns`."""
-    y = products.product(x_BMK, layer.slice(which, run), columns=columns)
-    bias_EN = layer.biases[which]
-    if bias_EN is None:
-        return y
-    bias_BN = bias_EN[run.first : run.first + run.batch].to(layer.compute)
-    return y.add_(bias_BN.unsqueeze(2 if columns else 1))
-
-
-def _run_experts(x_BMH: Tensor, y_BMH: Tensor, run: Run, layer: Layer, shapes: Shapes) -> None:
-    """All products of one run; writes its rows of `y_BMH` (fp32)."""
-    x = x_BMH
+def _one_by_one(x_PH: Tensor, y_PH: Tensor, runs: list[Run], layer: Layer, shapes: Shapes) -> None:
+    """All products of one run, then the next: what was just written is still in the cache."""
     last = len(layer.weights) - 1
-    for which in range(last):
-        columns = shapes.columns(which, run.height, run.batch)
-        h = _activate(_linear(x, which, run, layer, columns), 1 if columns else 2, layer.act)
-        x = h.transpose(1, 2) if columns else h
-    columns = shapes.columns(last, run.height, run.batch)
-    y = _linear(x, last, run, layer, columns)
-    y_BMH.copy_(y.transpose(1, 2) if columns else y)
+    sizes = [run.batch * run.height for run in runs]
+    for run, x, y_MH in zip(runs, x_PH.split(sizes), y_PH.split(sizes), strict=True):
+        for which in range(last):
+            columns = run.batch == 1 and shapes.columns(which, run.height)
+            h = _activate(_linear(x, which, run, layer, columns), 0 if columns else 1, layer.act)
+            x = h.t() if columns else h
+        columns = run.batch == 1 and shapes.columns(last, run.height)
+        y = _linear(x, last, run, layer, columns)
+        y_MH.copy_(y.t() if columns else y)
+
+
+def _phased(x_PH: Tensor, y_PH: Tensor, runs: list[Run], layer: Layer) -> None:
+    """The up products of all runs, one activation, then the next products: few calls."""
+    sizes = [run.batch * run.height for run in runs]
+    x, last = x_PH, len(layer.weights) - 1
+    for which in range(last + 1):
+        parts = x.split(sizes)
+        h = torch.cat(
+            [_linear(part, which, run, layer, False) for part, run in zip(parts, runs, strict=True)]
+        )
+        if which == last:
+            y_PH.copy_(h)
+        else:
+            x = _activate(h, 1, layer.act)
 
 
 def _layout(
@@ -338,10 +354,12 @@ def experts_cpu(
     x_PH = hidden_TH.index_select(0, token_P).to(compute)
     y_PH = torch.empty(padded + 1, hidden_TH.shape[1], dtype=torch.float32)
     y_PH[padded].zero_()
-    for run in runs:
-        rows = slice(run.row, run.row + run.batch * run.height)
-        shape = (run.batch, run.height, -1)
-        _run_experts(x_PH[rows].view(shape), y_PH[rows].view(shape), run, layer, shapes)
+    tallest = max((run.height for run in runs), default=0)
+    widest = max(w.shape[1] for w in layer.weights)
+    if tallest > PHASED_HEIGHT[compute] or padded * widest > PHASED_ELEMENTS:
+        _one_by_one(x_PH, y_PH[:padded], runs, layer, shapes)
+    elif runs:
+        _phased(x_PH, y_PH[:padded], runs, layer)
     return _combine(y_PH, slot_rows_S, topk_weights_TK).to(hidden_TH.dtype)
 
 
@@ -349,5 +367,4 @@ def experts_cpu(
 def _shapes(
     widths: tuple[tuple[int, int], ...], compute: torch.dtype, transposed: bool, threads: int
 ) -> Shapes:
-    keys = tuple((n, k, compute, transposed, threads) for n, k in widths)
-    return Shapes(keys, sum(2 * n * k for n, k in widths))
+    return Shapes(tuple((n, k, compute, transposed, threads) for n, k in widths))

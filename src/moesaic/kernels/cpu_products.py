@@ -73,15 +73,19 @@ def product(x_BMK: Tensor, w_BNK: Tensor, *, columns: bool = False) -> Tensor:
     With the weights on the left they stream through once, unpacked; that wins from about 16 rows.
     fp32 takes one expert a call (B = 1), because torch has no batched fp32 product by oneDNN.
     """
-    if x_BMK.dtype is torch.float32:
-        if not has_onednn():
-            y = torch.nn.functional.linear(x_BMK[0], w_BNK[0])
-            return y.t()[None] if columns else y[None]
-        x_MK, w_NK = x_BMK[0], w_BNK[0]
-        return (_onednn(w_NK, x_MK) if columns else _onednn(x_MK, w_NK))[None]
+    if x_BMK.shape[0] == 1:
+        return one_product(x_BMK[0], w_BNK[0], columns=columns)[None]
     if columns:
         return torch.bmm(w_BNK, x_BMK.transpose(1, 2))
     return torch.bmm(x_BMK, w_BNK.transpose(1, 2))
+
+
+def one_product(x_MK: Tensor, w_NK: Tensor, *, columns: bool = False) -> Tensor:
+    """``x @ w.T`` of one expert: (M, N), or (N, M) when `columns`."""
+    left, right = (w_NK, x_MK) if columns else (x_MK, w_NK)
+    if x_MK.dtype is torch.float32 and has_onednn():
+        return _onednn(left, right)
+    return torch.mm(left, right.t())
 
 
 def prefers_columns(m: int, n: int, k: int) -> bool:
