@@ -88,7 +88,7 @@ def problem_for(model: Model, tokens: int, device: torch.device) -> Problem:
     arch, family = _device(device) if device.type == "cuda" else (90, "")
     return Problem(
         tokens, model.top_k, model.num_experts, model.hidden_size, model.intermediate_size,
-        spec.gated, spec.layers, "bfloat16", arch, family,
+        spec.gated, spec.layers, "bfloat16", arch, family, spec.transposed,
     )  # fmt: skip
 
 
@@ -206,11 +206,12 @@ def _tables(model: Model, heights: tuple[int, ...], tokens: int = 16) -> Any:
 def _dry(model: Model, weight: Any, layer: Layer, heights: tuple[int, ...], cut: GemmConfig) -> Any:
     sort, tasks = _tables(model, heights)
     name, epilogue, top_k = layer
-    width = weight[name].shape[2]
+    width = model.hidden_size if top_k else model.intermediate_size
     x = torch.empty(1, dtype=torch.bfloat16).expand(16 * (1 if top_k else model.top_k), width)
     return grouped_mm(
         x, weight[name], sort, tasks, top_k=top_k, heights=heights,
-        bias=weight.get(f"{name}_bias"), epilogue=epilogue, config=cut,
+        transposed=model.spec().transposed, bias=weight.get(f"{name}_bias"),
+        epilogue=epilogue, config=cut,
     )  # fmt: skip
 
 
@@ -235,7 +236,8 @@ def time_layer(
         calls.append(
             lambda w=weight, s=sort, t=tasks: grouped_mm(
                 x, w[name], s, t, top_k=top_k, heights=heights,
-                bias=w.get(f"{name}_bias"), epilogue=epilogue, config=cut,
+                transposed=model.spec().transposed, bias=w.get(f"{name}_bias"),
+                epilogue=epilogue, config=cut,
             )
         )  # fmt: skip
     return seconds_of(calls, best)

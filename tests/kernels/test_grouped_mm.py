@@ -133,7 +133,7 @@ def test_bits_do_not_show_the_tile(kernel_device, gated) -> None:
 
 def test_refuses_what_it_cannot_do(kernel_device) -> None:
     x, weight, _, sort, tasks = _case(kernel_device, torch.float32, width=16)
-    with pytest.raises(ValueError, match="elements an expert"):
+    with pytest.raises(ValueError, match="must contract 24 elements"):
         grouped_mm(x, weight[:, :, :16], sort, tasks, top_k=2, heights=(16,))
     with pytest.raises(ValueError, match="multiples of 8"):
         grouped_mm(x, weight[:, :12], sort, tasks, top_k=2, heights=(16,))

@@ -199,7 +199,7 @@ def expert_mlp(
         HIDDEN=hidden,
         INTERMEDIATE=intermediate,
         ENTRIES=entries,
-        ENTRIES_POW2=triton.next_power_of_2(entries),
+        ENTRIES_POW2=1 << (entries - 1).bit_length(),
         TOP_K=top_k,
         ACTIVATION=activation,
         HAS_BIAS=biases is not None,

@@ -49,7 +49,14 @@ class Products(NamedTuple):
 
 
 def problem_of(
-    hidden: Tensor, topk_ids: Tensor, up: Tensor, down: Tensor, *, gated: bool, layers: int
+    hidden: Tensor,
+    topk_ids: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    gated: bool,
+    layers: int,
+    transposed: bool,
 ) -> Problem:
     """The shape of a call, which decides its configuration."""
     arch, family = _device(hidden.device)
@@ -58,12 +65,13 @@ def problem_of(
         top_k=topk_ids.shape[1],
         num_experts=up.shape[0],
         hidden=hidden.shape[1],
-        intermediate=down[0].numel() // hidden.shape[1],
+        intermediate=down.shape[1 if transposed else 2],
         gated=gated,
         layers=layers,
         dtype=str(hidden.dtype).removeprefix("torch."),
         arch=arch,
         family=family,
+        transposed=transposed,
     )
 
 
@@ -108,7 +116,11 @@ def experts_triton(
     hidden, topk_weights = hidden.contiguous(), topk_weights.contiguous()
     if config is None:
         layers = 2 if mid is None else 3
-        config = choose(problem_of(hidden, topk_ids, up, down, gated=gated, layers=layers))
+        config = choose(
+            problem_of(
+                hidden, topk_ids, up, down, gated=gated, layers=layers, transposed=transposed
+            )
+        )
     if topk_ids.numel() == 0:
         return torch.zeros_like(hidden)
     products = Products(up, down, up_bias, down_bias, mid, mid_bias, transposed)

@@ -16,7 +16,7 @@ whatever the tile, which is why tile sizes, warps and operand order do not show 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,7 +27,7 @@ from .activation import activate_ref
 from .activation_triton import activate, pointwise
 from .aot import AotCase
 from .batching import RowSort, TaskMap, find_task, tile_capacity
-from .tune import GemmConfig, Problem, heuristic
+from .tune import GemmConfig, Problem, cdiv, heuristic
 
 
 class Epilogue(NamedTuple):
@@ -243,19 +243,57 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _check(x_SC: Tensor, weight: Tensor, width: int, weight_rows: int) -> None:
-    contraction = x_SC.shape[1]
-    if weight.shape[1] * weight.shape[2] != weight_rows * contraction:
-        raise ValueError(
-            f"weight must hold {weight_rows} x {contraction} elements an expert, "
-            f"got shape {tuple(weight.shape)}"
-        )
+@lru_cache(maxsize=4096)
+def plan_grouped_mm(
+    slots: int,
+    entries: int,
+    contraction: int,
+    weight_shape: tuple[int, ...],
+    top_k: int,
+    heights: tuple[int, ...],
+    has_bias: bool,
+    transposed: bool,
+    epilogue: Epilogue,
+    config: GemmConfig,
+) -> tuple[int, int, dict[str, Any]]:
+    """Output width, programs and constants of a launch: a pure function of shapes and choices.
+
+    Raises:
+        ValueError: see `grouped_mm`.
+    """
+    _, first, second = weight_shape
+    weight_rows, depth = (second, first) if transposed else (first, second)
+    width = weight_rows // 2 if epilogue.gated else weight_rows
+    if depth != contraction:
+        raise ValueError(f"weight must contract {contraction} elements, got shape {weight_shape}")
     if contraction % 8 or width % 8:
         raise ValueError(
             f"widths must be multiples of 8, got {contraction} and {width}; pad with zeros"
         )
     if weight_rows * contraction >= 2**31:
-        raise ValueError(f"an expert must have fewer than 2**31 weights, got {tuple(weight.shape)}")
+        raise ValueError(f"an expert must have fewer than 2**31 weights, got {weight_shape}")
+    row_tiles = cdiv(tile_capacity(slots, entries, heights), config.group_m) * config.group_m
+    constants: dict[str, Any] = {
+        "ENTRIES": entries,
+        "ENTRIES_POW2": 1 << (entries - 1).bit_length(),
+        "HEIGHTS": heights,
+        "TOP_K": top_k,
+        "GATED": epilogue.gated,
+        "INTERLEAVED": epilogue.interleaved,
+        "TRANSPOSED": transposed,
+        "ACTIVATION": epilogue.activation,
+        "HAS_BIAS": has_bias,
+        "HAS_LIMIT": epilogue.limit is not None,
+        "EVEN_K": contraction % config.block_k == 0,
+        "EVEN_N": width % config.block_n == 0,
+        "SWAP_UP_TO": config.swap_up_to,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return width, row_tiles * cdiv(width, config.block_n), constants
 
 
 def grouped_mm(
@@ -284,53 +322,21 @@ def grouped_mm(
     Raises:
         ValueError: widths do not fit, are not multiples of 8, or an expert has 2**31 weights.
     """
-    slots = sort.order_S.numel()
-    weight_rows = weight.shape[2 if transposed else 1]
-    width = weight_rows // 2 if epilogue.gated else weight_rows
-    _check(x, weight, width, weight_rows)
-    contraction = x.shape[1]
+    slots, contraction = sort.order_S.numel(), x.shape[1]
+    width, programs, constants = plan_grouped_mm(
+        slots, tasks.task_N.numel(), contraction, tuple(weight.shape), top_k, heights,
+        bias is not None, transposed, epilogue, config,
+    )  # fmt: skip
     out = torch.empty((slots, width), dtype=x.dtype, device=x.device)
-    entries = tasks.task_N.numel()
-    group_m = config.group_m
-    row_tiles = tile_capacity(slots, entries, heights)
-    programs = triton.cdiv(row_tiles, group_m) * group_m * triton.cdiv(width, config.block_n)
     if num_sms is None and config.ctas_per_sm:
         num_sms = sm_count(x.device)
     if num_sms is not None:
         programs = min(programs, num_sms * max(1, config.ctas_per_sm))
-    if programs == 0:
-        return out
-    grouped_mm_kernel[(programs,)](
-        x,
-        weight,
-        bias,
-        out,
-        sort.order_S,
-        *tasks,
-        contraction // 8,
-        width // 8,
-        epilogue.limit or 0.0,
-        epilogue.alpha,
-        epilogue.up_offset,
-        ENTRIES=entries,
-        ENTRIES_POW2=triton.next_power_of_2(entries),
-        HEIGHTS=heights,
-        TOP_K=top_k,
-        GATED=epilogue.gated,
-        INTERLEAVED=epilogue.interleaved,
-        TRANSPOSED=transposed,
-        ACTIVATION=epilogue.activation,
-        HAS_BIAS=bias is not None,
-        HAS_LIMIT=epilogue.limit is not None,
-        EVEN_K=contraction % config.block_k == 0,
-        EVEN_N=width % config.block_n == 0,
-        SWAP_UP_TO=config.swap_up_to,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=group_m,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    if programs:
+        grouped_mm_kernel[(programs,)](
+            x, weight, bias, out, sort.order_S, *tasks[:6], contraction // 8, width // 8,
+            epilogue.limit or 0.0, epilogue.alpha, epilogue.up_offset, **constants,
+        )  # fmt: skip
     return out
 
 
@@ -396,40 +402,31 @@ def _aot_case(
     arch: int,
 ) -> AotCase:
     uneven = name.endswith("tails")
-    problem = Problem(tokens, 8, 128, 2048, 768, True, 2, dtype, arch)
+    problem = Problem(tokens, 8, 128, 2048, 768, True, 2, dtype, arch, transposed=transposed)
     config = heuristic(problem)
     cut = config.up if epilogue.gated else config.down
     pointer = {"bfloat16": "*bf16", "float32": "*fp32"}[dtype]
+    depth, width = (2040, 760) if uneven else (2048, 768)
+    weight_rows = width * 2 if epilogue.gated else width
+    shape = (128, depth, weight_rows) if transposed else (128, weight_rows, depth)
+    top_k = 8 if epilogue.gated else 0
+    _, _, planned = plan_grouped_mm(
+        tokens * 8, 128, depth, shape, top_k, config.heights, True, transposed, epilogue, cut
+    )
+    constants = dict(planned)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     tables = ("order", "tile_end", "task", "row_start", "rows", "height", "total")
-    signature = {f"{n}_ptr": pointer for n in ("x", "weight", "bias", "out")}
-    signature |= {f"{n}_ptr": "*i32" for n in tables}
-    signature |= {"contraction8": "i32", "width8": "i32"}
-    signature |= {n: "fp32" for n in ("limit", "alpha", "up_offset")}
     return AotCase(
         name=f"grouped_mm/{name}_T{tokens}_sm{arch}",
         fn=grouped_mm_kernel,
-        signature=signature,
-        constexprs={
-            "ENTRIES": 128,
-            "ENTRIES_POW2": 128,
-            "HEIGHTS": config.heights,
-            "TOP_K": 8 if epilogue.gated else 0,
-            "GATED": epilogue.gated,
-            "INTERLEAVED": epilogue.interleaved,
-            "TRANSPOSED": transposed,
-            "ACTIVATION": epilogue.activation,
-            "HAS_BIAS": True,
-            "HAS_LIMIT": epilogue.limit is not None,
-            "EVEN_K": not uneven,
-            "EVEN_N": not uneven,
-            "SWAP_UP_TO": cut.swap_up_to,
-            "BLOCK_N": cut.block_n,
-            "BLOCK_K": cut.block_k,
-            "GROUP_M": cut.group_m,
-        },
-        options={"num_warps": cut.num_warps, "num_stages": cut.num_stages},
+        signature={f"{n}_ptr": pointer for n in ("x", "weight", "bias", "out")}
+        | {f"{n}_ptr": "*i32" for n in tables}
+        | {"contraction8": "i32", "width8": "i32"}
+        | {n: "fp32" for n in ("limit", "alpha", "up_offset")},
+        constexprs=constants,
+        options=options,
         archs=(arch,),
-        aligned=("contraction8", "width8"),
+        aligned=() if uneven else ("contraction8", "width8"),
         wgmma=dtype == "bfloat16",
         quick=arch == 90 and tokens == 512,
     )

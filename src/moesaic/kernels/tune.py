@@ -35,6 +35,7 @@ class Problem(NamedTuple):
     dtype: str
     arch: int
     family: str = ""
+    transposed: bool = False
 
 
 class GemmConfig(NamedTuple):
@@ -67,6 +68,15 @@ class Config(NamedTuple):
     order: Literal["index", "large_first", "mixed"] = "index"
     fused: bool = False
     reason: str = ""
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up; plain, because it is called at every launch.
+
+    >>> cdiv(9, 4)
+    3
+    """
+    return -(-a // b)
 
 
 def rows_per_expert(problem: Problem) -> float:
@@ -105,7 +115,7 @@ def shape_key(problem: Problem) -> str:
     'E128_H2048_I768_K8_L2_gated_bfloat16'
     """
     p = problem
-    kind = "gated" if p.gated else "plain"
+    kind = ("gated" if p.gated else "plain") + ("_transposed" if p.transposed else "")
     return f"E{p.num_experts}_H{p.hidden}_I{p.intermediate}_K{p.top_k}_L{p.layers}_{kind}_{p.dtype}"
 
 
@@ -208,7 +218,10 @@ def _by_rows(problem: Problem, rows: float) -> Config:
         down = GemmConfig(128, 64, 4, 4, swap_up_to=swap)
         why = f"{rows:.0f} rows an expert: weights still dominate, tiles of 32 and 64 rows"
         return Config((32, 64), up, down, down, reason=why)
-    if problem.arch == 90:
+    if problem.arch == 90 and problem.transposed:
+        # Ragged edges of transposed weights cost registers: the widest tile would spill.
+        up, down = GemmConfig(64, 64, 8, 4), GemmConfig(128, 64, 8, 4)
+    elif problem.arch == 90:
         up, down = GemmConfig(128, 64, 8, 3), GemmConfig(256, 64, 8, 3)
     else:
         up, down = GemmConfig(64, 32, 8, 4), GemmConfig(128, 32, 8, 4)
@@ -218,9 +231,9 @@ def _by_rows(problem: Problem, rows: float) -> Config:
 
 def _float32(rows: float) -> Config:
     """fp32 has no tensor core without TF32: products are FMA and tiles stay small."""
-    height = 16 if rows <= 24 else 32
-    up = GemmConfig(block_n=16, block_k=32, num_stages=2)
-    down = GemmConfig(block_n=32, block_k=32, num_stages=2)
+    height, block_k = (16, 32) if rows <= 24 else (64, 16)
+    up = GemmConfig(block_n=32, block_k=block_k, num_stages=3)
+    down = GemmConfig(block_n=64, block_k=block_k, num_stages=3)
     return Config((height,), up, down, down, reason="fp32 without TF32: FMA tiles")
 
 
