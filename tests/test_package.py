@@ -140,5 +140,6 @@ def test_the_wheel_runs_the_main_job_in_an_empty_environment(tmp_path: Path) -> 
     assert run(command, "--version", cwd=tmp_path) == f"moesaic {moesaic.__version__}\n"
     where = run(python, "-c", "import moesaic; print(moesaic.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(tmp_path / "venv")
-    summary = json.loads(run(command, "run", cwd=tmp_path).splitlines()[-1])
-    assert summary["rows_computed"] == summary["rows_routed"] > 0
+    told = json.loads(run(command, "run", "--bytes", "20000", cwd=tmp_path).splitlines()[-1])
+    assert (told["status"], told["ok"], told["bytes"]) == ("complete", True, 20000)
+    assert (tmp_path / told["report"] / "report.html").is_file()
