@@ -14,6 +14,7 @@ that multiplied by them would round every row once more.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -127,8 +128,12 @@ def experts_triton(
     clamp = limit if mid is None else None
     epilogue = Epilogue(activation, gated, interleaved, clamp, alpha, up_offset)
     run = _fused_rows if (config.fused if fused is None else fused) else _tiled_rows
-    rows_SH, sort = run(hidden, topk_ids, products, epilogue, config, num_sms)
-    return combine(rows_SH, sort.position_S.view(topk_ids.shape), topk_weights)
+    # Triton launches on the current device, which need not be that of the tensors.
+    device = hidden.device
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        rows_SH, sort = run(hidden, topk_ids, products, epilogue, config, num_sms)
+        return combine(rows_SH, sort.position_S.view(topk_ids.shape), topk_weights)
 
 
 def _tiled_rows(
