@@ -19,7 +19,9 @@ def facts(index: int, seconds: float = 1.0) -> ChunkFacts:
     size = CHUNKS[index].size
     rows = Rows(2 * size, 2 * size, 0)
     ours = PassFacts(seconds, seconds / 2, 2.0 * size, rows)
-    return ChunkFacts(CHUNKS[index], ours, PassFacts(3.0, 2.0, 2.0 * size, rows), 0.5, 1, 2, COUNTS)
+    return ChunkFacts(
+        CHUNKS[index], ours, PassFacts(3.0, 2.0, 2.0 * size, rows), 0.5, 0.2, 1, 2, COUNTS
+    )
 
 
 def filled() -> Account:
@@ -82,6 +84,7 @@ def test_no_number_is_said_and_stays() -> None:
     account.add(facts(1))
     document = account.document()
     assert document["max_logit_difference"] is None
+    assert document["max_logit_difference_same_experts"] == 0.2
     assert not document["ok"]
 
 

@@ -92,6 +92,26 @@ def test_bits_and_routing_are_those_of_the_model(
         assert ids == torch.cat(seen[layer]).flatten().tolist()
 
 
+def test_a_moved_slot_excuses_only_what_follows_it() -> None:
+    """One window of four tokens, K = 2; ids in another order are the same choice."""
+    from moesaic.run.execute import Pass, differences
+    from moesaic.run.plan import Chunk
+
+    ids = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
+    other = torch.tensor([[1, 0], [2, 3], [5, 6], [6, 7]])
+    difference_T = torch.tensor([1e-6, 2e-6, 5.0, 7.0])
+    ours = Pass(torch.zeros(4, 3), (ids, ids), 1.0, 1.0)
+    theirs = Pass(difference_T[:, None].expand(4, 3), (ids, other), 1.0, 1.0)
+    found = differences(ours, theirs, Chunk(0, 0, 1, 4, True))
+    assert found == (7.0, pytest.approx(2e-6), 1)
+    two_windows = differences(ours, theirs, Chunk(0, 0, 2, 2, True))
+    assert two_windows == (7.0, pytest.approx(2e-6), 1)
+    unexcused = differences(
+        ours, Pass(theirs.logits_TV, (ids, ids), 1.0, 1.0), Chunk(0, 0, 1, 4, True)
+    )
+    assert unexcused == (7.0, 7.0, 0)
+
+
 def test_the_baseline_routes_as_moesaic(tiny_model: Path) -> None:
     spec = load_model(tiny_model).config.router_spec()
     logits_TE = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))

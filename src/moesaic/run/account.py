@@ -93,6 +93,11 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def larger(a: float, b: float) -> float:
+    """The larger of two; NaN, once seen, stays."""
+    return a if math.isnan(a) or a >= b else b
+
+
 class Account:
     """Accumulates chunks; memory grows by a few numbers a chunk, whatever the text.
 
@@ -105,7 +110,7 @@ class Account:
     def __init__(self, layers: int, experts: int, *, tolerance: float = 1e-3) -> None:
         self.tolerance = tolerance
         self.size = self.flipped = self.rerouted = 0
-        self.max_difference = 0.0
+        self.max_difference = self.same_difference = 0.0
         self.counts_LE = [[0] * experts for _ in range(layers)]
         self.moesaic, self.baseline = Clocks(), Clocks()
         self.sizes: array[int] = array("q")
@@ -115,8 +120,8 @@ class Account:
         self.size += facts.chunk.size
         self.flipped += facts.flipped
         self.rerouted += facts.rerouted
-        if math.isnan(facts.max_difference) or facts.max_difference > self.max_difference:
-            self.max_difference = facts.max_difference
+        self.max_difference = larger(self.max_difference, facts.max_difference)
+        self.same_difference = larger(self.same_difference, facts.same_difference)
         self.sizes.append(facts.chunk.size)
         self.moesaic.add(facts.moesaic)
         self.baseline.add(facts.baseline)
@@ -186,6 +191,7 @@ class Account:
             "speedup": ratio(theirs.forward, ours.forward),
             "experts_speedup": ratio(theirs.experts, ours.experts),
             "max_logit_difference": finite(self.max_difference),
+            "max_logit_difference_same_experts": finite(self.same_difference),
             "top_byte_differs": self.flipped,
             "slots_routed_differently": self.rerouted,
             "rows_agree": self.rows_agree,

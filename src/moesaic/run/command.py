@@ -30,7 +30,8 @@ from rich.progress import (
 )
 
 from .. import __version__
-from ..functional import choose_impl, moe
+from ..dispatch import choose_impl
+from ..functional import moe
 from ..models import ByteMoELM, heldout_path, load_model, model_path
 from ..models.byte_lm import ExpertsFn
 from ..trace import TraceInfo, TraceWriter
@@ -140,13 +141,13 @@ def prepare(
     if dtype not in TOLERANCE:
         raise ValueError(f"--dtype must be one of {', '.join(TOLERANCE)}, got {dtype!r}")
     where, place = choose_device(device), choose_model(model)
-    choose_impl("auto", where)
     source = heldout_path() if text is None else Path(text)
     with progress_bar(0, "checking the text") as bar:
         if source.is_file():
             bar.update(bar.task_ids[0], total=min(source.stat().st_size, limit or sys.maxsize))
         info = inspect_text(source, limit=limit, advance=lambda n: bar.advance(bar.task_ids[0], n))
     loaded = load_model(place, dtype=getattr(torch, dtype), device=where)
+    choose_impl("auto", where, getattr(torch, dtype), loaded.config.expert_spec())
     plan = plan_text(info.size, loaded.config.context, most_tokens=MOST_TOKENS[where.type])
     return Job(
         model=loaded,
@@ -195,6 +196,7 @@ def chunk_line(facts: ChunkFacts) -> dict[str, Any]:
         "moesaic": one(facts.moesaic),
         "baseline": one(facts.baseline),
         "max_logit_difference": finite(facts.max_difference),
+        "max_logit_difference_same_experts": finite(facts.same_difference),
         "top_byte_differs": facts.flipped,
         "slots_routed_differently": facts.rerouted,
     }

@@ -143,6 +143,28 @@ def _facts(candidate: Candidate, done: Pass, targets_T: Tensor) -> PassFacts:
     return PassFacts(done.seconds, done.experts_seconds, bits, rows)
 
 
+def moved_slots(ours_LTK: tuple[Tensor, ...], theirs_LTK: tuple[Tensor, ...]) -> Tensor:
+    """Per token (T), how many of our slots, over all layers, went to an expert not among theirs."""
+    moved_T = torch.zeros(len(ours_LTK[0]), dtype=torch.long, device=ours_LTK[0].device)
+    for ours_TK, theirs_TK in zip(ours_LTK, theirs_LTK, strict=True):
+        shared_TK = (ours_TK.long()[:, :, None] == theirs_TK.long()[:, None, :]).any(-1)
+        moved_T += (~shared_TK).sum(-1)
+    return moved_T
+
+
+def differences(ours: Pass, theirs: Pass, chunk: Chunk) -> tuple[float, float, int]:
+    """Largest logit difference, the same where routing has been equal so far, and moved slots.
+
+    A near tie in a router, decided otherwise by a rounding, changes a token's experts and with them
+    everything after it in its window, in PyTorch as here; nothing before it.
+    """
+    worst_T = (ours.logits_TV.float() - theirs.logits_TV.float()).abs().amax(-1)
+    moved_T = moved_slots(ours.ids_LTK, theirs.ids_LTK)
+    equal_T = moved_T.view(chunk.windows, chunk.width).cumsum(1).flatten() == 0
+    same = torch.where(equal_T, worst_T, torch.zeros_like(worst_T)).max()
+    return float(worst_T.max()), float(same), int(moved_T.sum())
+
+
 def run_chunk(
     pair: tuple[Candidate, Candidate], chunk: Chunk, inputs_BN: Tensor, targets_BN: Tensor
 ) -> tuple[ChunkFacts, tuple[Tensor, ...]]:
@@ -152,16 +174,13 @@ def run_chunk(
     ours, theirs = passes["moesaic"], passes["baseline"]
     targets_T = targets_BN.flatten()
     experts = by_name["moesaic"].model.config.num_experts
-    rerouted = sum(
-        int((a.long().sort(-1).values != b.long().sort(-1).values).sum())
-        for a, b in zip(ours.ids_LTK, theirs.ids_LTK, strict=True)
-    )
-    difference_TV = (ours.logits_TV.float() - theirs.logits_TV.float()).abs()
+    largest, same, rerouted = differences(ours, theirs, chunk)
     facts = ChunkFacts(
         chunk=chunk,
         moesaic=_facts(by_name["moesaic"], ours, targets_T),
         baseline=_facts(by_name["baseline"], theirs, targets_T),
-        max_difference=float(difference_TV.max()),
+        max_difference=largest,
+        same_difference=same,
         flipped=int((ours.logits_TV.argmax(-1) != theirs.logits_TV.argmax(-1)).sum()),
         rerouted=rerouted,
         counts_LE=tuple(

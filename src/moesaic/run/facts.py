@@ -38,14 +38,16 @@ class PassFacts:
 class ChunkFacts:
     """The numbers of one chunk.
 
-    `counts_LE` are moesaic's tokens per expert; `rerouted` the slots for which the baseline chose
-    another expert; `flipped` the positions whose most likely byte differs.
+    `counts_LE` are moesaic's tokens per expert; `rerouted` the slots whose expert the baseline did
+    not choose for that token; `same_difference` the largest difference before the first of them in
+    each window; `flipped` the positions whose most likely byte differs.
     """
 
     chunk: Chunk
     moesaic: PassFacts
     baseline: PassFacts
     max_difference: float
+    same_difference: float
     flipped: int
     rerouted: int
     counts_LE: tuple[tuple[int, ...], ...]

@@ -76,13 +76,18 @@ def comparison(document: Document) -> list[Line]:
 
 def difference_line(document: Document) -> str:
     """The differences of the two outputs in one sentence."""
-    routed = document["moesaic"]["rows_routed"]
-    return (
-        f"largest logit difference {number(document['max_logit_difference'], '.2g')}; "
-        f"likeliest byte differs at {document['top_byte_differs']:,} of "
-        f"{document['bytes']:,} positions; {document['slots_routed_differently']:,} of "
-        f"{routed:,} slots routed differently"
+    moved = document["slots_routed_differently"]
+    text = (
+        f"largest logit difference {number(document['max_logit_difference_same_experts'], '.2g')}"
+        " where both took the same experts"
     )
+    if moved:
+        text += (
+            f", {number(document['max_logit_difference'], '.2g')} after near ties: {moved:,} of "
+            f"{document['moesaic']['rows_routed']:,} slots went to another expert"
+        )
+    flipped = f"{document['top_byte_differs']:,} of {document['bytes']:,}"
+    return f"{text}; likeliest byte differs at {flipped} positions"
 
 
 def headline(document: Document) -> str:
