@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "moesaic"
 ROOMS = (
     {"kernels"},
     {"types", "cost", "trace"},
-    {"ops", "functional", "validate", "reference"},
+    {"dispatch", "ops", "functional", "validate", "reference"},
     {"hardware"},
     {"runtime"},
     {"parallel"},

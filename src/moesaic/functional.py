@@ -12,49 +12,17 @@ torch.Size([3, 8])
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .dispatch import Impl, choose_impl
 from .ops import WEIGHT_NAMES, experts_backward_op, experts_op, route_op
 from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
 from .validate import check_moe, check_route
-
-Impl = Literal["auto", "cpu", "triton", "reference"]
-log = logging.getLogger("moesaic")
-
-
-@lru_cache(maxsize=64)
-def choose_impl(impl: str, device: torch.device) -> str:
-    """The implementation that runs on `device`; the automatic choice is logged once.
-
-    Raises:
-        RuntimeError: the one asked for cannot run there, and why.
-    """
-    kind = device.type
-    if impl == "auto":
-        impl = "cpu" if kind == "cpu" else "triton"
-        log.info("impl=%s, because the tensors are on %s", impl, device)
-    if impl == "reference":
-        return impl
-    if impl == "cpu" and kind != "cpu":
-        raise RuntimeError(f"impl='cpu' needs tensors on the CPU, got {device}; use impl='auto'")
-    if impl == "triton":
-        if kind != "cuda":
-            raise RuntimeError(f"impl='triton' needs a CUDA device, got {device}; use impl='auto'")
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            raise RuntimeError(
-                f"impl='triton' needs compute capability 8.0 or newer, got {major}.{minor}; "
-                "use impl='reference'"
-            )
-    elif impl != "cpu":
-        raise RuntimeError(f"impl must be auto, cpu, triton or reference, got {impl!r}")
-    return impl
 
 
 @lru_cache(maxsize=1024)
@@ -165,7 +133,7 @@ def moe(
     """
     if not torch.compiler.is_compiling():
         check_moe(hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec)
-        impl = choose_impl(impl, hidden_TH.device)  # type: ignore[assignment]
+        choose_impl(impl, hidden_TH.device, hidden_TH.dtype, spec)
     named = weights.named()
     params = [named.get(name) for name in WEIGHT_NAMES]
     tensors = (hidden_TH, topk_weights_TK, *named.values())

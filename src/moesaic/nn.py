@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import Impl, moe, route
+from .dispatch import Impl
+from .functional import moe, route
 from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
 
 

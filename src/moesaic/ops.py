@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import choose_impl
 from .reference import moe_reference
 from .types import ExpertSpec, ExpertWeights, RouterSpec
 
@@ -93,6 +94,17 @@ def _route_fake(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor,
     )
 
 
+def _epilogue(s: ExpertSpec) -> dict[str, Any]:
+    """What happens between the products, as kernels take it."""
+    names = ("activation", "gated", "limit", "alpha", "up_offset")
+    return {name: getattr(s, name) for name in names}
+
+
+def _arithmetic(s: ExpertSpec) -> dict[str, Any]:
+    """The arithmetic and the layout of the experts, as kernels take them."""
+    return _epilogue(s) | {"interleaved": s.interleaved, "transposed": s.transposed}
+
+
 def _experts_cpu(
     hidden: Tensor,
     topk_ids: Tensor,
@@ -112,19 +124,8 @@ def _experts_cpu(
         return moe_reference(hidden, topk_ids, topk_weights, weights, s)
     from .kernels.cpu import experts_cpu
 
-    return experts_cpu(
-        hidden,
-        topk_ids,
-        topk_weights,
-        **weights.named(),
-        activation=s.activation,
-        gated=s.gated,
-        interleaved=s.interleaved,
-        transposed=s.transposed,
-        limit=s.limit,
-        alpha=s.alpha,
-        up_offset=s.up_offset,
-    )
+    named: dict[str, Any] = {**weights.named()}
+    return experts_cpu(hidden, topk_ids, topk_weights, **named, **_arithmetic(s))
 
 
 def _experts_cuda(
@@ -142,24 +143,24 @@ def _experts_cuda(
 ) -> Tensor:
     s = ExpertSpec.from_key(spec)
     weights = ExpertWeights(up, down, up_bias, down_bias, mid, mid_bias)
+    impl = choose_impl(impl, hidden.device, hidden.dtype, s)
     if impl == "reference":
         return moe_reference(hidden, topk_ids, topk_weights, weights, s)
+    if impl == "hopper":
+        from .kernels.hopper.experts import experts_hopper
+
+        return experts_hopper(
+            hidden,
+            topk_ids,
+            topk_weights,
+            up=up,
+            down=down,
+            **_epilogue(s),
+        )
     from .kernels.experts import experts_triton
 
     named: dict[str, Any] = {**weights.named()}
-    return experts_triton(
-        hidden,
-        topk_ids,
-        topk_weights,
-        **named,
-        activation=s.activation,
-        gated=s.gated,
-        interleaved=s.interleaved,
-        transposed=s.transposed,
-        limit=s.limit,
-        alpha=s.alpha,
-        up_offset=s.up_offset,
-    )
+    return experts_triton(hidden, topk_ids, topk_weights, **named, **_arithmetic(s))
 
 
 def _experts_fake(hidden: Tensor, *_: object) -> Tensor:

@@ -56,6 +56,8 @@ class TaskMap(NamedTuple):
     """Tile height of the task, one of `heights`."""
     total_2: Tensor
     """[number of tasks that have rows, number of tiles]."""
+    tickets_2: Tensor
+    """Two zeros: counters from which launches over this map may draw their tiles, and then reset."""
 
 
 def tile_height(rows: int, heights: Sequence[int] = HEIGHTS) -> int:
@@ -149,14 +151,16 @@ def build_task_map_ref(
     tile_end_N = tiles_N.cumsum(0)
     used = rows_N > 0
     total_2 = torch.stack([used.sum(), tile_end_N[-1]])
-    columns = (tile_end_N, ids_N * used, offsets_N1[:-1][ids_N] * used, rows_N, height_N, total_2)
+    starts_N = offsets_N1[:-1][ids_N] * used
+    tickets_2 = torch.zeros_like(total_2)
+    columns = (tile_end_N, ids_N * used, starts_N, rows_N, height_N, total_2, tickets_2)
     return TaskMap(*(column.to(torch.int32) for column in columns))
 
 
 def new_task_map(tasks: int, device: torch.device) -> tuple[Tensor, TaskMap]:
     """An unwritten table (6, stride) and the map whose tensors are its rows, 16-byte aligned."""
     table = torch.empty((6, -(-tasks // 4) * 4), dtype=torch.int32, device=device)
-    columns = (*table[:5, :tasks].unbind(0), table[5, :2])
+    columns = (*table[:5, :tasks].unbind(0), table[5, :2], table[5, 2:4])
     return table, TaskMap(*columns)
 
 
@@ -242,7 +246,7 @@ def write_task_map(
 ):
     """Write the map of tasks held in registers; lanes at and beyond `tasks` have no rows.
 
-    table_ptr: int32 (6, stride), rows tile_end, task, row_start, rows, height, [M, tiles].
+    table_ptr: int32 (6, stride), rows tile_end, task, row_start, rows, height, [M, tiles, 0, 0].
     """
     n = tl.arange(0, N_POW2)
     filled = tl.sum((rows_N > 0).to(tl.int32), axis=0)
@@ -275,6 +279,8 @@ def write_task_map(
         tl.store(table_ptr + row * stride + n, 0, mask=tail_N)
     tl.store(table_ptr + 5 * stride, filled)
     tl.store(table_ptr + 5 * stride + 1, total)
+    tl.store(table_ptr + 5 * stride + 2, 0)
+    tl.store(table_ptr + 5 * stride + 3, 0)
 
 
 def find_task_ref(tile_end_N: Tensor, tiles_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,53 +19,55 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .pipeline import Stage, begin, load_gathered, load_rows
-from .tiles import Work, activate, locate, store_ragged, tile_count, tile_of
+from .pipeline import Stage, load_gathered, load_rows, read_note
+from .tiles import Work, activate, activate_alone, store_ragged
 
 
 @gluon.jit
 def _multiply(p, work):
     """One warpgroup: the transposed product (BW, BT) of every tile, written as rows."""
-    begin(p)
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BM, 16])
     COLS: gl.constexpr = p.BN // 2 if p.GATED else p.BN
     c_buf = p.c_bufs.index(0)
-    c = 0
-    for first in range(0, tile_count(work), gl.num_programs(0)):
-        e, row_start, rows, m, n = locate(tile_of(first, work), work)
-        if rows > 0:
-            acc = gl.zeros((p.BN, p.BM), gl.float32, layout=L)
-            for k in range(0, p.K, p.BK):
-                i = c % p.NB
-                mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
-                if p.GATHER:
-                    fence_async_shared()
-                w = p.b_bufs.index(i).reshape([p.BN, p.BK])
-                x = p.a_bufs.index(i).permute((1, 0))
-                acc = warpgroup_mma(w, x, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, (acc,))
-                mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
-                c += 1
-            acc = warpgroup_mma_wait(0, (acc,))
-            mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
-            if p.GATED:
-                g, u = acc.reshape(p.BN // 16, 2, 8, p.BM).permute(0, 2, 3, 1).split()
-                y = activate(g, u, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha, p.up_offset).reshape(COLS, p.BM)
-            else:
-                y = acc
-            tma.store_wait(0)
-            c_buf.reshape([p.BM, COLS]).store(y.to(p.out_desc.dtype).permute(1, 0))
-            fence_async_shared()
-            store_ragged(p.out_desc, c_buf, row_start, rows, m * p.BM, n * COLS)
+    row_start, rows, m, n = read_note(p, 0)
+    c = rows * 0
+    while rows > 0:
+        acc = gl.zeros((p.BN, p.BM), gl.float32, layout=L)
+        for k in range(0, p.K, p.BK):
+            i = c % p.NB
+            mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
+            if p.GATHER:
+                fence_async_shared()
+            w = p.b_bufs.index(i).reshape([p.BN, p.BK])
+            x = p.a_bufs.index(i).permute((1, 0))
+            acc = warpgroup_mma(w, x, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, (acc,))
+            mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
+            c += 1
+        acc = warpgroup_mma_wait(0, (acc,))
+        mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
+        if p.GATED:
+            g, u = acc.reshape(p.BN // 16, 2, 8, p.BM).permute(0, 2, 3, 1).split()
+            y = activate(g, u, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha, p.up_offset)
+            y = y.reshape(COLS, p.BM)
+        else:
+            y = activate_alone(acc, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha)
+        tma.store_wait(0)
+        c_buf.reshape([p.BM, COLS]).store(y.to(p.out_desc.dtype).permute(1, 0))
+        fence_async_shared()
+        store_ragged(p.out_desc, c_buf, row_start, rows, m * p.BM, n * COLS)
+        row_start, rows, m, n = read_note(p, c)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["n_tiles", "top_k"])
 def decode_kernel(
     x, order_ptr, w_desc, out_desc,
-    tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, K, n_tiles, top_k, limit, alpha, up_offset,
-    N: gl.constexpr, LANES: gl.constexpr, GROUP_M: gl.constexpr, GATED: gl.constexpr,
-    GATHER: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, ticket_ptr,
+    K, n_tiles, top_k, limit, alpha, up_offset,
+    N: gl.constexpr, LANES: gl.constexpr, GROUP_M: gl.constexpr, DYNAMIC: gl.constexpr,
+    GATED: gl.constexpr, GATHER: gl.constexpr, ACTIVATION: gl.constexpr,
+    HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[row] @ w[e].T) for the rows of every task, BM rows and BN weights a tile.
@@ -85,11 +87,15 @@ def decode_kernel(
         mbarrier.init(full.index(i), count=129 if GATHER else 1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    work = Work(
-        tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, n_tiles, N, LANES, GROUP_M
+    notes = gl.allocate_shared_memory(
+        gl.int32, [4 * NB, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
+    work = Work(
+        tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, ticket_ptr, n_tiles,
+        N, LANES, GROUP_M, DYNAMIC,
+    )  # fmt: skip
     p = Stage(
-        x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, full, empty, K, top_k,
+        x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, notes, full, empty, K, top_k,
         limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
     )  # fmt: skip
     if GATHER:

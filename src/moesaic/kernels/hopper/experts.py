@@ -1,6 +1,6 @@
 """The MoE layer on Hopper: sort and map, up-projection, down-projection, combine; four launches.
 
-    T tokens · H hidden width · I intermediate width · E experts · K top-k · S = T*K routed rows
+T tokens · H hidden width · I intermediate width · E experts · K top-k · S = T*K routed rows
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 from ..batching import batch_rows
 from ..combine import combine
 from ..taskmap import TaskMap
-from .launch import HopperConfig, grouped_mm_hopper
+from .launch import GLUON_DTYPES, HopperConfig, grouped_mm_hopper
+from .tiles import triton_problem
 
 
 class LayerConfig(NamedTuple):
@@ -26,14 +27,20 @@ class LayerConfig(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def choose(rows_per_expert: float) -> LayerConfig:
-    """Tiles for an expected number of rows per expert: the smallest tile that holds them.
+def choose(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) -> LayerConfig:
+    """Tiles for an expected number of rows per expert, the measured best of each range.
 
     With few rows the work is reading weights, and a narrow token side wastes no shared memory;
-    from about a hundred rows on, 128-row tiles feed the tensor cores best.
+    from about fifty rows on, 128-row tiles feed the tensor cores best. One token has few tiles:
+    narrow ones spread them, two programs an SM where a launch has under three tiles for each SM.
     """
-    for rows, stages in ((16, 5), (32, 5), (64, 8)):
-        if rows_per_expert <= 0.75 * rows:
+    if tokens == 1:
+        crowded = top_k * up_rows // 64 >= 3 * num_sms
+        tile = HopperConfig("decode", 16, 64, 12 if crowded else 8, ctas_per_sm=1 if crowded else 2)
+        return LayerConfig(tile, tile)
+    rows_per_expert = tokens * top_k / experts
+    for most, rows, stages in ((2, 16, 10), (12, 32, 9), (48, 64, 8)):
+        if rows_per_expert <= most:
             tile = HopperConfig("decode", rows, 128, stages)
             return LayerConfig(tile, tile)
     tile = HopperConfig("prefill", 128, 256, 4)
@@ -63,7 +70,27 @@ def _one_token(topk_ids: Tensor) -> tuple[Tensor, TaskMap]:
     start, end, total = _every_slot(top_k, device)
     ones = _ones(top_k, device)
     ids = topk_ids.view(-1).to(torch.int32)
-    return start, TaskMap(end, ids, start, ones, ones, total)
+    return start, TaskMap(end, ids, start, ones, ones, total, total)
+
+
+def refusal(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    plain: bool,
+) -> str | None:
+    """Why these kernels cannot run a layer, or None; `plain`: two layers, rows, no bias."""
+    if capability != (9, 0):
+        return f"compute capability 9.0 is needed, this device has {capability[0]}.{capability[1]}"
+    if dtype not in GLUON_DTYPES:
+        return f"bfloat16 or float16 is needed, the layer has {dtype}"
+    if not plain:
+        return "three-layer, transposed, interleaved and biased experts have no Hopper kernel"
+    if hidden_size % 64 or intermediate_size % 64:
+        return f"H and I must be multiples of 64, got {hidden_size} and {intermediate_size}"
+    return triton_problem()
 
 
 def experts_hopper(
@@ -94,14 +121,15 @@ def experts_hopper(
     experts, width, inter = up.shape[0], hidden.shape[1], down.shape[2]
     if tokens == 0:
         return torch.empty_like(hidden)
-    config = config or choose(tokens * top_k / experts)
     num_sms = num_sms or _sm_count(hidden.device)
+    config = config or choose(tokens, top_k, experts, up.shape[1], num_sms)
     if tokens == 1:
         order_S, tasks = _one_token(topk_ids)
         position = order_S
     else:
         sort, tasks = batch_rows(topk_ids, experts, heights=(config.up.bm,), order=config.order)  # type: ignore[arg-type]
         order_S, position = sort.order_S, sort.position_S
+    tickets = (None, None) if tokens == 1 else (0, 1)
     act_SI = hidden.new_empty((tokens * top_k, inter))
     grouped_mm_hopper(
         hidden,
@@ -117,10 +145,18 @@ def experts_hopper(
         limit=limit,
         alpha=alpha,
         up_offset=up_offset,
+        ticket=tickets[0],
         pdl="wait",
     )
     rows_SH = hidden.new_empty((tokens * top_k, width))
     grouped_mm_hopper(
-        act_SI, down, tasks, rows_SH, config=config.down, num_sms=num_sms, pdl="prefetch"
+        act_SI,
+        down,
+        tasks,
+        rows_SH,
+        config=config.down,
+        num_sms=num_sms,
+        ticket=tickets[1],
+        pdl="prefetch",
     )
     return combine(rows_SH, position.view(tokens, top_k), topk_weights, pdl=True)

@@ -1,6 +1,6 @@
 """Host side of the Hopper grouped GEMM: descriptors, one launch over a task map, its torch twin.
 
-    S routed rows · T tokens · E experts · C output columns · U weight rows (2C when gated) · K depth
+    S routed rows · T tokens · E experts · C output columns · U weight rows (2C gated) · K depth
 
 Descriptors are values of (pointer, shape, box) and are cached, so a repeated shape builds none.
 """
@@ -15,11 +15,14 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..activation import activate_ref
+from ..aot import AotCase
 from ..taskmap import TaskMap
 from .decode import decode_kernel
 from .prefill import prefill_kernel
 from .tiles import check_triton
 
+LOADER_REGISTERS = {"prefill": {True: 40, False: 24}, "decode": {True: 56, False: 40}}
 RAGGED_EXTENT = 0x7FFF0000
 RAGGED_ROWS = 1 << 30
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -76,6 +79,39 @@ def ragged_descriptor(out: Tensor, box_rows: int, box_cols: int) -> TensorDescri
     return _descriptor(out, shape, strides, (1, 1, box_rows, box_cols))
 
 
+def _store_box(config: HopperConfig, gated: bool) -> tuple[int, int]:
+    """Rows and columns of one store: prefill stores pieces, decode whole tiles."""
+    if config.kernel == "prefill":
+        return 64, 64
+    return config.bm, config.bn // (2 if gated else 1)
+
+
+def _constants(config: HopperConfig, *, entries: int, gather: bool, gated: bool) -> dict[str, Any]:
+    registers = {}
+    if config.kernel == "prefill":
+        registers = {"CREG": 232 if gather else 240}
+    return {
+        "N": entries,
+        "LANES": max(32, 1 << (entries - 1).bit_length()),
+        "GROUP_M": config.group_m,
+        "GATED": gated,
+        "GATHER": gather,
+        "BM": config.bm,
+        "BN": config.bn,
+        "BK": config.bk,
+        "NB": config.stages,
+        "LREG": LOADER_REGISTERS[config.kernel][gather],
+        **registers,
+    }
+
+
+def _options(config: HopperConfig) -> dict[str, Any]:
+    """Warps and register caps: three warpgroups share 168 each, small tiles leave room for two."""
+    if config.kernel == "prefill":
+        return {"num_warps": 4, "maxnreg": 168}
+    return {"num_warps": 4, "maxnreg": 128 if config.bm <= 32 else 255}
+
+
 def grouped_mm_hopper(
     x: Tensor,
     weight: Tensor,
@@ -91,6 +127,7 @@ def grouped_mm_hopper(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    ticket: int | None = None,
     pdl: Literal["off", "wait", "prefetch"] = "off",
 ) -> Tensor:
     """``out[row] = act(x[token of row] @ weight[e].T)`` for the rows of every task, one launch.
@@ -102,6 +139,7 @@ def grouped_mm_hopper(
         tasks: built with ``heights=(config.bm,)``.
         out: (S, C), written where rows are live.
         num_sms: SM budget; the persistent grid has `num_sms * ctas_per_sm` programs.
+        ticket: which of `tasks.tickets_2` to draw tiles from; None: a fixed stride.
         pdl: how to overlap with the launch before, see `pipeline.begin`.
 
     Raises:
@@ -109,47 +147,117 @@ def grouped_mm_hopper(
     """
     check_triton()
     depth, cols = weight.shape[2], out.shape[1]
-    halve = config.kernel == "prefill" or gated
-    box = (64 if config.kernel == "prefill" else config.bm, config.bn // (2 if halve else 1))
     gather = order_S is not None
     operand = x if gather else _descriptor(x, list(x.shape), [depth, 1], (config.bm, config.bk))
-    entries = tasks.task_N.numel()
     kernel = prefill_kernel if config.kernel == "prefill" else decode_kernel
-    extra = (
-        {"CREG": 232 if gather else 240, "LREG": 40 if gather else 24, "maxnreg": 168}
-        if config.kernel == "prefill"
-        else {"LREG": 56 if gather else 40, "maxnreg": 128 if config.bm <= 32 else 255}
-    )
     kernel[(num_sms * config.ctas_per_sm,)](
         operand,
         order_S if gather else tasks.task_N,
         weight_descriptor(weight, gated, config),
-        ragged_descriptor(out, *box),
+        ragged_descriptor(out, *_store_box(config, gated)),
         tasks.tile_end_N,
         tasks.task_N,
         tasks.row_start_N,
         tasks.rows_N,
         tasks.total_2,
+        tasks.total_2 if ticket is None else tasks.tickets_2[ticket:],
         depth,
         -(-cols // (config.bn // 2 if gated else config.bn)),
         top_k,
         0.0 if limit is None else limit,
         alpha,
         up_offset,
-        N=entries,
-        LANES=max(32, 1 << (entries - 1).bit_length()),
-        GROUP_M=config.group_m,
-        GATED=gated,
-        GATHER=gather,
         ACTIVATION=activation,
         HAS_LIMIT=limit is not None,
-        BM=config.bm,
-        BN=config.bn,
-        BK=config.bk,
-        NB=config.stages,
+        DYNAMIC=ticket is not None,
         PDL=pdl,
         launch_pdl=pdl != "off",
-        num_warps=4,
-        **extra,
+        **_constants(config, entries=tasks.task_N.numel(), gather=gather, gated=gated),
+        **_options(config),
     )
     return out
+
+
+def grouped_mm_hopper_ref(
+    x: Tensor,
+    weight: Tensor,
+    tasks: TaskMap,
+    *,
+    order_S: Tensor | None = None,
+    top_k: int = 1,
+    gated: bool = False,
+    activation: str = "none",
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+) -> Tensor:
+    """The torch twin of `grouped_mm_hopper`: fp32 products, one rounding; rows of no task are 0."""
+    rows_SK = x if order_S is None else x[order_S.long() // top_k]
+    cols = weight.shape[1] // (2 if gated else 1)
+    out_SC = x.new_zeros((rows_SK.shape[0], cols))
+    for task, start, rows in zip(tasks.task_N, tasks.row_start_N, tasks.rows_N, strict=True):
+        span = slice(int(start), int(start) + int(rows))
+        product = rows_SK[span].float() @ weight[int(task)].float().T
+        if activation != "none" or gated:
+            product = activate_ref(
+                product,
+                activation=activation,
+                gated=gated,
+                limit=limit,
+                alpha=alpha,
+                up_offset=up_offset,
+            )
+        out_SC[span] = product.to(x.dtype)
+    return out_SC
+
+
+def _aot_case(config: HopperConfig, gather: bool, gated: bool, dtype: str, quick: bool) -> AotCase:
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
+
+    def described(*box: int) -> str:
+        return f"tensordesc<{dtype}[{', '.join(map(str, box))}],{_layout(box, torch_dtype)!r}>"
+
+    weight = (1, config.bn // 16, 2, 8, config.bk) if gated else (1, config.bn, config.bk)
+    integers = ("order_ptr", "tile_end_ptr", "task_ptr", "row_start_ptr", "rows_ptr")
+    counters = ("total_ptr", "ticket_ptr")
+    fn = prefill_kernel if config.kernel == "prefill" else decode_kernel
+    return AotCase(
+        name=f"hopper/{config.kernel}-{config.bm}x{config.bn}-{'up' if gated else 'down'}-{dtype}",
+        fn=fn,
+        signature={
+            "x": f"*{dtype}" if gather else described(config.bm, config.bk),
+            "w_desc": described(*weight),
+            "out_desc": described(1, 1, *_store_box(config, gated)),
+            **dict.fromkeys((*integers, *counters), "*i32"),
+            **dict.fromkeys(("K", "n_tiles", "top_k"), "i32"),
+            **dict.fromkeys(("limit", "alpha", "up_offset"), "fp32"),
+        },
+        constexprs={
+            **_constants(config, entries=128, gather=gather, gated=gated),
+            "ACTIVATION": "silu" if gated else "none",
+            "HAS_LIMIT": False,
+            "DYNAMIC": True,
+            "PDL": "wait" if gather else "prefetch",
+        },
+        options=_options(config) | {"launch_pdl": True},
+        archs=(90,),
+        aligned=("K",),
+        unaligned=("ticket_ptr",),
+        ptx={90: ("cp.async.bulk.tensor", "griddepcontrol.launch_dependents")},
+        wgmma=True,
+        gluon=True,
+        quick=quick,
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """Both products on every tile that `experts.choose` can pick, bf16; one in fp16."""
+    tiles = [HopperConfig("prefill", 128, 256, 4)]
+    tiles += [HopperConfig("decode", bm, 128, stages) for bm, stages in ((16, 5), (32, 5), (64, 8))]
+    tiles += [HopperConfig("decode", 16, 64, 12), HopperConfig("decode", 128, 128, 6)]
+    cases = [
+        _aot_case(tile, gather, gather, "bf16", tile.kernel == "prefill" or tile.bm == 16)
+        for tile in tiles
+        for gather in (True, False)
+    ]
+    return [*cases, _aot_case(tiles[0], True, True, "fp16", False)]

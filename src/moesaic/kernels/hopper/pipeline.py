@@ -1,11 +1,12 @@
 """The ring that feeds the tensor cores: what the partitions share, and the two loaders.
 
-    BM token rows of a tile · BN weight rows · BK depth of a stage · NB stages · K depth of the product
+    BM token rows of a tile · BN weight rows · BK depth of a stage · NB stages · K whole depth
 
 A loader fills stage i when `empty[i]` says that every consumer is done with it, and consumers read
-it when `full[i]` says that all bytes have landed. Weights always come by TMA. Token rows come by
-cp.async through the slot order (the up-projection reads tokens where they lie) or, already sorted,
-by TMA.
+it when `full[i]` says that all bytes have landed. With the first stage of a tile the loader also
+leaves a note of where the tile is, so consumers look nothing up. Weights always come by TMA. Token
+rows come by cp.async through the slot order (the up-projection reads tokens where they lie) or,
+already sorted, by TMA.
 """
 
 from triton.experimental import gluon
@@ -16,7 +17,7 @@ from triton.language.core import _aggregate as aggregate
 from triton.language.core import base_value
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .tiles import load_weight, locate, tile_count, tile_of
+from .tiles import load_weight, locate, next_tile, tile_count
 
 
 @aggregate
@@ -30,6 +31,7 @@ class Stage:
     a_bufs: gl.shared_memory_descriptor
     b_bufs: gl.shared_memory_descriptor
     c_bufs: gl.shared_memory_descriptor
+    notes: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     K: gl.tensor
@@ -48,8 +50,8 @@ class Stage:
     PDL: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(  # noqa: D107
-        self, x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, full, empty, K, top_k,
+    def __init__(
+        self, x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, notes, full, empty, K, top_k,
         limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
     ):  # fmt: skip
         self.x = x
@@ -59,6 +61,7 @@ class Stage:
         self.a_bufs = a_bufs
         self.b_bufs = b_bufs
         self.c_bufs = c_bufs
+        self.notes = notes
         self.full = full
         self.empty = empty
         self.K = K
@@ -92,29 +95,65 @@ def begin(p):
 
 
 @gluon.jit
+def _write_note(p, stage, row_start, rows, m, n):
+    """Leave where the tile is beside its first stage: four numbers."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    p.notes.index(4 * stage).store(gl.full([1], row_start, gl.int32, layout=L))
+    p.notes.index(4 * stage + 1).store(gl.full([1], rows, gl.int32, layout=L))
+    p.notes.index(4 * stage + 2).store(gl.full([1], m, gl.int32, layout=L))
+    p.notes.index(4 * stage + 3).store(gl.full([1], n, gl.int32, layout=L))
+
+
+@gluon.jit
+def read_note(p, c):
+    """Wait for stage `c` of the ring and read its note: first row, rows, row and column tile.
+
+    A tile without rows is the end of the work.
+    """
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    stage = c % p.NB
+    mbarrier.wait(p.full.index(stage), (c // p.NB) & 1)
+    row_start = gl.max(p.notes.index(4 * stage).load(L), axis=0)
+    rows = gl.max(p.notes.index(4 * stage + 1).load(L), axis=0)
+    m = gl.max(p.notes.index(4 * stage + 2).load(L), axis=0)
+    n = gl.max(p.notes.index(4 * stage + 3).load(L), axis=0)
+    return row_start, rows, m, n
+
+
+@gluon.jit
 def load_gathered(p, work):
     """Four warps: weights by TMA, token rows by cp.async, both on the full barrier of a stage."""
     BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     begin(p)
     r = gl.arange(0, p.BM, layout=gl.SliceLayout(1, BL))
     cols = gl.arange(0, p.BK, layout=gl.SliceLayout(0, BL))
-    c = 0
-    for first in range(0, tile_count(work), gl.num_programs(0)):
-        e, row_start, rows, m, n = locate(tile_of(first, work), work)
+    tiles = tile_count(work)
+    t = gl.program_id(0)
+    c = t * 0
+    while t < tiles:
+        e, row_start, rows, m, n = locate(t, work)
+        t = next_tile(t, tiles, work)
         row = m * p.BM + r
         slot = gl.load(p.order_ptr + row_start + row, mask=row < rows, other=0)
         live = (row < rows)[:, None] & (cols >= 0)[None, :]
         ptrs = p.x + (slot // p.top_k).to(gl.int64)[:, None] * p.K + cols[None, :]
-        for k in range(0, gl.where(rows > 0, p.K, 0), p.BK):
+        for k in range(0, p.K, p.BK):
             i = c % p.NB
             mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+            if k == 0:
+                _write_note(p, i, row_start, rows, m, n)
             mbarrier.expect(p.full.index(i), p.w_desc.block_type.nbytes)
-            load_weight(
-                p.w_desc, e, n, k, p.full.index(i), p.b_bufs.index(i), True, p.GATED, p.BN
-            )
+            load_weight(p.w_desc, e, n, k, p.full.index(i), p.b_bufs.index(i), True, p.GATED, p.BN)
             async_copy.async_copy_global_to_shared(p.a_bufs.index(i), ptrs + k, mask=live)
             async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
             c += 1
+    if work.DYNAMIC and gl.program_id(0) >= tiles:
+        next_tile(t, tiles, work)
+    i = c % p.NB
+    mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+    _write_note(p, i, 0, 0, 0, 0)
+    mbarrier.arrive(p.full.index(i), count=1)
+    async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
 
 
 @gluon.jit
@@ -125,6 +164,7 @@ def _fetch_first_weights(p, work, tiles):
     started = gl.minimum(gl.cdiv(p.K, p.BK), p.NB)
     if t < tiles:
         e, row_start, rows, m, n = locate(t, work)
+        _write_note(p, 0, row_start, rows, m, n)
         for i in range(0, started):
             mbarrier.expect(p.full.index(i), BYTES)
             load_weight(
@@ -139,21 +179,29 @@ def load_rows(p, work):
     BYTES: gl.constexpr = p.w_desc.block_type.nbytes + p.x.block_type.nbytes
     begin(p)
     tiles = tile_count(work)
-    started = 0
+    t = gl.program_id(0)
+    c = t * 0
+    started = t * 0
     if p.PDL == "prefetch":
         started = _fetch_first_weights(p, work, tiles)
         gdc_wait()
-    c = 0
-    for first in range(0, tiles, gl.num_programs(0)):
-        e, row_start, rows, m, n = locate(tile_of(first, work), work)
-        for k in range(0, gl.where(rows > 0, p.K, 0), p.BK):
+    while t < tiles:
+        e, row_start, rows, m, n = locate(t, work)
+        t = next_tile(t, tiles, work)
+        for k in range(0, p.K, p.BK):
             i = c % p.NB
             full = p.full.index(i)
             mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
             fresh = c >= started
+            if (k == 0) & fresh:
+                _write_note(p, i, row_start, rows, m, n)
             mbarrier.expect(full, BYTES, pred=fresh)
             load_weight(p.w_desc, e, n, k, full, p.b_bufs.index(i), fresh, p.GATED, p.BN)
-            tma.async_copy_global_to_shared(
-                p.x, [row_start + m * p.BM, k], full, p.a_bufs.index(i)
-            )
+            tma.async_copy_global_to_shared(p.x, [row_start + m * p.BM, k], full, p.a_bufs.index(i))
             c += 1
+    if work.DYNAMIC and gl.program_id(0) >= tiles:
+        next_tile(t, tiles, work)
+    i = c % p.NB
+    mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+    _write_note(p, i, 0, 0, 0, 0)
+    mbarrier.arrive(p.full.index(i), count=1)

@@ -23,41 +23,64 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .pipeline import Stage, begin, load_gathered, load_rows
-from .tiles import Work, activate, locate, store_ragged, tile_count, tile_of
+from .pipeline import Stage, load_gathered, load_rows, read_note
+from .tiles import Work, activate, activate_alone, store_ragged
 
 
 @gluon.jit
 def _put(p, y, c_buf, row_start, rows, row, col):
-    """Round 64 rows of half a tile, stage them in shared memory and send them off."""
-    tma.store_wait(0)
-    c_buf.reshape([64, p.BN // 2]).store(y.to(p.out_desc.dtype))
+    """Round 64 rows by 64 columns, stage them in shared memory and send them off.
+
+    At most one earlier store may still read shared memory: callers alternate two buffers.
+    """
+    tma.store_wait(1)
+    c_buf.reshape([64, 64]).store(y.to(p.out_desc.dtype))
     fence_async_shared()
     store_ragged(p.out_desc, c_buf, row_start, rows, row, col)
 
 
 @gluon.jit
-def _epilogue(p, acc, c_buf, row_start, rows, row, n):
-    """Activate and store 64 rows; an ungated tile goes out in two halves of its columns."""
-    HALF: gl.constexpr = p.BN // 2
+def _halves(x, COLS: gl.constexpr):
+    """The left and the right half of the columns of (64, COLS), without moving data."""
+    return x.reshape(64, 2, COLS // 2).permute(0, 2, 1).split()
+
+
+@gluon.jit
+def _put_pair(p, x, PART: gl.constexpr, row_start, rows, row, col):
+    """Store an ungated (64, 128) in two pieces of 64 columns."""
+    left, right = _halves(activate_alone(x, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha), 128)
+    _put(p, left, p.c_bufs.index(2 * PART), row_start, rows, row, col)
+    _put(p, right, p.c_bufs.index(2 * PART + 1), row_start, rows, row, col + 64)
+
+
+@gluon.jit
+def _activated(p, x):
+    """64 activated columns of (64, 128): eight of the gate, then the eight of up, and so on."""
+    g, u = x.reshape(64, 8, 2, 8).permute(0, 1, 3, 2).split()
+    return activate(g, u, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha, p.up_offset).reshape(64, 64)
+
+
+@gluon.jit
+def _epilogue(p, acc, PART: gl.constexpr, row_start, rows, row, n):
+    """Activate and store 64 rows in pieces, so that a store runs beside the next piece's work."""
+    left, right = _halves(acc, p.BN)
     if p.GATED:
-        g, u = acc.reshape(64, p.BN // 16, 2, 8).permute(0, 1, 3, 2).split()
-        y = activate(g, u, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha, p.up_offset).reshape(64, HALF)
-        _put(p, y, c_buf, row_start, rows, row, n * HALF)
+        col = n * (p.BN // 2)
+        _put(p, _activated(p, left), p.c_bufs.index(2 * PART), row_start, rows, row, col)
+        _put(p, _activated(p, right), p.c_bufs.index(2 * PART + 1), row_start, rows, row, col + 64)
     else:
-        left, right = acc.reshape(64, 2, HALF).permute(0, 2, 1).split()
-        _put(p, left, c_buf, row_start, rows, row, n * p.BN)
-        _put(p, right, c_buf, row_start, rows, row, n * p.BN + HALF)
+        col = n * p.BN
+        _put_pair(p, left, PART, row_start, rows, row, col)
+        _put_pair(p, right, PART, row_start, rows, row, col + 128)
 
 
 @gluon.jit
 def _consume(p, work, PART: gl.constexpr):
     """One warpgroup: rows [64 * PART, +64) of every tile; one in-order K chain per element."""
-    begin(p)
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BN, 16])
-    c = 0
-    for first in range(0, tile_count(work), gl.num_programs(0)):
-        e, row_start, rows, m, n = locate(tile_of(first, work), work)
+    row_start, rows, m, n = read_note(p, 0)
+    c = rows * 0
+    while rows > 0:
         row = m * p.BM + 64 * PART
         if row < rows:
             acc = gl.zeros((64, p.BN), gl.float32, layout=L)
@@ -74,12 +97,13 @@ def _consume(p, work, PART: gl.constexpr):
                 c += 1
             acc = warpgroup_mma_wait(0, (acc,))
             mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
-            _epilogue(p, acc, p.c_bufs.index(PART), row_start, rows, row, n)
+            _epilogue(p, acc, PART, row_start, rows, row, n)
         else:
-            for _ in range(0, gl.where(rows > 0, p.K, 0), p.BK):
+            for _ in range(0, p.K, p.BK):
                 mbarrier.wait(p.full.index(c % p.NB), (c // p.NB) & 1)
                 mbarrier.arrive(p.empty.index(c % p.NB), count=1)
                 c += 1
+        row_start, rows, m, n = read_note(p, c)
     tma.store_wait(0)
 
 
@@ -96,9 +120,11 @@ def _consume_high(p, work):
 @gluon.jit(do_not_specialize=["n_tiles", "top_k"])
 def prefill_kernel(
     x, order_ptr, w_desc, out_desc,
-    tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, K, n_tiles, top_k, limit, alpha, up_offset,
-    N: gl.constexpr, LANES: gl.constexpr, GROUP_M: gl.constexpr, GATED: gl.constexpr,
-    GATHER: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, ticket_ptr,
+    K, n_tiles, top_k, limit, alpha, up_offset,
+    N: gl.constexpr, LANES: gl.constexpr, GROUP_M: gl.constexpr, DYNAMIC: gl.constexpr,
+    GATED: gl.constexpr, GATHER: gl.constexpr, ACTIVATION: gl.constexpr,
+    HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, CREG: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[row] @ w[e].T) for the rows of every task, 128 rows and BN columns a tile.
@@ -106,14 +132,14 @@ def prefill_kernel(
     x: pointer to (T, K) token rows when GATHER, else a TMA descriptor of the sorted rows (S, K)
     with box (BM, BK). order_ptr: int32 (S,) slot of each sorted row, token = slot // top_k.
     w_desc: (E, C/16, 2, 8, K) box (1, BN/16, 2, 8, BK) when GATED, else (E, C, K) box (1, BN, BK).
-    out_desc: ragged store descriptor of (S, columns), box (1, 1, 64, BN/2). The task map's arrays
-    are (N,) int32, total_ptr (2,).
+    out_desc: ragged store descriptor of (S, columns), box (1, 1, 64, 64). The task map's arrays
+    are (N,) int32, total_ptr (2,), ticket_ptr one zero when DYNAMIC.
     """
     A: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], w_desc.dtype)
     a_bufs = gl.allocate_shared_memory(w_desc.dtype, [NB, BM, BK], A)
     b_bufs = gl.allocate_shared_memory(w_desc.dtype, [NB] + w_desc.block_type.shape, w_desc.layout)
     c_bufs = gl.allocate_shared_memory(
-        out_desc.dtype, [2] + out_desc.block_type.shape, out_desc.layout
+        out_desc.dtype, [4] + out_desc.block_type.shape, out_desc.layout
     )
     full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
@@ -121,11 +147,15 @@ def prefill_kernel(
         mbarrier.init(full.index(i), count=129 if GATHER else 1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    work = Work(
-        tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, n_tiles, N, LANES, GROUP_M
+    notes = gl.allocate_shared_memory(
+        gl.int32, [4 * NB, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
+    work = Work(
+        tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, ticket_ptr, n_tiles,
+        N, LANES, GROUP_M, DYNAMIC,
+    )  # fmt: skip
     p = Stage(
-        x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, full, empty, K, top_k,
+        x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, notes, full, empty, K, top_k,
         limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
     )  # fmt: skip
     if GATHER:

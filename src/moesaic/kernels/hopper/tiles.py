@@ -15,10 +15,21 @@ from ..activation_triton import activate as _activate
 from ..activation_triton import pointwise as _pointwise
 
 TRITON_RANGE = ((3, 6), (3, 9))
-ROTATION = gl.constexpr(37)
 RAGGED_ORIGIN = gl.constexpr(1 << 30)
 activate = gluon.jit(_activate.fn)
 pointwise = gluon.jit(_pointwise.fn)
+
+
+def triton_problem() -> str | None:
+    """Why the installed Triton cannot compile these kernels, or None."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    low, high = TRITON_RANGE
+    if low <= version < high:
+        return None
+    return (
+        f"Triton >= {low[0]}.{low[1]} and < {high[0]}.{high[1]} is needed, "
+        f"this is {triton.__version__}"
+    )
 
 
 def check_triton() -> None:
@@ -27,13 +38,9 @@ def check_triton() -> None:
     Raises:
         RuntimeError: the installed Triton is too old or too new.
     """
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    low, high = TRITON_RANGE
-    if not low <= version < high:
-        raise RuntimeError(
-            f"the Hopper kernels need Triton >= {low[0]}.{low[1]} and < {high[0]}.{high[1]}, "
-            f"got {triton.__version__}; install another Triton or use impl='triton'"
-        )
+    problem = triton_problem()
+    if problem:
+        raise RuntimeError(f"no Hopper kernels: {problem}; use impl='triton'")
 
 
 @gluon.jit
@@ -59,24 +66,29 @@ class Work:
     row_start_ptr: gl.tensor
     rows_ptr: gl.tensor
     total_ptr: gl.tensor
+    ticket_ptr: gl.tensor
     n_tiles: gl.tensor
     N: gl.constexpr
     LANES: gl.constexpr
     GROUP_M: gl.constexpr
+    DYNAMIC: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(  # noqa: D107
-        self, tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, n_tiles, N, LANES, GROUP_M
-    ):
+    def __init__(
+        self, tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, ticket_ptr, n_tiles,
+        N, LANES, GROUP_M, DYNAMIC,
+    ):  # fmt: skip
         self.tile_end_ptr = tile_end_ptr
         self.task_ptr = task_ptr
         self.row_start_ptr = row_start_ptr
         self.rows_ptr = rows_ptr
         self.total_ptr = total_ptr
+        self.ticket_ptr = ticket_ptr
         self.n_tiles = n_tiles
         self.N = gl.constexpr(N)
         self.LANES = gl.constexpr(LANES)
         self.GROUP_M = gl.constexpr(GROUP_M)
+        self.DYNAMIC = gl.constexpr(DYNAMIC)
 
 
 @gluon.jit
@@ -86,31 +98,37 @@ def tile_count(work):
 
 
 @gluon.jit
-def tile_of(first, work):
-    """This program's tile of the round that starts at tile `first`.
+def next_tile(t, tiles, work):
+    """The tile after `t`: drawn from a counter when DYNAMIC, else one grid further.
 
-    Rounds are rotated against each other. Without that, a task of three row tiles would give the
-    same programs the short last tile again and again; they would run ahead, and weights that their
-    neighbours still need would be read from memory twice.
+    Tiles differ in cost (a task's last tile may be short). Drawing keeps tiles with the same
+    weights in step, so that memory is read once for all of them; with a fixed stride they drift
+    apart and the weights are read again. Every program draws until it fails, so the last draw is
+    known, and the program that makes it puts the counter back to zero.
     """
     programs = gl.num_programs(0)
-    return first + (gl.program_id(0) + (first // programs) * ROTATION) % programs
+    if work.DYNAMIC:
+        ticket = gl.atomic_add(work.ticket_ptr, 1, sem="relaxed")
+        if ticket == gl.maximum(tiles, programs) - 1:
+            gl.store(work.ticket_ptr, 0)
+        return programs + ticket
+    else:
+        return t + programs
 
 
 @gluon.jit
 def locate(t, work):
-    """Expert, first row, rows, row tile and column tile of tile `t`; no rows past the last tile.
+    """Expert, first row, rows, row tile and column tile of tile `t`.
 
     Inside a task, GROUP_M row tiles share a sweep over the columns, so that the tiles in flight
     form a block that reads each weight column few times from L2.
     """
-    m_tile = t // work.n_tiles
-    j = gl.minimum(find_entry(work.tile_end_ptr, m_tile, work.N, work.LANES), work.N - 1)
+    j = find_entry(work.tile_end_ptr, t // work.n_tiles, work.N, work.LANES)
     first = gl.load(work.tile_end_ptr + j - 1, mask=j > 0, other=0)
     m_tiles = gl.load(work.tile_end_ptr + j) - first
     e = gl.load(work.task_ptr + j)
     row_start = gl.load(work.row_start_ptr + j)
-    rows = gl.where(t < tile_count(work), gl.load(work.rows_ptr + j), 0)
+    rows = gl.load(work.rows_ptr + j)
     q = t - first * work.n_tiles
     group_first = (q // (work.GROUP_M * work.n_tiles)) * work.GROUP_M
     group = gl.minimum(m_tiles - group_first, work.GROUP_M)
@@ -119,10 +137,20 @@ def locate(t, work):
 
 
 @gluon.jit
+def activate_alone(x, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, limit, alpha):
+    """act(min(x, limit)) of an ungated product; "none" returns it as it is."""
+    if HAS_LIMIT:
+        x = gl.where(x > limit, limit, x)
+    return pointwise(x, ACTIVATION, alpha)
+
+
+@gluon.jit
 def store_ragged(desc, smem, row_start, rows, row, col):
     """TMA store of `smem` to rows [row, ...) of a segment, clipped by hardware at its last row."""
     origin: gl.constexpr = RAGGED_ORIGIN
-    tma.async_copy_shared_to_global(desc, [origin, row_start + rows, origin - rows + row, col], smem)
+    tma.async_copy_shared_to_global(
+        desc, [origin, row_start + rows, origin - rows + row, col], smem
+    )
 
 
 @gluon.jit
