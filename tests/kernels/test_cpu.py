@@ -98,9 +98,7 @@ def test_error_against_fp64(one_thread: None, name: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_of_transformers(
-    one_thread: None, implementation: str, dtype: torch.dtype
-) -> None:
+def test_error_of_transformers(one_thread: None, implementation: str, dtype: torch.dtype) -> None:
     pytest.importorskip("transformers")
     from moesaic.bench.baselines import transformers_experts
     from moesaic.bench.workloads import Model
@@ -120,9 +118,7 @@ def test_error_of_transformers(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SPECS)
-def test_bits_of_a_row_alone_and_in_batches(
-    threads: int, name: str, dtype: torch.dtype
-) -> None:
+def test_bits_of_a_row_alone_and_in_batches(threads: int, name: str, dtype: torch.dtype) -> None:
     spec, tokens = SPECS[name], 200
     weights, inputs = make_weights(spec, dtype), make_inputs(spec, tokens, dtype)
     whole = run(inputs, weights, spec)
@@ -244,8 +240,9 @@ def test_probe_refuses_a_product_that_sums_in_another_order(
         assert not cpu_products.stable(key, 1, 48, columns)
         assert cpu_products.stable(key, 1, 64, columns)
     spec = SPECS["silu"]
-    weights, (hidden, ids, scales) = make_weights(spec, torch.float32), make_inputs(
-        spec, 45, torch.float32, top_k=1
+    weights, (hidden, ids, scales) = (
+        make_weights(spec, torch.float32),
+        make_inputs(spec, 45, torch.float32, top_k=1),
     )
     inputs = (hidden, torch.zeros_like(ids), scales)
     whole = run(inputs, weights, spec)
@@ -284,7 +281,7 @@ def test_rows_one_by_one_where_position_changes_bits(
 @pytest.mark.parametrize("threads_asked", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("n", [64, 32768, 98304, 98368, 1 << 20, (1 << 20) + 64])
 def test_flat_blocks_leave_no_rest(n: int, threads_asked: int) -> None:
-    """The share torch gives a thread (DESIGN of ATen's parallel_for) is a multiple of 64."""
+    """Every thread's share, as torch cuts it (32768 at least each), is a multiple of 64."""
     blocks = cpu.flat_blocks(torch.arange(n), threads_asked)
     assert torch.equal(torch.cat(blocks), torch.arange(n))
     for block in blocks:
@@ -298,7 +295,8 @@ def test_plan_covers_every_row_once() -> None:
     keys = ((80, 72, torch.bfloat16, False, 1), (72, 40, torch.bfloat16, False, 1))
     shapes = cpu.Shapes(keys)
     counts = [0, 3, 4, 4, 0, 0, 300, 17, 1, 1, 1, 2]
-    runs, starts, padded = cpu.plan_runs(counts, shapes)
+    active = [(e, count) for e, count in enumerate(counts) if count]
+    runs, starts, padded = cpu.plan_runs(active, shapes)
     held = torch.zeros(padded, dtype=torch.int)
     owner = torch.full((padded,), -1)
     for run_ in runs:
@@ -307,9 +305,23 @@ def test_plan_covers_every_row_once() -> None:
             held[begin : begin + run_.height] += 1
             owner[begin : begin + run_.height] = run_.first + b
     assert bool((held == 1).all())
-    for e, count in enumerate(counts):
+    for e, count in active:
         assert bool((owner[starts[e] : starts[e] + count] == e).all())
     assert max(run_.batch for run_ in runs) > 1
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 64])
+def test_both_layouts_agree(tokens: int) -> None:
+    shapes = cpu.Shapes(((80, 72, torch.bfloat16, False, 1), (72, 40, torch.bfloat16, False, 1)))
+    ids = torch.randint(0, 13, (tokens, 4), generator=torch.Generator().manual_seed(tokens))
+    few, many = cpu.lay_out_few(ids, 12, shapes), cpu.lay_out(ids, 12, shapes)
+    assert few.runs == many.runs
+    assert torch.equal(few.slot_rows_S, many.slot_rows_S)
+    padded = few.token_P.shape[0]
+    held = few.slot_rows_S[few.slot_rows_S < padded]
+    assert torch.equal(few.token_P[held], many.token_P[held])
+    slots = torch.arange(tokens * 4)[few.slot_rows_S < padded]
+    assert torch.equal(few.token_P[held], slots // 4)
 
 
 def test_op_checks() -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ GRAIN = 32768
 CALL_COST = 4.5e6
 PHASED_HEIGHT = {torch.float32: 8, torch.bfloat16: 16}
 PHASED_ELEMENTS = 1 << 22
+FEW_SLOTS = 256
 
 
 class Run(NamedTuple):
@@ -108,43 +110,42 @@ def _split(first: int, batch: int, height: int, row: int, shapes: Shapes) -> lis
     return runs
 
 
-def plan_runs(counts: list[int], shapes: Shapes) -> tuple[list[Run], list[int], int]:
-    """Runs for `counts` rows per expert, each expert's first padded row, and the padded total.
+Counts = list[tuple[int, int]]
 
-    Consecutive experts join a batch as long as padding them to a common height costs less time
-    than the calls it saves.
+
+def plan_runs(counts: Counts, shapes: Shapes) -> tuple[list[Run], dict[int, int], int]:
+    """Runs for (expert, rows) pairs in order, each expert's first padded row, the padded total.
+
+    Experts with neighbouring ids join a batch as long as padding them to a common height costs
+    less time than the calls it saves.
     """
     runs: list[Run] = []
-    starts = [0] * len(counts)
+    starts: dict[int, int] = {}
     waste_allowed = CALL_COST / shapes.row_cost
-    row = e = 0
-    while e < len(counts):
-        if not counts[e]:
-            e += 1
-            continue
-        tiles = shapes.tiles(counts[e])
-        starts[e] = row
-        if len(tiles) > 1 or not shapes.usable(2, tiles[0]):
+    row = i = 0
+    while i < len(counts):
+        first, count = counts[i]
+        tiles = shapes.tiles(count)
+        starts[first] = row
+        batch, height = 1, tiles[0]
+        i += 1
+        if len(tiles) > 1 or not shapes.usable(2, height):
             for height in tiles:
-                runs.append(Run(e, 1, height, row))
+                runs.append(Run(first, 1, height, row))
                 row += height
-            e += 1
             continue
-        first, height, held = e, tiles[0], tiles[0]
-        e += 1
-        while e < len(counts) and counts[e]:
-            tiles = shapes.tiles(counts[e])
+        held = height
+        while i < len(counts) and counts[i][0] == first + batch:
+            tiles = shapes.tiles(counts[i][1])
             taller = max(height, tiles[0])
-            waste = taller * (e + 1 - first) - held - tiles[0]
-            if len(tiles) > 1 or waste > (e - first) * waste_allowed:
+            waste = taller * (batch + 1) - held - tiles[0]
+            if len(tiles) > 1 or waste > batch * waste_allowed or not shapes.usable(2, taller):
                 break
-            if not shapes.usable(2, taller):
-                break
-            height, held, e = taller, held + tiles[0], e + 1
-        for i in range(first, e):
-            starts[i] = row + (i - first) * height
-        runs += _split(first, e - first, height, row, shapes)
-        row += (e - first) * height
+            batch, height, held, i = batch + 1, taller, held + tiles[0], i + 1
+        for b in range(batch):
+            starts[first + b] = row + b * height
+        runs += _split(first, batch, height, row, shapes)
+        row += batch * height
     return runs, starts, row
 
 
@@ -159,7 +160,7 @@ def flat_blocks(flat: Tensor, threads: int) -> list[Tensor]:
     even = n // (GRAIN * threads) * (GRAIN * threads)
     full = n // GRAIN * GRAIN
     cuts = sorted({0, even, full, n})
-    return [flat[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [flat[a:b] for a, b in pairwise(cuts)]
 
 
 def _pointwise_(x: Tensor, activation: str, alpha: float) -> Tensor:
@@ -169,12 +170,12 @@ def _pointwise_(x: Tensor, activation: str, alpha: float) -> Tensor:
     if activation == "relu2":
         return x.relu_().square_()
     n = x.numel()
-    if x.is_contiguous() and n % VECTOR == 0:
-        flat = x.view(-1)
+    if n % VECTOR == 0:
+        flat = x.contiguous().view(-1)
     else:
         flat = x.new_zeros(-(-n // VECTOR) * VECTOR)
         flat[:n].view(x.shape).copy_(x)
-    for block in flat_blocks(flat, torch.get_num_threads()):
+    for block in (flat,) if n < GRAIN else flat_blocks(flat, torch.get_num_threads()):
         if activation == "silu" and alpha == 1.0:
             torch.nn.functional.silu(block, inplace=True)
         else:
@@ -267,29 +268,52 @@ def _phased(x_PH: Tensor, y_PH: Tensor, runs: list[Run], layer: Layer) -> None:
             x = _activate(h, 1, layer.act)
 
 
-def _layout(
-    topk_ids_TK: Tensor, experts: int, shapes: Shapes
-) -> tuple[list[Run], Tensor, Tensor, int]:
-    """Runs, the token of each padded row (P,), the padded row of each slot (S,), and P.
+class Layout(NamedTuple):
+    """Where every row goes: runs, the token of each padded row, the padded row of each slot.
 
     Slots of nobody (id E) point to row P, one past the rows.
     """
+
+    runs: list[Run]
+    token_P: Tensor
+    slot_rows_S: Tensor
+
+
+def lay_out(topk_ids_TK: Tensor, experts: int, shapes: Shapes) -> Layout:
+    """The layout of many slots, by a stable sort."""
     tokens, k = topk_ids_TK.shape
     ids_S = topk_ids_TK.reshape(-1)
     sorted_S, order_S = torch.sort(ids_S, stable=True)
     counts_E = torch.bincount(ids_S, minlength=experts + 1)
-    counts = counts_E.tolist()
-    runs, starts, padded = plan_runs(counts[:experts], shapes)
+    *counts, nobody = counts_E.tolist()
+    active = [(e, count) for e, count in enumerate(counts) if count]
+    runs, starts, padded = plan_runs(active, shapes)
     begins_E = torch.cumsum(counts_E, 0) - counts_E
-    shift_E = torch.tensor([*starts, padded]) - begins_E
-    rows_S = shift_E[sorted_S] + torch.arange(tokens * k)
-    if counts[experts]:
-        rows_S[tokens * k - counts[experts] :] = padded
+    starts_E = torch.tensor([*(starts.get(e, 0) for e in range(experts)), padded])
+    rows_S = (starts_E - begins_E)[sorted_S] + torch.arange(tokens * k)
+    rows_S[tokens * k - nobody :] = padded
     slot_rows_S = torch.empty_like(rows_S)
     slot_rows_S[order_S] = rows_S
     token_P = torch.zeros(padded + 1, dtype=torch.long)
     token_P[rows_S] = order_S // k
-    return runs, token_P[:padded], slot_rows_S, padded
+    return Layout(runs, token_P[:padded], slot_rows_S)
+
+
+def lay_out_few(topk_ids_TK: Tensor, experts: int, shapes: Shapes) -> Layout:
+    """The same layout of few slots, for which one loop is faster than a dozen torch calls."""
+    tokens, k = topk_ids_TK.shape
+    slots: dict[int, list[int]] = {}
+    for slot, e in enumerate(topk_ids_TK.reshape(-1).tolist()):
+        slots.setdefault(e, []).append(slot)
+    slots.pop(experts, None)
+    runs, starts, padded = plan_runs([(e, len(slots[e])) for e in sorted(slots)], shapes)
+    tokens_of = [0] * padded
+    rows_of = [padded] * (tokens * k)
+    for e, start in starts.items():
+        for row, slot in enumerate(slots[e], start):
+            tokens_of[row] = slot // k
+            rows_of[slot] = row
+    return Layout(runs, torch.tensor(tokens_of, dtype=torch.long), torch.tensor(rows_of))
 
 
 def _combine(y_PH: Tensor, slot_rows_S: Tensor, topk_weights_TK: Tensor) -> Tensor:
@@ -350,7 +374,9 @@ def experts_cpu(
         transposed,
         torch.get_num_threads(),
     )
-    runs, token_P, slot_rows_S, padded = _layout(topk_ids_TK, up.shape[0], shapes)
+    choose = lay_out_few if topk_ids_TK.numel() <= FEW_SLOTS else lay_out
+    runs, token_P, slot_rows_S = choose(topk_ids_TK, up.shape[0], shapes)
+    padded = token_P.shape[0]
     x_PH = hidden_TH.index_select(0, token_P).to(compute)
     y_PH = torch.empty(padded + 1, hidden_TH.shape[1], dtype=torch.float32)
     y_PH[padded].zero_()
