@@ -28,8 +28,10 @@ def offsets_of(sizes: Sequence[int], device: str | torch.device = "cpu") -> Tens
 def violations(task_map: TaskMap, sizes: Sequence[int], heights: Sequence[int]) -> list[str]:
     """What is wrong with a map: each row lies in exactly one tile, each entry has rows."""
     columns = [column.tolist() for column in task_map]
-    tile_end_N, task_N, start_N, rows_N, height_N, (filled, total) = columns
+    tile_end_N, task_N, start_N, rows_N, height_N, (filled, total), tickets_2 = columns
     found = []
+    if tickets_2 != [0, 0]:
+        found.append(f"the tickets start at {tickets_2}")
     if filled != sum(size > 0 for size in sizes):
         found.append(f"{filled} entries for {sizes}")
     if any(end != total for end in tile_end_N[max(filled - 1, 0) :]):

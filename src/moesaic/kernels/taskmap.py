@@ -57,7 +57,7 @@ class TaskMap(NamedTuple):
     total_2: Tensor
     """[number of tasks that have rows, number of tiles]."""
     tickets_2: Tensor
-    """Two zeros: counters from which launches over this map may draw their tiles, and then reset."""
+    """Two zeros: counters from which launches over this map draw their tiles, and then reset."""
 
 
 def tile_height(rows: int, heights: Sequence[int] = HEIGHTS) -> int:
