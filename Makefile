@@ -20,7 +20,7 @@ setup:
 	@$(PYTHON) tools/setup_env.py --retry
 
 demo: venv
-	@$(PY) -m moesaic run
+	@OMP_WAIT_POLICY=PASSIVE $(PY) -m moesaic run
 
 test: venv
 	@$(CHECK) lint types test

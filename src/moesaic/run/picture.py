@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 INK, SOFT, OURS, THEIRS = "#1c2430", "#5b6675", "#0b6e99", "#9aa3ae"
 COLOURS = {GOOD: "#1a7f4b", SLOW: "#9a6700", BAD: "#c0262d"}
 MOST_LABELS = 32
+NOTE_WIDTH = 130
 
 
 def _figure(width: float, height: float, pad: float = 0.04) -> Figure:
@@ -156,7 +158,7 @@ def readme_png(document: Document) -> bytes:
     title = f"moesaic run · {document['model']} · {document['text']}, {document['bytes']:,} bytes"
     axes.set_title(title, fontsize=12, loc="left", color=INK, weight="bold", pad=8)
     where = f"{document['device_name']}, {document['dtype']}, PyTorch {document['torch']}"
-    note = f"{where}\n{difference_line(document)}"
+    note = f"{where}\n{textwrap.fill(difference_line(document), NOTE_WIDTH)}"
     axes.text(0, -0.15, note, fontsize=8, color=SOFT, va="top", linespacing=1.5)
     left, right = below.subplots(1, 2, width_ratios=[6, 1])
     draw_heatmap(left, layers)
