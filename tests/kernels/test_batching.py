@@ -111,7 +111,8 @@ def test_kernel_covers_every_row(
 def test_docstring_example_of_the_kernel(kernel_device: torch.device) -> None:
     task_map = build_task_map(offsets_of([3, 0, 200, 17], kernel_device))
     assert [column.tolist() for column in task_map] == [
-        [1, 3, 4, 4], [0, 2, 3, 0], [0, 3, 203, 0], [3, 200, 17, 0], [16, 128, 32, 0], [3, 4], [0, 0],
+        [1, 3, 4, 4], [0, 2, 3, 0], [0, 3, 203, 0], [3, 200, 17, 0], [16, 128, 32, 0],
+        [3, 4], [0, 0],
     ]  # fmt: skip
 
 
