@@ -57,7 +57,7 @@ def test_wrong_lines_count_against_us_and_not_for_us() -> None:
 def test_small_run(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     recorder = Recorder(tmp_path, "cpu", "cpu", cpu.summarize)
-    context = Context(torch.device("cpu"), recorder, budget_s=2.0)
+    context = Context(torch.device("cpu"), recorder, budget_s=2.0, clock=lambda: 0.0)
     models = {"tiny": Model("tiny", 8, 2, 64, 32, family="qwen3_moe")}
     wanted = [Cell("tiny", 5, "uniform", dtype) for dtype in cpu.DTYPES]
     cpu.run(wanted, context, models=models)

@@ -52,6 +52,7 @@ class Shapes:
     def __init__(self, keys: tuple[products.Key, ...]) -> None:
         self.keys = keys
         self.row_cost = sum(2 * n * k for n, k, *_ in keys)
+        self.small = max(n * k for n, k, *_ in keys) <= products.SMALL_MATRIX
         self._usable: dict[tuple[int, int], bool] = {}
         self._tiles: dict[int, tuple[int, ...]] = {}
         self._columns: dict[tuple[int, int], bool] = {}
@@ -61,11 +62,11 @@ class Shapes:
         """Whether product `which` of one expert keeps its weights on the left at this height."""
         known = self._columns.get((which, height))
         if known is None:
-            n, k, _, transposed, _ = self.keys[which]
+            n, k, dtype, transposed, _ = self.keys[which]
             known = (
                 self.trusted
                 and not transposed
-                and products.prefers_columns(height, n, k)
+                and products.prefers_columns(height, n, k, dtype)
                 and products.stable(self.keys[which], 1, height, True)
             )
             self._columns[which, height] = known
@@ -77,7 +78,7 @@ class Shapes:
         if known is None:
             known = height == 1 or self.trusted
             if batch > 1:
-                known = known and height <= products.BATCHED_HEIGHT
+                known = known and height in products.BATCHED_HEIGHTS
                 largest = batch * max(n * k for n, k, *_ in self.keys)
                 known = known and largest <= products.BATCHED_ELEMENTS
             known = known and all(products.stable(k, batch, height, False) for k in self.keys)
@@ -93,7 +94,9 @@ class Shapes:
             rest = rows % tallest
             known = (tallest,) * (rows // tallest)
             if rest:
-                known += (next(h for h in tried if h >= rest and self.usable(1, h)),)
+                batched = [h for h in products.BATCHED_HEIGHTS if h >= rest and self.usable(2, h)]
+                single = (h for h in tried if h >= rest and self.usable(1, h))
+                known += (batched[0] if batched else next(single),)
             self._tiles[rows] = known
         return known
 
@@ -382,10 +385,11 @@ def experts_cpu(
     y_PH[padded].zero_()
     tallest = max((run.height for run in runs), default=0)
     widest = max(w.shape[1] for w in layer.weights)
-    if tallest > PHASED_HEIGHT[compute] or padded * widest > PHASED_ELEMENTS:
-        _one_by_one(x_PH, y_PH[:padded], runs, layer, shapes)
-    elif runs:
+    few = tallest <= PHASED_HEIGHT[compute] and padded * widest <= PHASED_ELEMENTS
+    if runs and shapes.small and few:
         _phased(x_PH, y_PH[:padded], runs, layer)
+    else:
+        _one_by_one(x_PH, y_PH[:padded], runs, layer, shapes)
     return _combine(y_PH, slot_rows_S, topk_weights_TK).to(hidden_TH.dtype)
 
 

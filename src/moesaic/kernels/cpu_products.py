@@ -31,10 +31,15 @@ import torch
 from torch import Tensor
 
 ANCHOR = 16
-HEIGHTS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-BATCHED_HEIGHT = 32
+HEIGHTS = (
+    2,
+    *range(4, 32, 4),
+    *range(32, 128, 8),
+    *range(128, 256, 16),
+    *range(256, 1025, 32),
+)
+BATCHED_HEIGHTS = (2, 4, 8, 16, 24, 32)
 BATCHED_ELEMENTS = 1 << 24
-COLUMN_HEIGHT = 16
 SMALL_MATRIX = 1 << 20
 
 
@@ -70,7 +75,7 @@ def _onednn(left_MK: Tensor, right_NK: Tensor) -> Tensor:
 def product(x_BMK: Tensor, w_BNK: Tensor, *, columns: bool = False) -> Tensor:
     """``x @ w.T`` of every expert: (B, M, N), or (B, N, M) when `columns` keeps the weights left.
 
-    With the weights on the left they stream through once, unpacked; that wins from about 16 rows.
+    With the weights on the left they stream through once, unpacked; that wins from tens of rows.
     fp32 takes one expert a call (B = 1), because torch has no batched fp32 product by oneDNN.
     """
     if x_BMK.shape[0] == 1:
@@ -88,9 +93,11 @@ def one_product(x_MK: Tensor, w_NK: Tensor, *, columns: bool = False) -> Tensor:
     return torch.mm(left, right.t())
 
 
-def prefers_columns(m: int, n: int, k: int) -> bool:
+def prefers_columns(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """Whether `m` rows are faster with the weights on the left (measured on Zen 4)."""
-    return m >= COLUMN_HEIGHT or (m >= 4 and n * k < SMALL_MATRIX)
+    if m >= 32 or (m >= 8 and k > n):
+        return True
+    return dtype is torch.float32 and m >= 16 and n * k < SMALL_MATRIX
 
 
 def _cancelling(rows: int, k: int, dtype: torch.dtype, seed: int, sign: float) -> Tensor:
