@@ -11,36 +11,16 @@ torch.Size([3, 8])
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dispatch import Impl, choose_impl
+from .kernels.routing_ref import weigh_ref
 from .ops import WEIGHT_NAMES, experts_backward_op, experts_op, route_op
 from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
 from .validate import check_moe, check_route
-
-
-@lru_cache(maxsize=1024)
-def _written(spec: ExpertSpec | RouterSpec) -> str:
-    if isinstance(spec, ExpertSpec):
-        return spec.key()
-    return json.dumps(asdict(spec), sort_keys=True)
-
-
-# torch.compile cannot trace json; a frozen spec's string is a constant of the graph.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _spec_key(spec: ExpertSpec) -> str:
-    return _written(spec)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _router_key(spec: RouterSpec) -> str:
-    return _written(spec)
 
 
 def route(logits_TE: Tensor, spec: RouterSpec, *, bias_E: Tensor | None = None) -> Routing:
@@ -61,23 +41,21 @@ def route(logits_TE: Tensor, spec: RouterSpec, *, bias_E: Tensor | None = None) 
         check_route(logits_TE, spec, bias_E)
     if logits_TE.requires_grad and torch.is_grad_enabled():
         return _route_differentiable(logits_TE, spec, bias_E)
-    return Routing(*route_op(logits_TE, bias_E, _router_key(spec)))
+    return Routing(*route_op(logits_TE, bias_E, spec.key()))
 
 
 def _route_differentiable(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None) -> Routing:
     """The same routing, the weights recomputed in torch from the chosen ids, so that they carry
     gradients."""
-    ids_TK, _, counts_E = route_op(logits_TE.detach(), bias_E, _router_key(spec))
-    index_TK = ids_TK.long()
-    logits = logits_TE.float()
-    if spec.scoring == "topk_softmax":
-        weights_TK = logits.gather(1, index_TK).softmax(-1)
-    else:
-        scores_TE = logits.softmax(-1) if spec.scoring == "softmax" else logits.sigmoid()
-        weights_TK = scores_TE.gather(1, index_TK)
-        if spec.renormalize:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    return Routing(ids_TK, weights_TK * spec.scale, counts_E)
+    ids_TK, _, counts_E = route_op(logits_TE.detach(), bias_E, spec.key())
+    weights_TK = weigh_ref(
+        logits_TE,
+        ids_TK.long(),
+        scoring=spec.scoring,
+        renormalize=spec.renormalize,
+        scale=spec.scale,
+    )
+    return Routing(ids_TK, weights_TK, counts_E)
 
 
 class _Experts(torch.autograd.Function):
@@ -139,7 +117,7 @@ def moe(
     tensors = (hidden_TH, topk_weights_TK, *named.values())
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out_TH: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
-            hidden_TH, topk_ids_TK, topk_weights_TK, _spec_key(spec), impl, *params
+            hidden_TH, topk_ids_TK, topk_weights_TK, spec.key(), impl, *params
         )
         return out_TH
-    return experts_op(hidden_TH, topk_ids_TK, topk_weights_TK, *params, _spec_key(spec), impl)
+    return experts_op(hidden_TH, topk_ids_TK, topk_weights_TK, *params, spec.key(), impl)

@@ -9,9 +9,7 @@ no dataclasses. Autograd lives outside, in `functional.py`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,16 +44,10 @@ def pack_weights(params: list[Tensor], spec: ExpertSpec) -> ExpertWeights:
     return ExpertWeights(**dict(zip(names, params, strict=True)))
 
 
-@lru_cache(maxsize=1024)
-def router_spec(key: str) -> RouterSpec:
-    """The router spec that was written as JSON by `functional.route`."""
-    return RouterSpec(**json.loads(key))
-
-
 def _route_cpu(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor, Tensor]:
     from .kernels.routing_ref import route_ref
 
-    r = router_spec(spec)
+    r = RouterSpec.from_key(spec)
     return route_ref(
         logits,
         bias,
@@ -71,7 +63,7 @@ def _route_cpu(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, 
 def _route_cuda(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor, Tensor]:
     from .kernels.routing import route
 
-    r = router_spec(spec)
+    r = RouterSpec.from_key(spec)
     return route(
         logits,
         bias,
@@ -85,7 +77,7 @@ def _route_cuda(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor,
 
 
 def _route_fake(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor, Tensor]:
-    r = router_spec(spec)
+    r = RouterSpec.from_key(spec)
     shape = (logits.shape[0], r.top_k)
     return (
         logits.new_empty(shape, dtype=torch.int32),

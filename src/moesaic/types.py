@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,12 @@ Scoring = Literal["softmax", "sigmoid", "topk_softmax"]
 
 def _refuse(what: str, expected: str, got: object) -> None:
     raise ValueError(f"{what} must be {expected}, got {got!r}")
+
+
+def _write_key(spec: ExpertSpec | RouterSpec) -> None:
+    """Write the key once: a traced function can read an attribute, but not call json."""
+    text = json.dumps(asdict(spec), sort_keys=True, separators=(",", ":"))
+    object.__setattr__(spec, "_key", text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,7 @@ class ExpertSpec:
     limit: float | None = None
     alpha: float = 1.0
     up_offset: float = 0.0
+    _key: ClassVar[str]
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_experts <= 1024:
@@ -69,6 +76,7 @@ class ExpertSpec:
             _refuse("interleaved", "False when gated is False", True)
         if not self.gated and self.up_offset:
             _refuse("up_offset", "0 when gated is False", self.up_offset)
+        _write_key(self)
 
     @property
     def up_rows(self) -> int:
@@ -92,7 +100,7 @@ class ExpertSpec:
 
     def key(self) -> str:
         """A canonical string of this spec, the form in which it crosses the torch-op boundary."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return self._key
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -123,6 +131,7 @@ class RouterSpec:
     n_group: int = 1
     topk_group: int = 1
     scale: float = 1.0
+    _key: ClassVar[str]
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_experts <= 1024:
@@ -137,6 +146,17 @@ class RouterSpec:
             _refuse("topk_group", f"in [1, n_group={self.n_group}]", self.topk_group)
         if self.topk_group * (self.num_experts // self.n_group) < self.top_k:
             _refuse("top_k", "at most the experts of topk_group groups", self.top_k)
+        _write_key(self)
+
+    def key(self) -> str:
+        """A canonical string of this spec, the form in which it crosses the torch-op boundary."""
+        return self._key
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def from_key(key: str) -> RouterSpec:
+        """The spec that `key()` wrote."""
+        return RouterSpec(**json.loads(key))
 
 
 @dataclass(frozen=True)

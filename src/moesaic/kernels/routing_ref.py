@@ -21,6 +21,12 @@ def _finite(x: Tensor) -> Tensor:
     return torch.where(torch.isnan(x), -LARGEST, x.clamp(-LARGEST, LARGEST))
 
 
+def _sigmoid(logits: Tensor) -> Tensor:
+    """Scores in [0, 1]; those below 2**-126 are zero, as devices that flush denormals have it."""
+    scores = logits.sigmoid()
+    return torch.where(scores < TINY, 0.0, scores)
+
+
 def _topk_lowest_id(scores_TE: Tensor, top_k: int) -> Tensor:
     """Ids (T, K) of the largest scores, best first, ties to the lowest id."""
     return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :top_k]
@@ -58,20 +64,29 @@ def route_ref(
     logits = _finite(logits_TE)
     choice_TE = logits
     if scoring == "sigmoid":
-        scores_TE = logits.sigmoid()
-        scores_TE = torch.where(scores_TE < TINY, 0.0, scores_TE)
+        scores_TE = _sigmoid(logits)
         choice_TE = scores_TE if bias_E is None else _finite(scores_TE + bias_E)
     if n_group > 1:
         choice_TE = _mask_groups(choice_TE, n_group, topk_group)
     ids_TK = _topk_lowest_id(choice_TE, top_k)
+    weights_TK = weigh_ref(logits, ids_TK, scoring=scoring, renormalize=renormalize, scale=scale)
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=logits.shape[1]).to(torch.int32)
+    return ids_TK.to(torch.int32), weights_TK, counts_E
+
+
+def weigh_ref(
+    logits_TE: Tensor, ids_TK: Tensor, *, scoring: str, renormalize: bool, scale: float
+) -> Tensor:
+    """Weights (T, K) fp32 of chosen ids, differentiable in the logits; always finite."""
+    logits = _finite(logits_TE)
     if scoring == "sigmoid":
-        weights_TK = scores_TE.gather(1, ids_TK)
+        weights_TK = _sigmoid(logits).gather(1, ids_TK)
         if renormalize:
             total_T1 = weights_TK.sum(-1, keepdim=True)
-            weights_TK = torch.where(total_T1 == 0, 1 / top_k, weights_TK / total_T1)
+            some_T1 = torch.where(total_T1 == 0, 1.0, total_T1)
+            weights_TK = torch.where(total_T1 == 0, 1 / ids_TK.shape[1], weights_TK / some_T1)
     elif scoring == "topk_softmax" or renormalize:
         weights_TK = logits.gather(1, ids_TK).softmax(-1)
     else:
         weights_TK = logits.softmax(-1).gather(1, ids_TK)
-    counts_E = torch.bincount(ids_TK.flatten(), minlength=logits.shape[1]).to(torch.int32)
-    return ids_TK.to(torch.int32), weights_TK * scale, counts_E
+    return weights_TK * scale
