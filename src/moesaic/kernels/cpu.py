@@ -55,21 +55,21 @@ class Shapes:
         self.small = max(n * k for n, k, *_ in keys) <= products.SMALL_MATRIX
         self._usable: dict[tuple[int, int], bool] = {}
         self._tiles: dict[int, tuple[int, ...]] = {}
-        self._columns: dict[tuple[int, int], bool] = {}
+        self._columns: dict[tuple[int, int, int], bool] = {}
         self.trusted = all(products.anchor_height(key) > 1 for key in keys)
 
-    def columns(self, which: int, height: int) -> bool:
-        """Whether product `which` of one expert keeps its weights on the left at this height."""
-        known = self._columns.get((which, height))
+    def columns(self, which: int, batch: int, height: int) -> bool:
+        """Whether product `which` keeps its weights on the left at this batch and height."""
+        known = self._columns.get((which, batch, height))
         if known is None:
             n, k, dtype, transposed, _ = self.keys[which]
             known = (
                 self.trusted
                 and not transposed
                 and products.prefers_columns(height, n, k, dtype)
-                and products.stable(self.keys[which], 1, height, True)
+                and products.stable(self.keys[which], batch, height, True)
             )
-            self._columns[which, height] = known
+            self._columns[which, batch, height] = known
         return known
 
     def usable(self, batch: int, height: int) -> bool:
@@ -197,16 +197,19 @@ class Act(NamedTuple):
     up_offset: float
 
 
-def _activate(h: Tensor, dim: int, act: Act) -> Tensor:
-    """The activated product; `dim` is where the U columns are. Overwrites `h`."""
+def _activate(h: Tensor, columns: bool, act: Act) -> Tensor:
+    """The activated product (..., M, U), or (..., U, M) when `columns`. Overwrites `h`."""
     if not act.gated:
-        return _pointwise_(h if act.limit is None else h.clamp_(max=act.limit), *act[:1], act.alpha)
-    width = h.shape[dim]
-    if act.interleaved:
-        h_pairs = h.unflatten(dim, (width // 2, 2))
-        gate, up = h_pairs.select(dim + 1, 0), h_pairs.select(dim + 1, 1)
+        h = h if act.limit is None else h.clamp_(max=act.limit)
+        return _pointwise_(h, act.activation, act.alpha)
+    dim = -2 if columns else -1
+    half = h.shape[dim] // 2
+    if not act.interleaved:
+        gate, up = h.narrow(dim, 0, half), h.narrow(dim, half, half)
+    elif columns:
+        gate, up = h[..., ::2, :], h[..., 1::2, :]
     else:
-        gate, up = h.narrow(dim, 0, width // 2), h.narrow(dim, width // 2, width // 2)
+        gate, up = h[..., ::2], h[..., 1::2]
     if act.limit is not None:
         gate, up = gate.clamp(max=act.limit), up.clamp(-act.limit, act.limit)
     if act.up_offset:
@@ -225,9 +228,9 @@ class Layer:
 
 
 def _linear(x: Tensor, which: int, run: Run, layer: Layer, columns: bool) -> Tensor:
-    """Product and bias of one run: (B*M, N), or (N, M) when `columns` (which has B = 1)."""
+    """Product and bias of one run, from (M, K) or (B, M, K): (.., M, N), or (.., N, M)."""
     weights, bias_EN = layer.weights[which], layer.biases[which]
-    first, batch, height, _ = run
+    first, batch, _, _ = run
     if batch == 1:
         w_NK = weights[first]
         if w_NK.dtype is not layer.compute:
@@ -235,25 +238,32 @@ def _linear(x: Tensor, which: int, run: Run, layer: Layer, columns: bool) -> Ten
         y = products.one_product(x, w_NK, columns=columns)
     else:
         w_BNK = weights[first : first + batch].to(layer.compute)
-        y = products.product(x.view(batch, height, -1), w_BNK)
+        y = products.product(x, w_BNK, columns=columns)
     if bias_EN is not None:
         bias_BN = bias_EN[first : first + batch].to(layer.compute)
-        y.add_(bias_BN.t() if columns else bias_BN[:, None] if batch > 1 else bias_BN)
-    return y if batch == 1 else y.view(batch * height, -1)
+        bias = bias_BN[:, :, None] if columns else bias_BN[:, None]
+        y.add_(bias[0] if batch == 1 else bias)
+    return y
+
+
+def _of_run(rows: Tensor, run: Run) -> Tensor:
+    """Rows (B*M, N) of a run as (B, M, N), or (M, N) when B is 1."""
+    return rows if run.batch == 1 else rows.view(run.batch, run.height, -1)
 
 
 def _one_by_one(x_PH: Tensor, y_PH: Tensor, runs: list[Run], layer: Layer, shapes: Shapes) -> None:
     """All products of one run, then the next: what was just written is still in the cache."""
     last = len(layer.weights) - 1
     sizes = [run.batch * run.height for run in runs]
-    for run, x, y_MH in zip(runs, x_PH.split(sizes), y_PH.split(sizes), strict=True):
-        for which in range(last):
-            columns = run.batch == 1 and shapes.columns(which, run.height)
-            h = _activate(_linear(x, which, run, layer, columns), 0 if columns else 1, layer.act)
-            x = h.t() if columns else h
-        columns = run.batch == 1 and shapes.columns(last, run.height)
-        y = _linear(x, last, run, layer, columns)
-        y_MH.copy_(y.t() if columns else y)
+    for run, x_RH, y_RH in zip(runs, x_PH.split(sizes), y_PH.split(sizes), strict=True):
+        x = _of_run(x_RH, run)
+        for which in range(last + 1):
+            columns = shapes.columns(which, run.batch, run.height)
+            h = _linear(x, which, run, layer, columns)
+            if which < last:
+                h = _activate(h, columns, layer.act)
+            x = h.mT if columns else h
+        _of_run(y_RH, run).copy_(x)
 
 
 def _phased(x_PH: Tensor, y_PH: Tensor, runs: list[Run], layer: Layer) -> None:
@@ -261,14 +271,15 @@ def _phased(x_PH: Tensor, y_PH: Tensor, runs: list[Run], layer: Layer) -> None:
     sizes = [run.batch * run.height for run in runs]
     x, last = x_PH, len(layer.weights) - 1
     for which in range(last + 1):
-        parts = x.split(sizes)
-        h = torch.cat(
-            [_linear(part, which, run, layer, False) for part, run in zip(parts, runs, strict=True)]
-        )
+        parts = []
+        for rows, run in zip(x.split(sizes), runs, strict=True):
+            y = _linear(_of_run(rows, run), which, run, layer, False)
+            parts.append(y if run.batch == 1 else y.flatten(0, 1))
+        h = torch.cat(parts)
         if which == last:
             y_PH.copy_(h)
         else:
-            x = _activate(h, 1, layer.act)
+            x = _activate(h, False, layer.act)
 
 
 class Layout(NamedTuple):
