@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moesaic
-from moesaic.functional import _router_key
 from moesaic.kernels import cpu, cpu_products
 from moesaic.ops import WEIGHT_NAMES, experts_op, route_op
 from moesaic.reference import moe_reference
@@ -331,7 +330,7 @@ def test_op_checks() -> None:
     named = weights.named()
     args = (*inputs, *[named.get(n) for n in WEIGHT_NAMES], spec.key(), "cpu")
     torch.library.opcheck(experts_op, args)
-    key = _router_key(moesaic.RouterSpec(num_experts=12, top_k=3))
+    key = moesaic.RouterSpec(num_experts=12, top_k=3).key()
     torch.library.opcheck(route_op, (torch.randn(5, 12), None, key))
 
 

@@ -32,7 +32,7 @@ from .activation import pointwise_ref
 VECTOR = 64
 GRAIN = 32768
 CALL_COST = 4.5e6
-PHASED_HEIGHT = {torch.float32: 8, torch.bfloat16: 16}
+PHASED_HEIGHT = 32
 PHASED_ELEMENTS = 1 << 22
 FEW_SLOTS = 256
 
@@ -396,7 +396,7 @@ def experts_cpu(
     y_PH[padded].zero_()
     tallest = max((run.height for run in runs), default=0)
     widest = max(w.shape[1] for w in layer.weights)
-    few = tallest <= PHASED_HEIGHT[compute] and padded * widest <= PHASED_ELEMENTS
+    few = tallest <= PHASED_HEIGHT and padded * widest <= PHASED_ELEMENTS
     if runs and shapes.small and few:
         _phased(x_PH, y_PH[:padded], runs, layer)
     else:
