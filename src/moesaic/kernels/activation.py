@@ -6,6 +6,7 @@ One formula covers the gated family: gate and up are the two halves of the produ
 odd columns when interleaved), clamped by `limit` if there is one, then
 ``act(gate) * (up + up_offset)``.
 
+>>> import torch
 >>> x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])      # gate = [1, 2], up = [3, 4]
 >>> activate_ref(x, activation="relu", gated=True)
 tensor([[3., 8.]])
