@@ -18,10 +18,11 @@ def test_fused_is_right_and_has_the_bits_of_tiled(
     kernel_device, poisoned_empty, kind, widths
 ) -> None:
     gpu = kernel_device.type == "cuda"
-    hidden, intermediate = (8 * widths[0], 8 * widths[1]) if gpu else widths
-    for dtype in (torch.float16, torch.bfloat16, torch.float32) if gpu else (torch.float16,):
-        if not fused_stages(hidden, intermediate, dtype.itemsize, 90):
-            continue
+    dtypes = (torch.float16, torch.bfloat16) if gpu else (torch.float16,)
+    for dtype in (*dtypes, torch.float32):
+        scale = {2: 8, 4: 2}[dtype.itemsize] if gpu else 1
+        hidden, intermediate = widths[0] * scale, widths[1] * scale
+        assert fused_stages(hidden, intermediate, dtype.itemsize, 90)
         spec, weights = draw_layer(kind, 4, hidden, intermediate, kernel_device, dtype)
         inputs = tokens_of(kernel_device, dtype, tokens=21, hidden=hidden, routing="skewed")
         fused = run(*inputs, weights, spec, fused=True)

@@ -68,8 +68,25 @@ def test_a_table_is_used_where_it_speaks(table) -> None:
 
 
 def test_shipped_tables_read_and_fit() -> None:
-    for path in tune.CONFIGS.glob("*.json"):
+    paths = {path.stem: path for path in tune.CONFIGS.glob("*.json")}
+    assert "h200" in paths
+    for family, path in paths.items():
         for shape, rows in json.loads(path.read_text())["shapes"].items():
             for tokens, row in rows.items():
                 config = tune._config_from_json(row, "test")
-                assert config_to_json(config) == row, (path.name, shape, tokens)
+                again = json.loads(json.dumps(config_to_json(config)))
+                assert again == row, (family, shape, tokens)
+                assert list(config.heights) == sorted(config.heights)
+                gated = "_gated_" in shape
+                for cut, pairs in ((config.up, gated), (config.down, False), (config.mid, False)):
+                    used = shared_bytes(cut, config.heights[-1], gated=pairs, itemsize=2)
+                    assert used <= shared_limit(90), (family, shape, tokens)
+
+
+def test_the_shipped_h200_table_speaks_between_its_token_counts() -> None:
+    told = [choose(QWEN._replace(tokens=t)) for t in (2, 90, 256, 700, 32768)]
+    buckets = [4, 64, 512, 512, 8192]
+    assert [c.reason for c in told] == [f"measured on h200 at {b} tokens" for b in buckets]
+    assert told[0].heights == (16,) and told[-1].heights == (128,)
+    for elsewhere in (QWEN._replace(family="h100"), QWEN._replace(dtype="float32")):
+        assert choose(elsewhere) == heuristic(elsewhere)

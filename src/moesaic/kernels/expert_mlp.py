@@ -27,8 +27,8 @@ from torch import Tensor
 from .activation_triton import pointwise
 from .aot import AotCase
 from .batching import RowSort, TaskMap, find_task, tile_capacity
-from .grouped_mm import Epilogue, grouped_mm_ref
-from .tune import FUSED_CHUNK, FUSED_ROWS, fused_stages, pow2_width
+from .grouped_mm import Epilogue, dot_add, grouped_mm_ref
+from .tune import FP32_BLOCK_K, FUSED_CHUNK, FUSED_ROWS, fused_stages, pow2_width
 
 
 @triton.jit
@@ -107,11 +107,11 @@ def expert_mlp_kernel(
                 keep_h = h[None, :] < hidden - h0
                 x = tl.load(x_row + start * zero + h0, mask=keep_h, other=0.0)
                 up = tl.load(up_row + h0, mask=keep_c[:, None] & keep_h, other=0.0)
-                acc1 = tl.dot(x, tl.trans(up), acc1, input_precision="ieee")
+                acc1 = dot_add(x, tl.trans(up), acc1)
             acc1 = _biased(acc1, up_bias_ptr, expert, intermediate, start + chunk, HAS_BIAS)
             act1 = pointwise(acc1, ACTIVATION, alpha).to(out_ptr.dtype.element_ty)
             mid = tl.load(mid_ptrs, mask=keep_i[:, None] & keep_c[None, :], other=0.0)
-            acc2 = tl.dot(act1, tl.trans(mid), acc2, input_precision="ieee")
+            acc2 = dot_add(act1, tl.trans(mid), acc2)
             up_row += CHUNK * hidden
             mid_ptrs += CHUNK
         acc2 = _biased(acc2, mid_bias_ptr, expert, intermediate, i, HAS_BIAS)
@@ -131,12 +131,26 @@ def expert_mlp_kernel(
             piece = tl.xor_sum(tl.where(turn, bits, 0), axis=1).to(BITS)
             piece = piece.to(out_ptr.dtype.element_ty, bitcast=True)
             down = tl.load(down_ptrs, mask=keep_o[:, None] & keep_c[None, :], other=0.0)
-            acc3 = tl.dot(piece, tl.trans(down), acc3, input_precision="ieee")
+            acc3 = dot_add(piece, tl.trans(down), acc3)
             down_ptrs += CHUNK
         acc3 = _biased(acc3, down_bias_ptr, expert, hidden, o, HAS_BIAS)
         out_ptrs = out_ptr + position[:, None].to(tl.int64) * hidden + o[None, :]
         keep = keep_row[:, None] & keep_o[None, :]
         tl.store(out_ptrs, acc3.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+def block_h(hidden: int, itemsize: int) -> int:
+    """Columns of the input that one step of the first product takes; fp32's show in the bits.
+
+    >>> block_h(512, 2), block_h(512, 4), block_h(8, 2)
+    (128, 32, 16)
+    """
+    return min(FP32_BLOCK_K if itemsize == 4 else 128, pow2_width(hidden))
+
+
+def registers(itemsize: int) -> int | None:
+    """The limit of registers to state; without one ptxas spills fp32 tiles to fit two programs."""
+    return 255 if itemsize == 4 else None
 
 
 def expert_mlp(
@@ -207,9 +221,11 @@ def expert_mlp(
         CHUNK=FUSED_CHUNK,
         H_POW2=pow2_width(hidden),
         I_POW2=max(FUSED_CHUNK, pow2_width(intermediate)),
-        BLOCK_H=min(256 // x_TH.element_size(), pow2_width(hidden)),
+        BLOCK_H=block_h(hidden, x_TH.element_size()),
         num_warps=8,
         num_stages=stages,
+        maxnreg=registers(x_TH.element_size()),
+        enable_fp_fusion=True,
     )
     return out
 
@@ -237,23 +253,23 @@ def expert_mlp_ref(
 def aot_cases() -> list[AotCase]:
     """The paper's Small expert in bf16, and the widest fp32 one, per architecture."""
     return [
-        _aot_case(kind, itemsize, intermediate, arch)
-        for kind, itemsize, intermediate in (("bf16", 2, 1024), ("fp32", 4, 512))
+        _aot_case(kind, itemsize, hidden, intermediate, arch)
+        for kind, itemsize, hidden, intermediate in (("bf16", 2, 512, 1024), ("fp32", 4, 256, 256))
         for arch in (80, 90, 100)
     ]
 
 
-def _aot_case(kind: str, itemsize: int, intermediate: int, arch: int) -> AotCase:
+def _aot_case(kind: str, itemsize: int, hidden: int, intermediate: int, arch: int) -> AotCase:
     names = ("x", "up", "mid", "down", "up_bias", "mid_bias", "down_bias", "out")
     tables = ("order", "tile_end", "task", "row_start", "rows", "total")
     return AotCase(
-        name=f"expert_mlp/{kind}_H512_I{intermediate}_sm{arch}",
+        name=f"expert_mlp/{kind}_H{hidden}_I{intermediate}_sm{arch}",
         fn=expert_mlp_kernel,
         signature={f"{name}_ptr": f"*{kind}" for name in names}
         | {f"{name}_ptr": "*i32" for name in tables}
         | {"zero": "i32", "alpha": "fp32"},
         constexprs={
-            "HIDDEN": 512,
+            "HIDDEN": hidden,
             "INTERMEDIATE": intermediate,
             "ENTRIES": 8,
             "ENTRIES_POW2": 8,
@@ -262,13 +278,15 @@ def _aot_case(kind: str, itemsize: int, intermediate: int, arch: int) -> AotCase
             "HAS_BIAS": True,
             "BLOCK_M": FUSED_ROWS,
             "CHUNK": FUSED_CHUNK,
-            "H_POW2": 512,
+            "H_POW2": hidden,
             "I_POW2": intermediate,
-            "BLOCK_H": 256 // itemsize,
+            "BLOCK_H": block_h(hidden, itemsize),
         },
         options={
             "num_warps": 8,
-            "num_stages": fused_stages(512, intermediate, itemsize, arch),
+            "num_stages": fused_stages(hidden, intermediate, itemsize, arch),
+            "maxnreg": registers(itemsize),
+            "enable_fp_fusion": True,
         },
         archs=(arch,),
         aligned=("zero",),

@@ -5,7 +5,10 @@ BLOCK_N output columns, with the bias and the activation in its epilogue and a s
 Rows of the first product are read through the sort order, so no gathered copy of the tokens exists.
 Gate and up columns of a gated product sit side by side in one accumulator, so that both halves of
 a pair end in the same thread. Each output element is one in-order fp32 chain over the contraction
-whatever the tile, which is why tile sizes, warps and operand order do not show in the bits.
+whatever the tile, which is why tile sizes, warps and operand order do not show in the bits. fp32
+layers, whose error is that of the sum alone, sum blocks of FP32_BLOCK_K and then the blocks, in
+order: the same two levels for every tile (N. Higham, Accuracy and Stability of Numerical
+Algorithms, section 4.2).
 
     T tokens · E experts · K top-k · S = T*K routed rows · C contraction width · N output width
     U = 2N when gated, else N: the weight rows of an expert
@@ -27,7 +30,7 @@ from .activation import activate_ref
 from .activation_triton import activate, pointwise
 from .aot import AotCase
 from .batching import RowSort, TaskMap, find_task, tile_capacity
-from .tune import GemmConfig, Problem, cdiv, heuristic
+from .tune import FP32_BLOCK_K, GemmConfig, Problem, cdiv, heuristic
 
 
 class Epilogue(NamedTuple):
@@ -39,6 +42,17 @@ class Epilogue(NamedTuple):
     limit: float | None = None
     alpha: float = 1.0
     up_offset: float = 0.0
+
+
+@triton.jit
+def dot_add(left, right, acc):
+    """acc + left @ right in fp32; the terms of an fp32 block are summed apart, then added."""
+    if left.dtype == tl.float32:
+        # With the default, 0, the compiler would make the sum the start of the dot's own chain.
+        acc += tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=1)
+    else:
+        acc = tl.dot(left, right, acc)
+    return acc
 
 
 @triton.jit
@@ -134,10 +148,10 @@ def _tile(
             w = tl.load(w_ptrs, mask=keep_k[None, :], other=0.0)
         if SWAP:
             left = tl.trans(w) if TRANSPOSED else w
-            acc = tl.dot(left, tl.trans(x), acc, input_precision="ieee")
+            acc = dot_add(left, tl.trans(x), acc)
         else:
             right = w if TRANSPOSED else tl.trans(w)
-            acc = tl.dot(x, right, acc, input_precision="ieee")
+            acc = dot_add(x, right, acc)
         x_ptrs += BLOCK_K
         w_ptrs += w_step
     if SWAP:
@@ -255,6 +269,7 @@ def plan_grouped_mm(
     transposed: bool,
     epilogue: Epilogue,
     config: GemmConfig,
+    itemsize: int,
 ) -> tuple[int, int, dict[str, Any]]:
     """Output width, programs and constants of a launch: a pure function of shapes and choices.
 
@@ -272,6 +287,7 @@ def plan_grouped_mm(
         )
     if weight_rows * contraction >= 2**31:
         raise ValueError(f"an expert must have fewer than 2**31 weights, got {weight_shape}")
+    block_k = FP32_BLOCK_K if itemsize == 4 else config.block_k
     row_tiles = cdiv(tile_capacity(slots, entries, heights), config.group_m) * config.group_m
     constants: dict[str, Any] = {
         "ENTRIES": entries,
@@ -284,14 +300,15 @@ def plan_grouped_mm(
         "ACTIVATION": epilogue.activation,
         "HAS_BIAS": has_bias,
         "HAS_LIMIT": epilogue.limit is not None,
-        "EVEN_K": contraction % config.block_k == 0,
+        "EVEN_K": contraction % block_k == 0,
         "EVEN_N": width % config.block_n == 0,
         "SWAP_UP_TO": config.swap_up_to,
         "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        "BLOCK_K": block_k,
         "GROUP_M": config.group_m,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
     }
     return width, row_tiles * cdiv(width, config.block_n), constants
 
@@ -317,6 +334,7 @@ def grouped_mm(
         weight: (E, U, C), or (E, C, U) when `transposed`; dtype of x.
         sort, tasks: of `batch_rows`, built with the same `heights`.
         bias: (E, U), dtype of x.
+        config: the cut; fp32 takes FP32_BLOCK_K for its block_k, which would show in the bits.
         num_sms: the most programs resident, times `config.ctas_per_sm` (at least 1); None: all.
 
     Raises:
@@ -325,7 +343,7 @@ def grouped_mm(
     slots, contraction = sort.order_S.numel(), x.shape[1]
     width, programs, constants = plan_grouped_mm(
         slots, tasks.task_N.numel(), contraction, tuple(weight.shape), top_k, heights,
-        bias is not None, transposed, epilogue, config,
+        bias is not None, transposed, epilogue, config, x.element_size(),
     )  # fmt: skip
     out = torch.empty((slots, width), dtype=x.dtype, device=x.device)
     if num_sms is None and config.ctas_per_sm:
@@ -411,10 +429,12 @@ def _aot_case(
     shape = (128, depth, weight_rows) if transposed else (128, weight_rows, depth)
     top_k = 8 if epilogue.gated else 0
     _, _, planned = plan_grouped_mm(
-        tokens * 8, 128, depth, shape, top_k, config.heights, True, transposed, epilogue, cut
-    )
+        tokens * 8, 128, depth, shape, top_k, config.heights, True, transposed, epilogue, cut,
+        4 if dtype == "float32" else 2,
+    )  # fmt: skip
     constants = dict(planned)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    options = {name: constants.pop(name) for name in names}
     tables = ("order", "tile_end", "task", "row_start", "rows", "height", "total")
     return AotCase(
         name=f"grouped_mm/{name}_T{tokens}_sm{arch}",

@@ -151,7 +151,7 @@ def add_lora_(
         scale_N,
         out_TO,
         rows.order_S,
-        *task_map,
+        *task_map[:6],
         hidden,
         width,
         rank,
@@ -162,6 +162,7 @@ def add_lora_(
         HEIGHTS=HEIGHTS,
         N_POW2=lanes(adapters),
         **block,
+        enable_fp_fusion=True,
     )
     return out_TO
 
@@ -317,7 +318,7 @@ def aot_cases() -> list[Any]:
                 "N_POW2": 64,
                 **{k: v for k, v in blocks(dtypes[dtype]).items() if k not in options},
             },
-            options={k: blocks(dtypes[dtype])[k] for k in options},
+            options={k: blocks(dtypes[dtype])[k] for k in options} | {"enable_fp_fusion": True},
             aligned=("hidden", "width", "rank"),
             quick=rank == 16,
         )

@@ -123,16 +123,18 @@ def launch_sort(
             **SMALL,
             COUNT=512 if slots <= 512 else 2048,
             num_warps=8,
+            enable_fp_fusion=True,
         )
         return rows
     chunk = chunk_size(slots)
     chunks = triton.cdiv(slots, chunk)
     hist = torch.empty((chunks + 1, num_experts), dtype=torch.int32, device=device)
     count_chunks_kernel[(chunks,)](
-        ids_TK, hist, slots, num_experts, E_POW2=constants["E_POW2"], CHUNK=chunk, num_warps=4
-    )
+        ids_TK, hist, slots, num_experts, E_POW2=constants["E_POW2"], CHUNK=chunk, num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     scan_chunks_kernel[(triton.cdiv(num_experts, SCAN["EXPERTS"]),)](
-        hist, chunks, num_experts, **SCAN, num_warps=4
+        hist, chunks, num_experts, **SCAN, num_warps=4, enable_fp_fusion=True
     )
     scatter_chunks_kernel[(1 + chunks,)](
         ids_TK,
@@ -145,6 +147,7 @@ def launch_sort(
         **constants,
         CHUNK=chunk,
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return rows
 
@@ -339,7 +342,7 @@ def aot_cases() -> list[Any]:
                 fn=sort_small_kernel,
                 signature={"ids_ptr": "*i32", **pointers, **sizes},
                 constexprs={**constants, **SMALL, "COUNT": count},
-                options={"num_warps": 8},
+                options={"num_warps": 8, "enable_fp_fusion": True},
                 quick=width == 256 and count == 512,
             )
             for count in (512, 2048)
@@ -356,7 +359,7 @@ def aot_cases() -> list[Any]:
                     "chunks": "i32",
                 },
                 constexprs={**constants, "CHUNK": chunk},
-                options={"num_warps": 8},
+                options={"num_warps": 8, "enable_fp_fusion": True},
                 quick=width == 256 and chunk == 512,
             )
             for chunk in (512, 1024)
@@ -372,7 +375,7 @@ def aot_cases() -> list[Any]:
                     "experts": "i32",
                 },
                 constexprs={"E_POW2": width, "CHUNK": 512 if width < 1024 else 1024},
-                options={"num_warps": 4},
+                options={"num_warps": 4, "enable_fp_fusion": True},
                 quick=width == 256,
             )
         )
@@ -382,7 +385,7 @@ def aot_cases() -> list[Any]:
             fn=scan_chunks_kernel,
             signature={"hist_ptr": "*i32", "chunks": "i32", "experts": "i32"},
             constexprs=SCAN,
-            options={"num_warps": 4},
+            options={"num_warps": 4, "enable_fp_fusion": True},
         )
     )
     return cases

@@ -189,6 +189,7 @@ def build_task_map(
         ORDER=order,
         N_POW2=lanes(tasks),
         num_warps=4 if tasks <= 512 else 8,
+        enable_fp_fusion=True,
     )
     return task_map
 
@@ -321,7 +322,7 @@ def aot_cases() -> list[Any]:
             fn=task_map_kernel,
             signature=signature,
             constexprs={"HEIGHTS": HEIGHTS, "ORDER": order, "N_POW2": width},
-            options={"num_warps": 4 if width <= 512 else 8},
+            options={"num_warps": 4 if width <= 512 else 8, "enable_fp_fusion": True},
             quick=width == 256,
         )
         for order in get_args(Order)

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 CONFIGS = Path(__file__).parent / "configs"
+FP32_BLOCK_K = 32
+"""Terms that an fp32 product sums apart: near the root of common widths, where errors are least."""
 
 
 class Problem(NamedTuple):
@@ -231,14 +233,14 @@ def _by_rows(problem: Problem, rows: float) -> Config:
 
 def _float32(rows: float) -> Config:
     """fp32 has no tensor core without TF32: products are FMA and tiles stay small."""
-    height, block_k = (16, 32) if rows <= 24 else (64, 16)
-    up = GemmConfig(block_n=32, block_k=block_k, num_stages=3)
-    down = GemmConfig(block_n=64, block_k=block_k, num_stages=3)
+    height, warps = (16, 4) if rows <= 24 else (64, 8)
+    up = GemmConfig(32, FP32_BLOCK_K, warps, 3)
+    down = GemmConfig(64, FP32_BLOCK_K, warps, 3)
     return Config((height,), up, down, down, reason="fp32 without TF32: FMA tiles")
 
 
 FUSED_ROWS = 16
-FUSED_CHUNK = 32
+FUSED_CHUNK = FP32_BLOCK_K
 
 
 def pow2_width(width: int) -> int:
@@ -249,16 +251,18 @@ def pow2_width(width: int) -> int:
 def fused_stages(hidden: int, intermediate: int, itemsize: int, arch: int) -> int:
     """Pipeline stages of the fused three-layer expert; 0 where its tile does not fit on chip.
 
-    It fits when H <= 512 and I times the bytes of an element is at most 2048 (I <= 1024 in bf16 and
-    fp16, 512 in fp32), both rounded up to powers of two: beyond that the second layer's fp32
-    accumulator, 16 x I, and the operands beside it spill from 255 registers a thread. Shared memory
-    must hold one chunk of both layers' weights and of the rows.
+    It fits when H <= 512 and I <= 1024 in bf16 and fp16, H <= 256 and I <= 256 in fp32, rounded up
+    to powers of two: beyond that the fp32 accumulators, 16 x I and 16 x H, and the operands beside
+    them spill from 255 registers a thread. Shared memory must hold one chunk of both layers'
+    weights and of the rows.
 
     >>> [fused_stages(512, i, 2, 90) for i in (512, 1024, 2048)], fused_stages(512, 1024, 2, 80)
     ([3, 3, 0], 2)
+    >>> fused_stages(256, 256, 4, 90), fused_stages(512, 256, 4, 90), fused_stages(256, 512, 4, 90)
+    (3, 0, 0)
     """
     h, i = pow2_width(hidden), pow2_width(intermediate)
-    if h > 512 or i * itemsize > 2048:
+    if h > (256 if itemsize == 4 else 512) or i > (256 if itemsize == 4 else 1024):
         return 0
     stage = (FUSED_CHUNK * (h + i) + FUSED_ROWS * h) * itemsize
     buffers = (shared_limit(arch) - 1152) // stage
