@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .report import Sheet, overview, sheet, targets_sheet
+from .report import Sheet, by_clock, overview, sheet, targets_sheet
 from .results import Line, Recorder, check_results, device_slug, line_key
 from .suite import Cell, Context, Suite, registry
 from .timing import DeviceLost
@@ -87,11 +87,7 @@ def selected(
             cells = [cell for cell in cells if of(cell) in values]
     if not cells:
         raise ValueError("no cell of the suite has all of --only, --tokens and --routing")
-    done = {
-        Cell(x["model"], x["tokens"], x["routing"], x["dtype"])
-        for x in measured or ()
-        if x["impl"] == "moesaic" and x["ms"] is not None and not x.get("wrong")
-    }
+    done = {suite.measured(line) for line in measured or ()}
     return [cell for cell in cells if cell not in done]
 
 
@@ -138,8 +134,9 @@ def run(suite: Suite, cells: Sequence[Cell], context: Context) -> int:
         context.say(ended)
     new = [x for x in context.recorder.lines if before.get(line_key(x)) != x]
     if new:
-        show(sheet(new), f"{suite.name} on {new[0]['device']}")
-        show(overview(new), "Speed-up of moesaic, geometric mean")
+        for clock, some in by_clock(new).items():
+            show(sheet(some), f"{suite.name} on {new[0]['device']}, clock {clock}")
+            show(overview(some), "Speed-up of moesaic, geometric mean")
     targets = context.recorder.targets()
     show(targets_sheet(targets), "Targets")
     last_line(

@@ -54,7 +54,7 @@ class Candidate:
 
     name: str
     build: Build
-    prepare: Callable[[Inputs], Inputs] = prepare
+    prepare: Callable[[Inputs], tuple[Tensor, ...]] = prepare
     refuses: Callable[[Model, int, torch.dtype, int], str | None] = lambda *_: None
 
 
@@ -166,7 +166,7 @@ def make_work(
         )
         for _ in range(length)
     ]
-    active = sum(len(set(one.topk_ids_TK.flatten().tolist())) for one in inputs) / length
+    active = sum(int((one.topk_ids_TK.flatten().bincount() > 0).sum()) for one in inputs) / length
     steps = torch.linspace(0, cell.tokens - 1, min(checked, cell.tokens)).long()
     rows_R = steps.to(machine.device)
     hidden_RH, ids_RK, weights_RK = (tensor[rows_R] for tensor in inputs[0])
@@ -185,6 +185,7 @@ class Bench:
     errors: dict[Key, str] = field(default_factory=dict)
     accuracy: dict[Key, float] = field(default_factory=dict)
     captured: dict[str, Captured] = field(default_factory=dict)
+    eager: Callable[[Sequence[Call]], Sampler] | None = None
 
 
 def _attempt(bench: Bench, keys: Iterable[Key], step: Callable[[], None]) -> bool:
@@ -204,7 +205,7 @@ def _prepare_calls(bench: Bench, name: str, calls: Sequence[Call], modes: Sequen
 
     def eager() -> None:
         if "graph" in modes:
-            bench.samplers[name, "eager"] = eager_sampler(calls)
+            bench.samplers[name, "eager"] = (bench.eager or eager_sampler)(calls)
         else:
             bench.samplers[name, "eager"] = cpu_sampler(calls, min_ms=1.0)
 
@@ -265,14 +266,17 @@ def measure_cell(
     stamped: Line,
     suite: str,
     curve: Sequence[float] | None = None,
+    eager: Callable[[Sequence[Call]], Sampler] | None = None,
 ) -> list[Line]:
     """The lines of one cell, one per candidate and mode, and one of the dense twin.
+
+    `eager`: instead of `timing.eager_sampler` on CUDA devices.
 
     Raises:
         DeviceLost: the GPU answers no more; nothing later in this process can be measured.
     """
     with torch.no_grad():
-        bench = Bench(make_work(loaded, cell, machine, seed, curve=curve))
+        bench = Bench(make_work(loaded, cell, machine, seed, curve=curve), eager=eager)
         for candidate in candidates:
             _prepare(bench, loaded, cell, candidate, machine)
         _twin(bench, loaded, cell, machine)
@@ -286,7 +290,7 @@ def measure_cell(
                 bench.accuracy[name, "graph"] = error
     fixed = stamped | {
         "suite": suite,
-        "clock": "experts",
+        "clock": cell.clock,
         "model": cell.model,
         "tokens": cell.tokens,
         "routing": cell.routing,

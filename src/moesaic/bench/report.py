@@ -77,6 +77,15 @@ def cells_of(lines: Sequence[Line]) -> dict[tuple[Any, ...], dict[str, Line]]:
     return found
 
 
+def by_clock(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """The lines of each clock but `ceiling`; all together where there is no other."""
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        if line["clock"] != "ceiling":
+            found.setdefault(line["clock"], []).append(line)
+    return found or {"ceiling": list(lines)}
+
+
 def counters_sheet(lines: Sequence[Line]) -> Sheet:
     """Megabytes read and written and launches, one row per cell and implementation."""
     heads = ["model", "tokens", "dtype", "impl", "MB read", "MB written", "launches", "state"]
@@ -163,10 +172,14 @@ def provenance(lines: Sequence[Line]) -> str:
 def section(lines: Sequence[Line], targets: Sequence[Target], plots: Sequence[str]) -> str:
     """The generated Markdown of one suite on one device."""
     parts = [provenance(lines), markdown(targets_sheet(targets))]
-    if (seen := overview(lines)).rows:
-        parts += ["Geometric mean of the speed-up of moesaic:", markdown(seen)]
+    clocks = by_clock(lines)
+    of = {clock: f", clock `{clock}`" if len(clocks) > 1 else "" for clock in clocks}
+    for clock, some in clocks.items():
+        if (seen := overview(some)).rows:
+            parts += [f"Geometric mean of the speed-up of moesaic{of[clock]}:", markdown(seen)]
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
-    parts += ["#### Every cell", markdown(sheet(lines))]
+    for clock, some in clocks.items():
+        parts += [f"#### Every cell{of[clock]}", markdown(sheet(some))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -190,7 +203,8 @@ def rewrite(text: str, root: Path, folder: str) -> tuple[str, dict[str, str]]:
         if not path.exists():
             return f"{match[1]}\nNot measured yet.\n\n{match[4]}"
         lines = read_lines(path)
-        drawn = draw(lines, f"{name}-{device}")
+        main_clock = next(iter(by_clock(lines).values()))
+        drawn = draw(main_clock, f"{name}-{device}")
         figures.update(drawn)
         shown = [f"{folder}/{file}" for file in drawn]
         return f"{match[1]}\n{section(lines, suites[name].summarize(lines), shown)}\n{match[4]}"

@@ -21,12 +21,23 @@ from .results import Line, Recorder, Summarize
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to measure: a model at a number of tokens under a routing, in a dtype."""
+    """One thing to measure: a model at a number of tokens under a routing, in a dtype.
+
+    `clock`: what is timed, for suites that time the same layer in several ways.
+    """
 
     model: str
     tokens: int
     routing: str = "uniform"
     dtype: str = "bfloat16"
+    clock: str = "experts"
+
+
+def measured_cell(line: Line) -> Cell | None:
+    """The cell that a line shows to be measured, or None: a right time of moesaic, any clock."""
+    if line["impl"] != "moesaic" or line["ms"] is None or line.get("wrong"):
+        return None
+    return Cell(line["model"], line["tokens"], line["routing"], line["dtype"])
 
 
 @dataclass
@@ -65,7 +76,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named benchmark: its cells, how they are measured, what the lines must show."""
+    """A named benchmark: its cells, how they are measured, what the lines must show.
+
+    `measured` gives the cell that needs no further measuring once a line is there.
+    """
 
     name: str
     about: str
@@ -74,6 +88,7 @@ class Suite:
     summarize: Summarize
     devices: tuple[str, ...] = ("cuda",)
     budget_s: float = 480.0
+    measured: Callable[[Line], Cell | None] = measured_cell
 
 
 @cache
