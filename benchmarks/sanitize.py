@@ -54,8 +54,8 @@ def plant_racecheck() -> None:
     kernel((1, 1, 1), (64, 1, 1), (torch.empty(64, device="cuda"),))
 
 
-def layers() -> Iterator[tuple[str, Callable[[], object]]]:
-    """The calls of the reduced grid: name and call."""
+def layers(impl: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The layer calls of the reduced grid on one path: name and call."""
     half = torch.bfloat16
     kinds = {
         "swiglu": ExpertSpec(num_experts=8, hidden_size=128, intermediate_size=128),
@@ -78,9 +78,9 @@ def layers() -> Iterator[tuple[str, Callable[[], object]]]:
             hidden = torch.randn(tokens, spec.hidden_size, device="cuda").to(half)
             logits = torch.randn(tokens, spec.num_experts, device="cuda")
             routing = route(logits, RouterSpec(num_experts=8, top_k=2))
-            for impl in ("triton", "hopper") if kind == "swiglu" and sm_90 else ("triton",):
-                call = (hidden, routing.topk_ids_TK, routing.topk_weights_TK, weights, spec)
-                yield f"{kind}, {tokens} tokens, {impl}", lambda c=call, i=impl: moe(*c, impl=i)
+            call = (hidden, routing.topk_ids_TK, routing.topk_weights_TK, weights, spec)
+            if impl == "triton" or (kind == "swiglu" and sm_90):
+                yield f"{kind}, {tokens} tokens, {impl}", lambda c=call: moe(*c, impl=impl)
 
 
 def pieces() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -107,13 +107,22 @@ def pieces() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "long sort", lambda: batch_rows(ids, 64, heights=(16, 128), order="mixed")
 
 
-def run_grid() -> None:
-    """Every call once, then wait for the device."""
+def run_grid(impl: str) -> None:
+    """Every call of one path once, then wait for the device."""
     torch.manual_seed(0)
-    for name, call in (*layers(), *pieces()):
+    for name, call in (*layers(impl), *(pieces() if impl == "triton" else ())):
         call()
         torch.cuda.synchronize()
         sys.stdout.write(f"ran {name}\n")
+
+
+GRIDS = ("grid_triton", "grid_hopper")
+JOBS: dict[str, Callable[[], None]] = {
+    "grid_triton": lambda: run_grid("triton"),
+    "grid_hopper": lambda: run_grid("hopper"),
+    "plant_memcheck": plant_memcheck,
+    "plant_racecheck": plant_racecheck,
+}
 
 
 def check(tool: str, job: str) -> dict[str, object]:
@@ -131,7 +140,9 @@ def check(tool: str, job: str) -> dict[str, object]:
         "reported": sum(map(int, counts)) if counts else None,
         "calls": text.count("\nran ") + text.startswith("ran "),
         "status": done.returncode,
-        "tail": "" if job == "grid" and counts and not sum(map(int, counts)) else text[-3000:],
+        "tail": ""
+        if job.startswith("grid") and counts and not sum(map(int, counts))
+        else text[-3000:],
     }
 
 
@@ -139,10 +150,11 @@ def main() -> int:
     """Check the grid and the planted faults with each tool; 1 when a fault was missed or found."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h200"))
-    parser.add_argument("--job", choices=("grid", *(f"plant_{tool}" for tool in TOOLS)))
+    parser.add_argument("--only", nargs="*", default=[], help="tool/job pairs, all by default")
+    parser.add_argument("--job", choices=JOBS)
     args = parser.parse_args()
     if args.job:
-        {"grid": run_grid, **{f"plant_{t}": globals()[f"plant_{t}"] for t in TOOLS}}[args.job]()
+        JOBS[args.job]()
         torch.cuda.synchronize()
         return 0
     about = {
@@ -152,15 +164,21 @@ def main() -> int:
         "commit": os.environ.get("MOESAIC_COMMIT", "unknown"),
         "date": date.today().isoformat(),
     }
-    run_grid()
-    lines = [check(tool, job) | about for tool in TOOLS for job in ("grid", f"plant_{tool}")]
+    for grid in GRIDS:
+        JOBS[grid]()
+    lines = [
+        check(tool, job) | about
+        for tool in TOOLS
+        for job in (*GRIDS, f"plant_{tool}")
+        if not args.only or f"{tool}/{job}" in args.only
+    ]
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "sanitizer.jsonl").open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     for line in lines:
         print({k: v for k, v in line.items() if k not in about})
-    clean = all(line["reported"] == 0 for line in lines if line["job"] == "grid")
-    found = all(line["reported"] for line in lines if line["job"] != "grid")
+    clean = all(line["reported"] == 0 for line in lines if line["job"] in GRIDS)
+    found = all(line["reported"] for line in lines if line["job"] not in GRIDS)
     return 0 if clean and found else 1
 
 

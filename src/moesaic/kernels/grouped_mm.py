@@ -30,6 +30,7 @@ from .activation import activate_ref
 from .activation_triton import activate, pointwise
 from .aot import AotCase
 from .batching import RowSort, TaskMap, find_task, tile_capacity
+from .device import sm_count
 from .tune import FP32_BLOCK_K, GemmConfig, Problem, cdiv, heuristic
 
 
@@ -247,14 +248,6 @@ def grouped_mm_kernel(
                         TOP_K, GATED, INTERLEAVED, TRANSPOSED, ACTIVATION, HAS_BIAS, HAS_LIMIT,
                         EVEN_K, EVEN_N, HEIGHTS[h] <= SWAP_UP_TO, HEIGHTS[h], BLOCK_N, BLOCK_K,
                     )  # fmt: skip
-
-
-@lru_cache(maxsize=64)
-def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a device; 1 for the interpreter."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=4096)

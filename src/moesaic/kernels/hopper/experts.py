@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..batching import batch_rows
 from ..combine import combine
+from ..device import sm_count
 from ..taskmap import TaskMap
 from .launch import GLUON_DTYPES, HopperConfig, grouped_mm_hopper
 from .tiles import triton_problem
@@ -45,11 +46,6 @@ def choose(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) ->
             return LayerConfig(tile, tile)
     tile = HopperConfig("prefill", 128, 256, 4)
     return LayerConfig(tile, tile)
-
-
-@lru_cache(maxsize=16)
-def _sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=64)
@@ -121,7 +117,7 @@ def experts_hopper(
     experts, width, inter = up.shape[0], hidden.shape[1], down.shape[2]
     if tokens == 0:
         return torch.empty_like(hidden)
-    num_sms = num_sms or _sm_count(hidden.device)
+    num_sms = num_sms or sm_count(hidden.device)
     config = config or choose(tokens, top_k, experts, up.shape[1], num_sms)
     if tokens == 1:
         order_S, tasks = _one_token(topk_ids)
