@@ -1,6 +1,6 @@
 """Run every kernel on a small grid under compute-sanitizer and write what it found.
 
-    python benchmarks/sanitize.py [--out benchmarks/results/h200]
+    python benchmarks/sanitize.py [--out benchmarks/results]
 
 One process per tool (memcheck, racecheck) runs the layer on each path, routing, sorting, the fused
 three-layer expert and the LoRA application. Two more run planted faults, an out-of-bounds store
@@ -10,13 +10,11 @@ and a shared-memory race, which the tools must find: a tool that finds nothing t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -24,8 +22,8 @@ import triton
 import triton.language as tl
 
 from moesaic import ExpertSpec, ExpertWeights, RouterSpec, moe, route
-
-TOOLS = ("memcheck", "racecheck")
+from moesaic.bench.results import Recorder, device_slug, make_line, stamp
+from moesaic.bench.suites.sanitizer import GRIDS, SUITE, TOOLS, line_of
 
 
 @triton.jit
@@ -116,7 +114,6 @@ def run_grid(impl: str) -> None:
         sys.stdout.write(f"ran {name}\n")
 
 
-GRIDS = ("grid_triton", "grid_hopper")
 JOBS: dict[str, Callable[[], None]] = {
     "grid_triton": lambda: run_grid("triton"),
     "grid_hopper": lambda: run_grid("hopper"),
@@ -132,24 +129,14 @@ def check(tool: str, job: str) -> dict[str, object]:
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(child, capture_output=True, text=True, env=environment, check=False)
     text = done.stdout + done.stderr
-    counts = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
-    return {
-        "suite": "sanitizer",
-        "tool": tool,
-        "job": job,
-        "reported": sum(map(int, counts)) if counts else None,
-        "calls": text.count("\nran ") + text.startswith("ran "),
-        "status": done.returncode,
-        "tail": ""
-        if job.startswith("grid") and counts and not sum(map(int, counts))
-        else text[-3000:],
-    }
+    counts = [int(n) for n in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)]
+    return line_of(tool, job, text, counts, done.returncode)
 
 
 def main() -> int:
     """Check the grid and the planted faults with each tool; 1 when a fault was missed or found."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h200"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--only", nargs="*", default=[], help="tool/job pairs, all by default")
     parser.add_argument("--job", choices=JOBS)
     args = parser.parse_args()
@@ -157,29 +144,18 @@ def main() -> int:
         JOBS[args.job]()
         torch.cuda.synchronize()
         return 0
-    about = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": os.environ.get("MOESAIC_COMMIT", "unknown"),
-        "date": date.today().isoformat(),
-    }
+    device = torch.device("cuda")
+    stamped = stamp(device) | {"suite": SUITE.name}
+    recorder = Recorder(args.out, device_slug(device), SUITE.name, SUITE.summarize)
     for grid in GRIDS:
         JOBS[grid]()
-    lines = [
-        check(tool, job) | about
-        for tool in TOOLS
-        for job in (*GRIDS, f"plant_{tool}")
-        if not args.only or f"{tool}/{job}" in args.only
-    ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "sanitizer.jsonl").open("w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    for line in lines:
-        print({k: v for k, v in line.items() if k not in about})
-    clean = all(line["reported"] == 0 for line in lines if line["job"] in GRIDS)
-    found = all(line["reported"] for line in lines if line["job"] not in GRIDS)
-    return 0 if clean and found else 1
+    for tool in TOOLS:
+        for job in (*GRIDS, f"plant_{tool}"):
+            if not args.only or f"{tool}/{job}" in args.only:
+                line = make_line(stamped, **check(tool, job))
+                recorder.record([line])
+                print(tool, job, "reported", line["reported"], "in", line["calls"], "calls")
+    return 0 if all(target.met for target in recorder.targets()) else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""Suite `sanitizer`: what compute-sanitizer's memcheck and racecheck say of a reduced grid.
+
+A line is one tool on one job: the grid on the Triton path, on the Hopper path, or a planted fault,
+which the tool must find. `benchmarks/sanitize.py` runs them and records.
+
+racecheck follows barriers among threads. The Hopper kernels also hand data from one warp group to
+another through mbarriers (a release by the arriving thread, an acquire by the waiting one), which
+it does not follow; what it reports there is listed in the lines and counted, not hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..results import Line, Target, at_least, at_most
+from ..suite import Cell, Context, Suite
+
+TOOLS = ("memcheck", "racecheck")
+GRIDS = ("grid_triton", "grid_hopper")
+
+
+def cells() -> list[Cell]:
+    """One per tool."""
+    return [Cell(tool, 0) for tool in TOOLS]
+
+
+def run(wanted: Sequence[Cell], context: Context) -> None:
+    """The tools surround a process, so this only says what to start.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError("suite sanitizer runs under a tool; start: python benchmarks/sanitize.py")
+
+
+def line_of(
+    tool: str, job: str, text: str, counts: Sequence[int], status: int
+) -> dict[str, object]:
+    """What goes into a line: findings, calls made, exit status and, where something was found, the
+    end of what the tool printed."""
+    clean = bool(counts) and not sum(counts)
+    return {
+        "clock": "counters",
+        "mode": "eager",
+        "model": tool,
+        "impl": job,
+        "tokens": 0,
+        "reported": sum(counts) if counts else None,
+        "calls": text.count("\nran ") + text.startswith("ran "),
+        "status": status,
+        "tail": "" if clean else text[-3000:],
+    }
+
+
+def summarize(lines: Sequence[Line]) -> list[Target]:
+    """Nothing found on either path by either tool, and every planted fault found."""
+    found = {(x["model"], x["impl"]): x["reported"] for x in lines}
+    grid = [
+        at_most(f"{tool} findings, {job}", None if count is None else float(count), 0.0)
+        for tool in TOOLS
+        for job in GRIDS
+        for count in [found.get((tool, job))]
+    ]
+    planted = sum(bool(found.get((tool, f"plant_{tool}"))) for tool in TOOLS)
+    return [*grid, at_least("planted faults found", float(planted), float(len(TOOLS)))]
+
+
+SUITE = Suite(
+    name="sanitizer",
+    about="compute-sanitizer on a reduced grid of every kernel, with planted faults",
+    cells=cells,
+    run=run,
+    summarize=summarize,
+)
