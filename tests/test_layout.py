@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "moesaic"
 ROOMS = (
     {"kernels"},
     {"types", "cost", "trace"},
-    {"dispatch", "ops", "functional", "validate", "reference"},
+    {"dispatch", "ops", "functional", "packing", "validate", "reference"},
     {"hardware"},
     {"runtime"},
     {"parallel"},

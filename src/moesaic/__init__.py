@@ -2,7 +2,18 @@
 
 from .functional import moe, route
 from .nn import MoE
+from .packing import PackedWeights, pack
 from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
 
 __version__ = "0.1.0"
-__all__ = ["ExpertSpec", "ExpertWeights", "MoE", "RouterSpec", "Routing", "moe", "route"]
+__all__ = [
+    "ExpertSpec",
+    "ExpertWeights",
+    "MoE",
+    "PackedWeights",
+    "RouterSpec",
+    "Routing",
+    "moe",
+    "pack",
+    "route",
+]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .dispatch import Impl, choose_impl
 from .kernels.routing_ref import weigh_ref
-from .ops import WEIGHT_NAMES, experts_backward_op, experts_op, route_op
+from .ops import WEIGHT_NAMES, experts_backward_op, experts_op, experts_packed, route_op
+from .packing import PackedWeights
 from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
 from .validate import check_moe, check_route
 
@@ -90,7 +91,7 @@ def moe(
     hidden_TH: Tensor,
     topk_ids_TK: Tensor,
     topk_weights_TK: Tensor,
-    weights: ExpertWeights,
+    weights: ExpertWeights | PackedWeights,
     spec: ExpertSpec,
     *,
     impl: Impl = "auto",
@@ -101,14 +102,21 @@ def moe(
         hidden_TH: fp32, fp16 or bf16.
         topk_ids_TK: int32 or int64, values in [0, E).
         topk_weights_TK: fp32 or the dtype of `hidden_TH`, already normalised and scaled.
-        weights: tensors of `spec.weight_shapes()`, in the dtype of `hidden_TH`.
+        weights: tensors of `spec.weight_shapes()`, in the dtype of `hidden_TH`; on the CPU also
+            what `packing.pack` made of them, without gradients.
         spec: shape and arithmetic of the experts.
         impl: "auto", or an implementation by name; one that cannot run raises.
 
     Raises:
         TypeError, ValueError: see `validate.check_moe`.
-        RuntimeError: `impl` cannot run on this device.
+        RuntimeError: `impl` cannot run on this device; or packed weights were changed after they
+            were packed, or are asked for gradients.
     """
+    if isinstance(weights, PackedWeights):
+        packed_TH: Tensor = _moe_packed(
+            hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec, impl
+        )
+        return packed_TH
     if not torch.compiler.is_compiling():
         check_moe(hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec)
         choose_impl(impl, hidden_TH.device, hidden_TH.dtype, spec)
@@ -121,3 +129,27 @@ def moe(
         )
         return out_TH
     return experts_op(hidden_TH, topk_ids_TK, topk_weights_TK, *params, spec.key(), impl)
+
+
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    reason="packed weights are opaque tensors; compile with the plain ones"
+)
+def _moe_packed(
+    hidden_TH: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    packed: PackedWeights,
+    spec: ExpertSpec,
+    impl: Impl,
+) -> Tensor:
+    """`moe` with packed weights, always eager: under torch.compile the graph breaks here."""
+    check_moe(hidden_TH, topk_ids_TK, topk_weights_TK, packed.plain, spec)
+    packed.check(spec)
+    if choose_impl(impl, hidden_TH.device, hidden_TH.dtype, spec) != "cpu":
+        raise RuntimeError(f"packed weights run with impl='cpu', got {impl!r}; pass their .plain")
+    tensors = (hidden_TH, topk_weights_TK, *packed.plain.named().values())
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "packed weights give no gradients; call under torch.no_grad(), or pass their .plain"
+        )
+    return experts_packed(hidden_TH, topk_ids_TK, topk_weights_TK, packed, spec)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose_impl
+from .packing import PackedWeights
 from .reference import moe_reference
 from .types import ExpertSpec, ExpertWeights, RouterSpec
 
@@ -118,6 +119,22 @@ def _experts_cpu(
 
     named: dict[str, Any] = {**weights.named()}
     return experts_cpu(hidden, topk_ids, topk_weights, **named, **_arithmetic(s))
+
+
+def experts_packed(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weights: PackedWeights,
+    spec: ExpertSpec,
+) -> Tensor:
+    """`moesaic::experts` on the CPU with packed weights; no op, for these tensors are opaque."""
+    from .kernels.cpu import experts_cpu
+
+    named: dict[str, Any] = {**weights.plain.named()}
+    return experts_cpu(
+        hidden, topk_ids, topk_weights, **named, **_arithmetic(spec), packed=weights.products
+    )
 
 
 def _experts_cuda(

@@ -49,6 +49,10 @@ def test_wrong_lines_count_against_us_and_not_for_us() -> None:
     targets = {t.name: t for t in cpu.summarize(lines)}
     assert not targets["moesaic lines wrong or failed"].met
     assert not targets["cells compared"].met
+    lines = [*full(2.0), line(cpu.UNPACKED, 9.0, cpu.cells()[0], wrong=True)]
+    targets = {t.name: t for t in cpu.summarize(lines)}
+    assert not targets["moesaic lines wrong or failed"].met
+    assert targets["lowest speed-up of a cell"].value == 1.5
     lines = full(2.0)
     lines[1] = line(cpu.RIVALS[0], 0.1, cpu.cells()[0], wrong=True)
     assert cpu.best(lines)[cpu.cells()[0]] == (2.0, cpu.RIVALS[1], 4.0)
@@ -66,4 +70,11 @@ def test_small_run(tmp_path: Path) -> None:
     assert all(mine > 0 and theirs > 0 for mine, _, theirs in found.values())
     errors = [x["err"] for x in recorder.lines if x["impl"] == "moesaic"]
     assert len(errors) == 2 and all(0 < e < 1.5e-2 for e in errors)
+    plain = [x for x in recorder.lines if x["impl"] == cpu.UNPACKED]
+    assert [x["err"] for x in plain] == errors and "packed_bytes" not in plain[0]
+    weights = 8 * 3 * 64 * 32
+    for x in recorder.lines:
+        if x["impl"] == "moesaic":
+            size = weights * getattr(torch, x["dtype"]).itemsize
+            assert x["plain_bytes"] == size <= x["packed_bytes"]
     assert check_results(tmp_path, {"cpu": cpu.summarize}) == []

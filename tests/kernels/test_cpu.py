@@ -13,6 +13,7 @@ from torch import Tensor
 
 import moesaic
 from moesaic.kernels import cpu, cpu_products
+from moesaic.kernels.cpu_activation import flat_blocks
 from moesaic.ops import WEIGHT_NAMES, experts_op, route_op
 from moesaic.reference import moe_reference
 from moesaic.types import ExpertSpec, ExpertWeights
@@ -217,6 +218,62 @@ def test_nothing_unwritten_is_read(one_thread: None, poisoned_empty: None) -> No
         assert error(run(inputs, weights, spec), want) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["silu", "gpt-oss", "three-layer"])
+def test_bits_of_packed_weights(threads: int, name: str, dtype: torch.dtype) -> None:
+    """Packed weights give the bits of plain ones, for any number of rows at any place."""
+    spec, tokens = SPECS[name], 130
+    weights, inputs = make_weights(spec, dtype), make_inputs(spec, tokens, dtype)
+    packed, whole = moesaic.pack(weights, spec), run(inputs, weights, spec)
+    assert torch.equal(moesaic.moe(*inputs, packed, spec), whole)
+    for size in (1, 2, 7, 33, 90):
+        for start in (0, 13, tokens - size):
+            part = slice(start, start + size)
+            got = moesaic.moe(*take(inputs, part), packed, spec)
+            assert torch.equal(got, whole[part]), (size, start)
+
+
+def test_packed_products_are_used(one_thread: None) -> None:
+    """Not the plain ones: zeros in their place change nothing."""
+    spec, dtype = SPECS["silu"], torch.float32
+    weights, inputs = make_weights(spec, dtype), make_inputs(spec, 30, dtype)
+    zeros = [torch.zeros_like(w) for w in (weights.up, weights.down)]
+    products = cpu.pack_experts(weights.up, weights.down, None, transposed=False)
+    call = partial(cpu.experts_cpu, *inputs, activation="silu", gated=True)
+    want = run(inputs, weights, spec)
+    assert torch.equal(call(up=zeros[0], down=zeros[1], packed=products), want)
+    assert call(up=zeros[0], down=zeros[1]).count_nonzero() == 0
+
+
+def test_probe_refuses_packed_products_of_other_bits(
+    one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = cpu_products.packed_product
+
+    def off(x: Tensor, packed: Tensor) -> Tensor:
+        return straight(x, packed).mul_(1 + 1e-6 * (x.shape[0] == 48))
+
+    caches = (cpu_products.packed_stable, cpu._shapes)
+    key = (80, 72, torch.float32, False, 1)
+    for cache in caches:
+        cache.cache_clear()
+    assert cpu_products.packed_stable(key, 48)
+    monkeypatch.setattr(cpu_products, "packed_product", off)
+    for cache in caches:
+        cache.cache_clear()
+    assert not cpu_products.packed_stable(key, 48)
+    assert cpu_products.packed_stable(key, 44)
+    spec = SPECS["silu"]
+    weights = make_weights(spec, torch.float32)
+    hidden, ids, scales = make_inputs(spec, 48, torch.float32, top_k=1)
+    inputs = (hidden, torch.zeros_like(ids), scales)
+    packed = moesaic.pack(weights, spec)
+    assert torch.equal(moesaic.moe(*inputs, packed, spec), run(inputs, weights, spec))
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
+
+
 def test_probe_refuses_a_product_that_sums_in_another_order(
     one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +339,7 @@ def test_rows_one_by_one_where_position_changes_bits(
 @pytest.mark.parametrize("n", [64, 32768, 98304, 98368, 1 << 20, (1 << 20) + 64])
 def test_flat_blocks_leave_no_rest(n: int, threads_asked: int) -> None:
     """Every thread's share, as torch cuts it (32768 at least each), is a multiple of 64."""
-    blocks = cpu.flat_blocks(torch.arange(n), threads_asked)
+    blocks = flat_blocks(torch.arange(n), threads_asked)
     assert torch.equal(torch.cat(blocks), torch.arange(n))
     for block in blocks:
         size = block.numel()

@@ -9,9 +9,7 @@
 3. Sum each token's K rows in slot order, in fp32, and round once.
 
 The bits of a token's output depend on its own row, ids and weights alone. Products hold that by
-`cpu_products`. Elementwise functions need care too: torch computes the last few elements of each
-thread's share by scalar code, whose exponential rounds differently from the vector code, so
-`flat_blocks` cuts every call such that no such rest exists. The sum has one order per token.
+`cpu_products`, activations by `cpu_activation`. The sum has one order per token.
 
 Padding rows repeat some token's row; their results are dropped.
 """
@@ -20,17 +18,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import cpu_products as products
-from .activation import pointwise_ref
+from .cpu_activation import Act, activate
 
-VECTOR = 64
-GRAIN = 32768
 CALL_COST = 4.5e6
 PHASED_HEIGHT = 32
 PHASED_ELEMENTS = 1 << 22
@@ -49,14 +44,27 @@ class Run(NamedTuple):
 class Shapes:
     """The products of one layer, and which of their shapes may be used here; answers are kept."""
 
-    def __init__(self, keys: tuple[products.Key, ...]) -> None:
-        self.keys = keys
+    def __init__(self, keys: tuple[products.Key, ...], packs: bool = False) -> None:
+        self.keys, self.packs = keys, packs
         self.row_cost = sum(2 * n * k for n, k, *_ in keys)
         self.small = max(n * k for n, k, *_ in keys) <= products.SMALL_MATRIX
         self._usable: dict[tuple[int, int], bool] = {}
         self._tiles: dict[int, tuple[int, ...]] = {}
         self._columns: dict[tuple[int, int, int], bool] = {}
+        self._packed: dict[tuple[int, int], bool] = {}
         self.trusted = all(products.anchor_height(key) > 1 for key in keys)
+
+    def packed(self, which: int, height: int) -> bool:
+        """Whether product `which` takes its packed weights at this height."""
+        if not self.packs:
+            return False
+        known = self._packed.get((which, height))
+        if known is None:
+            key = self.keys[which]
+            known = products.prefers_packed(height, *key[:3])
+            known = known and products.packed_stable(key, height)
+            self._packed[which, height] = known
+        return known
 
     def columns(self, which: int, batch: int, height: int) -> bool:
         """Whether product `which` keeps its weights on the left at this batch and height."""
@@ -66,6 +74,7 @@ class Shapes:
             known = (
                 self.trusted
                 and not transposed
+                and not (batch == 1 and self.packed(which, height))
                 and products.prefers_columns(height, n, k, dtype)
                 and products.stable(self.keys[which], batch, height, True)
             )
@@ -78,7 +87,7 @@ class Shapes:
         if known is None:
             known = height == 1 or self.trusted
             if batch > 1:
-                known = known and height in products.BATCHED_HEIGHTS
+                known = known and not self.packs and height in products.BATCHED_HEIGHTS
                 largest = batch * max(n * k for n, k, *_ in self.keys)
                 known = known and largest <= products.BATCHED_ELEMENTS
             known = known and all(products.stable(k, batch, height, False) for k in self.keys)
@@ -89,7 +98,8 @@ class Shapes:
         """The heights of the tiles that hold `rows` rows of one expert, the padded one last."""
         known = self._tiles.get(rows)
         if known is None:
-            tried = products.HEIGHTS if self.trusted else (1,)
+            heights = products.HEIGHTS[1:] if self.packs else products.HEIGHTS
+            tried = heights if self.trusted else (1,)
             tallest = next(h for h in reversed(tried) if h == 1 or self.usable(1, h))
             rest = rows % tallest
             known = (tallest,) * (rows // tallest)
@@ -152,86 +162,30 @@ def plan_runs(counts: Counts, shapes: Shapes) -> tuple[list[Run], dict[int, int]
     return runs, starts, row
 
 
-def flat_blocks(flat: Tensor, threads: int) -> list[Tensor]:
-    """`flat` (a multiple of 64 elements) in parts of which each thread gets a multiple of 64.
-
-    torch gives each of ``min(threads, ceil(n / 32768))`` threads one contiguous share of n
-    elements; in every part returned here that share is 32768 elements a thread, a multiple of
-    that, or the whole part.
-    """
-    n = flat.numel()
-    even = n // (GRAIN * threads) * (GRAIN * threads)
-    full = n // GRAIN * GRAIN
-    cuts = sorted({0, even, full, n})
-    return [flat[a:b] for a, b in pairwise(cuts)]
-
-
-def _pointwise_(x: Tensor, activation: str, alpha: float) -> Tensor:
-    """The activation of `x`, with the same bits wherever an element stands; may overwrite `x`."""
-    if activation == "relu":
-        return x.relu_()
-    if activation == "relu2":
-        return x.relu_().square_()
-    n = x.numel()
-    if n % VECTOR == 0:
-        flat = x.contiguous().view(-1)
-    else:
-        flat = x.new_zeros(-(-n // VECTOR) * VECTOR)
-        flat[:n].view(x.shape).copy_(x)
-    for block in (flat,) if n < GRAIN else flat_blocks(flat, torch.get_num_threads()):
-        if activation == "silu" and alpha == 1.0:
-            torch.nn.functional.silu(block, inplace=True)
-        else:
-            block.copy_(pointwise_ref(block, activation, alpha))
-    return flat[:n].view(x.shape)
-
-
-class Act(NamedTuple):
-    """The activation's options, as in `activation.activate_ref`."""
-
-    activation: str
-    gated: bool
-    interleaved: bool
-    limit: float | None
-    alpha: float
-    up_offset: float
-
-
-def _activate(h: Tensor, columns: bool, act: Act) -> Tensor:
-    """The activated product (..., M, U), or (..., U, M) when `columns`. Overwrites `h`."""
-    if not act.gated:
-        h = h if act.limit is None else h.clamp_(max=act.limit)
-        return _pointwise_(h, act.activation, act.alpha)
-    dim = -2 if columns else -1
-    half = h.shape[dim] // 2
-    if not act.interleaved:
-        gate, up = h.narrow(dim, 0, half), h.narrow(dim, half, half)
-    elif columns:
-        gate, up = h[..., ::2, :], h[..., 1::2, :]
-    else:
-        gate, up = h[..., ::2], h[..., 1::2]
-    if act.limit is not None:
-        gate, up = gate.clamp(max=act.limit), up.clamp(-act.limit, act.limit)
-    if act.up_offset:
-        up = up + act.up_offset
-    return _pointwise_(gate, act.activation, act.alpha).mul_(up)
+Packed = tuple[tuple[Tensor, ...], ...]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of one call, seen as (E, N, K), with their biases, in order of use."""
+    """The weights of one call, seen as (E, N, K), with their biases, in order of use.
+
+    `packed`: for every product, the packed weights of each expert; or nothing.
+    """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     act: Act
     compute: torch.dtype
+    packed: Packed = ()
 
 
-def _linear(x: Tensor, which: int, run: Run, layer: Layer, columns: bool) -> Tensor:
+def _linear(x: Tensor, which: int, run: Run, layer: Layer, shapes: Shapes, columns: bool) -> Tensor:
     """Product and bias of one run, from (M, K) or (B, M, K): (.., M, N), or (.., N, M)."""
     weights, bias_EN = layer.weights[which], layer.biases[which]
-    first, batch, _, _ = run
-    if batch == 1:
+    first, batch, height, _ = run
+    if batch == 1 and shapes.packed(which, height):
+        y = products.packed_product(x, layer.packed[which][first])
+    elif batch == 1:
         w_NK = weights[first]
         if w_NK.dtype is not layer.compute:
             w_NK = w_NK.to(layer.compute)
@@ -259,27 +213,27 @@ def _one_by_one(x_PH: Tensor, y_PH: Tensor, runs: list[Run], layer: Layer, shape
         x = _of_run(x_RH, run)
         for which in range(last + 1):
             columns = shapes.columns(which, run.batch, run.height)
-            h = _linear(x, which, run, layer, columns)
+            h = _linear(x, which, run, layer, shapes, columns)
             if which < last:
-                h = _activate(h, columns, layer.act)
+                h = activate(h, columns, layer.act)
             x = h.mT if columns else h
         _of_run(y_RH, run).copy_(x)
 
 
-def _phased(x_PH: Tensor, y_PH: Tensor, runs: list[Run], layer: Layer) -> None:
+def _phased(x_PH: Tensor, y_PH: Tensor, runs: list[Run], layer: Layer, shapes: Shapes) -> None:
     """The up products of all runs, one activation, then the next products: few calls."""
     sizes = [run.batch * run.height for run in runs]
     x, last = x_PH, len(layer.weights) - 1
     for which in range(last + 1):
         parts = []
         for rows, run in zip(x.split(sizes), runs, strict=True):
-            y = _linear(_of_run(rows, run), which, run, layer, False)
+            y = _linear(_of_run(rows, run), which, run, layer, shapes, False)
             parts.append(y if run.batch == 1 else y.flatten(0, 1))
         h = torch.cat(parts)
         if which == last:
             y_PH.copy_(h)
         else:
-            x = _activate(h, False, layer.act)
+            x = activate(h, False, layer.act)
 
 
 class Layout(NamedTuple):
@@ -341,6 +295,31 @@ def _combine(y_PH: Tensor, slot_rows_S: Tensor, topk_weights_TK: Tensor) -> Tens
     return out_TH
 
 
+def _compute(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products of `dtype` run here."""
+    return dtype if products.computes(dtype) else torch.float32
+
+
+def _views(weights: tuple[Tensor | None, ...], transposed: bool) -> tuple[Tensor, ...]:
+    """The weights that are there, seen as (E, N, K)."""
+    return tuple(w.transpose(1, 2) if transposed else w for w in weights if w is not None)
+
+
+def pack_experts(up: Tensor, down: Tensor, mid: Tensor | None, *, transposed: bool) -> Packed:
+    """For up, mid and down, the packed weights of every expert; memory as of `packed_bytes`.
+
+    Raises:
+        RuntimeError: this torch or this CPU has no oneDNN to pack for.
+    """
+    if not products.has_onednn():
+        raise RuntimeError("packing needs a torch with oneDNN on this CPU; use the plain weights")
+    compute = _compute(up.dtype)
+    return tuple(
+        tuple(products.pack(w_NK.to(compute)) for w_NK in w_ENK)
+        for w_ENK in _views((up, mid, down), transposed)
+    )
+
+
 def experts_cpu(
     hidden_TH: Tensor,
     topk_ids_TK: Tensor,
@@ -359,6 +338,7 @@ def experts_cpu(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    packed: Packed = (),
 ) -> Tensor:
     """Each token through its K experts, weighted and summed in slot order: (T, H) like `hidden_TH`.
 
@@ -370,23 +350,25 @@ def experts_cpu(
             three-layer expert is one with `mid`.
         activation, gated, interleaved, transposed, limit, alpha, up_offset: as in
             `types.ExpertSpec`.
+        packed: what `pack_experts` made of the same weights, if it was asked.
     """
     if topk_ids_TK.numel() == 0:
         return torch.zeros_like(hidden_TH, memory_format=torch.contiguous_format)
-    compute = hidden_TH.dtype if products.computes(hidden_TH.dtype) else torch.float32
+    compute = _compute(hidden_TH.dtype)
     named = [(up, up_bias), (mid, mid_bias), (down, down_bias)]
-    present = [(w.transpose(1, 2) if transposed else w, b) for w, b in named if w is not None]
     layer = Layer(
-        tuple(w for w, _ in present),
-        tuple(b for _, b in present),
+        _views((up, mid, down), transposed),
+        tuple(b for w, b in named if w is not None),
         Act(activation, gated, interleaved, limit, alpha, up_offset),
         compute,
+        packed,
     )
     shapes = _shapes(
         tuple((w.shape[1], w.shape[2]) for w in layer.weights),
         compute,
         transposed,
         torch.get_num_threads(),
+        bool(packed),
     )
     choose = lay_out_few if topk_ids_TK.numel() <= FEW_SLOTS else lay_out
     runs, token_P, slot_rows_S = choose(topk_ids_TK, up.shape[0], shapes)
@@ -398,7 +380,7 @@ def experts_cpu(
     widest = max(w.shape[1] for w in layer.weights)
     few = tallest <= PHASED_HEIGHT and padded * widest <= PHASED_ELEMENTS
     if runs and shapes.small and few:
-        _phased(x_PH, y_PH[:padded], runs, layer)
+        _phased(x_PH, y_PH[:padded], runs, layer, shapes)
     else:
         _one_by_one(x_PH, y_PH[:padded], runs, layer, shapes)
     return _combine(y_PH, slot_rows_S, topk_weights_TK).to(hidden_TH.dtype)
@@ -406,6 +388,10 @@ def experts_cpu(
 
 @lru_cache(maxsize=256)
 def _shapes(
-    widths: tuple[tuple[int, int], ...], compute: torch.dtype, transposed: bool, threads: int
+    widths: tuple[tuple[int, int], ...],
+    compute: torch.dtype,
+    transposed: bool,
+    threads: int,
+    packs: bool,
 ) -> Shapes:
-    return Shapes(tuple((n, k, compute, transposed, threads) for n, k in widths))
+    return Shapes(tuple((n, k, compute, transposed, threads) for n, k in widths), packs)

@@ -5,19 +5,27 @@ and intermediate widths are divided by 4, 4 and 8, so that their ratio stays and
 Every cell compares with the fastest of `eager`, `grouped_mm` and `batched_mm`, timed in turn in the
 same process with as many threads as torch takes by itself. `batched_mm`, which copies an expert's
 weights for every routed row, is left out where that would take more than a quarter of a GiB.
+
+`moesaic` has its weights packed once before the timing, as inference would (`packing.pack`); its
+lines hold the bytes that takes beside the plain weights. `moesaic-unpacked` has the plain ones.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
+from ...functional import moe
+from ...packing import PackedWeights, pack
+from ...types import ExpertWeights
 from ..baselines import BASELINES, prepare
 from ..ceilings import measure_ceilings
-from ..layers import Candidate, Machine, load, measure_cell, ours
+from ..layers import Candidate, Loaded, Machine, load, measure_cell, ours
 from ..results import Line, Target, at_least, at_most, geomean, make_line, stamp
 from ..suite import Cell, Context, Suite
 from ..timing import reason
@@ -32,12 +40,38 @@ MODELS: dict[str, Model] = {
         Model("DeepSeek-V3/8", 256, 8, 896, 256, family="deepseek_v3"),
     )
 }
+UNPACKED = "moesaic-unpacked"
 RIVALS = ("transformers-eager", "transformers-grouped_mm", "transformers-batched_mm")
 TOKENS = (1, 4, 16, 64, 256, 1024, 2048)
 DTYPES = ("float32", "bfloat16")
 CACHE_BYTES = 32 * 2**20
 COPY_LIMIT_BYTES = 2**28
 GOAL, LOWEST = 1.2, 0.95
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """moesaic through the public function, on weights that were packed when it was built."""
+
+    packed: PackedWeights
+
+    def __call__(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return moe(hidden_TH, ids_TK, weights_TK, self.packed, self.packed.spec, impl="cpu")
+
+
+def build_packed(model: Model, weights: ExpertWeights) -> PackedLayer:
+    """The layer of a model with its weights packed."""
+    return PackedLayer(pack(weights, model.spec()))
+
+
+def with_memory(lines: Sequence[Line], loaded: Loaded) -> list[Line]:
+    """The lines, those of `moesaic` with the bytes of the plain weights and of the packed copy."""
+    found = loaded.forwards.get("moesaic", [None])[0]
+    if not isinstance(found, PackedLayer):
+        return list(lines)
+    plain = sum(t.nbytes for t in found.packed.plain.named().values())
+    memory = {"plain_bytes": plain, "packed_bytes": found.packed.num_bytes}
+    return [x | memory if x["impl"] == "moesaic" else x for x in lines]
 
 
 def cells() -> list[Cell]:
@@ -89,7 +123,8 @@ def run(
     rate = ceilings.read_gbps * 1e9
     machine = Machine(context.device, rate, CACHE_BYTES, COPY_LIMIT_BYTES)
     rivals = [Candidate(n, BASELINES[n].build, prepare, BASELINES[n].refuses) for n in RIVALS]
-    candidates = [ours("cpu"), *rivals]
+    mine = Candidate("moesaic", build_packed, lambda inputs: inputs)
+    candidates = [mine, ours("cpu", UNPACKED), *rivals]
     left = len(wanted)
     for (name, dtype), group in groupby(wanted, key=lambda cell: (cell.model, cell.dtype)):
         loaded = None
@@ -105,6 +140,7 @@ def run(
                     budget_s=0.6 * context.share_s(left), seed=context.seed + left,
                     stamped=stamped, suite=SUITE.name,
                 )  # fmt: skip
+                lines = with_memory(lines, loaded)
             except Exception as error:
                 lines = [failed_line(stamped, cell, reason(error))]
             context.record(lines)
@@ -127,7 +163,9 @@ def summarize(lines: Sequence[Line]) -> list[Target]:
     ratios = {cell: theirs / mine for cell, (mine, _, theirs) in best(lines).items()}
     bad = [
         x for x in lines
-        if x["clock"] == "experts" and x["impl"] == "moesaic" and (x.get("wrong") or x.get("error"))
+        if x["clock"] == "experts"
+        and x["impl"] in ("moesaic", UNPACKED)
+        and (x.get("wrong") or x.get("error"))
     ]  # fmt: skip
     means = [
         at_least(
