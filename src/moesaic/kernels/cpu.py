@@ -90,7 +90,10 @@ class Shapes:
                 known = known and not self.packs and height in products.BATCHED_HEIGHTS
                 largest = batch * max(n * k for n, k, *_ in self.keys)
                 known = known and largest <= products.BATCHED_ELEMENTS
-            known = known and all(products.stable(k, batch, height, False) for k in self.keys)
+            known = known and all(
+                self.packed(which, height) or products.stable(key, batch, height, False)
+                for which, key in enumerate(self.keys)
+            )
             self._usable[batch, height] = known
         return known
 
@@ -98,7 +101,7 @@ class Shapes:
         """The heights of the tiles that hold `rows` rows of one expert, the padded one last."""
         known = self._tiles.get(rows)
         if known is None:
-            heights = products.HEIGHTS[1:] if self.packs else products.HEIGHTS
+            heights = products.PACKED_HEIGHTS if self.packs else products.HEIGHTS
             tried = heights if self.trusted else (1,)
             tallest = next(h for h in reversed(tried) if h == 1 or self.usable(1, h))
             rest = rows % tallest

@@ -36,11 +36,12 @@ from torch import Tensor
 ANCHOR = 16
 HEIGHTS = (
     2,
-    *range(4, 64, 4),
-    *range(64, 128, 8),
+    *range(4, 32, 4),
+    *range(32, 128, 8),
     *range(128, 256, 16),
     *range(256, 1025, 32),
 )
+PACKED_HEIGHTS = (*range(4, 64, 4), *range(64, 512, 8), *range(512, 1025, 32))
 BATCHED_HEIGHTS = (2, 4, 8, 16, 24, 32)
 BATCHED_ELEMENTS = 1 << 24
 SMALL_MATRIX = 1 << 20
