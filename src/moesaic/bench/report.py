@@ -57,11 +57,14 @@ def word(line: Line | None) -> str:
 
 
 def speedup(lines: dict[str, Line]) -> float | None:
-    """The best other implementation's time over moesaic's, or None without either."""
+    """The best other project's time over moesaic's, or None without either.
+
+    `moesaic-...` are variants of ours.
+    """
     mine = lines.get(OURS)
     others = [
         x["ms"] for name, x in lines.items()
-        if name not in (OURS, "dense-twin") and x["ms"] and not x.get("wrong")
+        if not name.startswith(OURS) and name != "dense-twin" and x["ms"] and not x.get("wrong")
     ]  # fmt: skip
     if mine is None or not mine["ms"] or mine.get("wrong") or not others:
         return None
