@@ -21,7 +21,7 @@ from .kernels.routing_ref import weigh_ref
 from .ops import WEIGHT_NAMES, experts_backward_op, experts_op, experts_packed, route_op
 from .packing import PackedWeights
 from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
-from .validate import check_moe, check_route
+from .validate import check_inputs, check_moe, check_route
 
 
 def route(logits_TE: Tensor, spec: RouterSpec, *, bias_E: Tensor | None = None) -> Routing:
@@ -143,11 +143,11 @@ def _moe_packed(
     impl: Impl,
 ) -> Tensor:
     """`moe` with packed weights, always eager: under torch.compile the graph breaks here."""
-    check_moe(hidden_TH, topk_ids_TK, topk_weights_TK, packed.plain, spec)
-    packed.check(spec)
+    check_inputs(hidden_TH, topk_ids_TK, topk_weights_TK, spec)
+    packed.check(spec, hidden_TH)
     if choose_impl(impl, hidden_TH.device, hidden_TH.dtype, spec) != "cpu":
         raise RuntimeError(f"packed weights run with impl='cpu', got {impl!r}; pass their .plain")
-    tensors = (hidden_TH, topk_weights_TK, *packed.plain.named().values())
+    tensors = (hidden_TH, topk_weights_TK, *packed.tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError(
             "packed weights give no gradients; call under torch.no_grad(), or pass their .plain"

@@ -28,7 +28,7 @@ from torch import Tensor
 from .kernels.cpu import Packed, pack_experts
 from .kernels.cpu_products import packed_bytes
 from .types import ExpertSpec, ExpertWeights
-from .validate import check_weights
+from .validate import check_same, check_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +40,14 @@ class PackedWeights:
         spec: the experts they belong to.
         products: for up, mid and down, the packed weights of every expert; opaque tensors.
         num_bytes: memory of the packed copy, which comes on top of the plain tensors.
+        tensors: those of `plain`.
     """
 
     plain: ExpertWeights
     spec: ExpertSpec
     products: Packed = field(repr=False)
     num_bytes: int
+    tensors: tuple[Tensor, ...] = field(repr=False)
     _states: tuple[tuple[int, int], ...] = field(repr=False)
 
     def of(self, plain: ExpertWeights) -> PackedWeights:
@@ -59,26 +61,23 @@ class PackedWeights:
             raise RuntimeError("a weight was replaced after it was packed; pack them again")
         return self
 
-    def check(self, spec: ExpertSpec) -> None:
+    def check(self, spec: ExpertSpec, hidden_TH: Tensor) -> None:
         """Check that the pack may stand for its plain weights in a layer of `spec`.
 
         Raises:
-            ValueError: it was made for another spec.
+            TypeError, ValueError: it was made for another spec, dtype or device.
             RuntimeError: the plain weights were changed after it was made.
         """
-        if spec != self.spec:
+        if spec is not self.spec and spec != self.spec:
             raise ValueError(f"weights were packed for {self.spec}, got {spec}; pack them for it")
-        if _states(self.plain) != self._states:
+        check_same("weights", self.tensors[0], hidden_TH)
+        if tuple(map(_state, self.tensors)) != self._states:
             raise RuntimeError("the weights were changed after they were packed; pack them again")
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
     """What changes with most writes; inference tensors have no version to change."""
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
-
-
-def _states(weights: ExpertWeights) -> tuple[tuple[int, int], ...]:
-    return tuple(_state(tensor) for tensor in weights.named().values())
 
 
 def pack(weights: ExpertWeights, spec: ExpertSpec) -> PackedWeights:
@@ -101,4 +100,6 @@ def pack(weights: ExpertWeights, spec: ExpertSpec) -> PackedWeights:
     with torch.no_grad():
         products = pack_experts(weights.up, weights.down, weights.mid, transposed=spec.transposed)
     num_bytes = sum(packed_bytes(one) for experts in products for one in experts)
-    return PackedWeights(weights, spec, products, num_bytes, _states(weights))
+    tensors = tuple(weights.named().values())
+    states = tuple(map(_state, tensors))
+    return PackedWeights(weights, spec, products, num_bytes, tensors, states)

@@ -29,7 +29,12 @@ def _shape(name: str, tensor: Tensor, expected: tuple[int, ...], remedy: str = "
         raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}{hint}")
 
 
-def _same(name: str, tensor: Tensor, hidden: Tensor) -> None:
+def check_same(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    """Check that a tensor has the dtype and the device of the hidden states.
+
+    Raises:
+        TypeError, ValueError: it has not.
+    """
     if tensor.dtype != hidden.dtype:
         raise TypeError(
             f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}; "
@@ -90,6 +95,18 @@ def check_moe(
         TypeError: a dtype is not supported or differs from that of the hidden states.
         ValueError: a shape, device, count or id is not what the spec says.
     """
+    check_inputs(hidden_TH, topk_ids_TK, topk_weights_TK, spec)
+    check_weights(weights, spec, hidden_TH)
+
+
+def check_inputs(
+    hidden_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, spec: ExpertSpec
+) -> None:
+    """Check the inputs of `moe` but for the weights.
+
+    Raises:
+        TypeError, ValueError: as `check_moe`.
+    """
     _hidden(hidden_TH, spec)
     _ids(topk_ids_TK, hidden_TH, spec)
     _shape("topk_weights", topk_weights_TK, tuple(topk_ids_TK.shape), "one weight per id")
@@ -98,7 +115,6 @@ def check_moe(
             f"topk_weights must be float32 or {hidden_TH.dtype}, got {topk_weights_TK.dtype}"
         )
     _device("topk_weights", topk_weights_TK, hidden_TH)
-    check_weights(weights, spec, hidden_TH)
 
 
 def check_weights(weights: ExpertWeights, spec: ExpertSpec, hidden_TH: Tensor) -> None:
@@ -116,7 +132,7 @@ def check_weights(weights: ExpertWeights, spec: ExpertSpec, hidden_TH: Tensor) -
     for name, shape in shapes.items():
         tensor = present[name]
         _shape(name, tensor, shape, "see ExpertSpec.weight_shapes()")
-        _same(name, tensor, hidden_TH)
+        check_same(name, tensor, hidden_TH)
         if not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, got strides {tensor.stride()}; "
