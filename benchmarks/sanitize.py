@@ -128,7 +128,7 @@ def check(tool: str, job: str) -> dict[str, object]:
     child = [*command, sys.executable, __file__, "--job", job]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(child, capture_output=True, text=True, env=environment, check=False)
-    text = done.stdout + done.stderr
+    text = (done.stdout + done.stderr).replace(f"{Path.cwd()}/", "")
     counts = [int(n) for n in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)]
     return line_of(tool, job, text, counts, done.returncode)
 
