@@ -113,9 +113,9 @@ def moe(
             were packed, or are asked for gradients.
     """
     if isinstance(weights, PackedWeights):
-        packed_TH: Tensor = _moe_packed(
-            hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec, impl
-        )
+        tracing = torch.compiler.is_compiling()
+        call = _moe_packed_outside_graphs if tracing else _moe_packed
+        packed_TH: Tensor = call(hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec, impl)
         return packed_TH
     if not torch.compiler.is_compiling():
         check_moe(hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec)
@@ -131,9 +131,6 @@ def moe(
     return experts_op(hidden_TH, topk_ids_TK, topk_weights_TK, *params, spec.key(), impl)
 
 
-@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-    reason="packed weights are opaque tensors; compile with the plain ones"
-)
 def _moe_packed(
     hidden_TH: Tensor,
     topk_ids_TK: Tensor,
@@ -142,7 +139,7 @@ def _moe_packed(
     spec: ExpertSpec,
     impl: Impl,
 ) -> Tensor:
-    """`moe` with packed weights, always eager: under torch.compile the graph breaks here."""
+    """`moe` with packed weights, always eager: see `_moe_packed_outside_graphs`."""
     check_inputs(hidden_TH, topk_ids_TK, topk_weights_TK, spec)
     packed.check(spec, hidden_TH)
     if choose_impl(impl, hidden_TH.device, hidden_TH.dtype, spec) != "cpu":
@@ -153,3 +150,9 @@ def _moe_packed(
             "packed weights give no gradients; call under torch.no_grad(), or pass their .plain"
         )
     return experts_packed(hidden_TH, topk_ids_TK, topk_weights_TK, packed, spec)
+
+
+# Only traced code goes through the wrapper: it would cost every eager call.
+_moe_packed_outside_graphs = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    _moe_packed, reason="packed weights are opaque tensors; compile with the plain ones"
+)

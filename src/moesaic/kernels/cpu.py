@@ -275,7 +275,10 @@ def lay_out_few(topk_ids_TK: Tensor, experts: int, shapes: Shapes) -> Layout:
     tokens, k = topk_ids_TK.shape
     slots: dict[int, list[int]] = {}
     for slot, e in enumerate(topk_ids_TK.reshape(-1).tolist()):
-        slots.setdefault(e, []).append(slot)
+        if e in slots:
+            slots[e].append(slot)
+        else:
+            slots[e] = [slot]
     slots.pop(experts, None)
     runs, starts, padded = plan_runs([(e, len(slots[e])) for e in sorted(slots)], shapes)
     tokens_of = [0] * padded
