@@ -3,9 +3,8 @@
 A line is one tool on one job: the grid on the Triton path, on the Hopper path, or a planted fault,
 which the tool must find. `benchmarks/sanitize.py` runs them and records.
 
-racecheck follows barriers among threads. The Hopper kernels also hand data from one warp group to
-another through mbarriers (a release by the arriving thread, an acquire by the waiting one), which
-it does not follow; what it reports there is listed in the lines and counted, not hidden.
+The Hopper kernels hand data from one warp group to another through mbarriers. What racecheck
+reports there is listed in the lines and counted, not explained away.
 """
 
 from __future__ import annotations
