@@ -1,0 +1,1 @@
+"""What runs beside the hot path: slices and their policies, plans, executors."""
