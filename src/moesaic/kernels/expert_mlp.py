@@ -167,6 +167,7 @@ def expert_mlp(
     activation: str = "relu",
     alpha: float = 1.0,
     num_sms: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Rows (S, H) in sorted order: each routed row through its three-layer expert, one launch.
 
@@ -177,6 +178,7 @@ def expert_mlp(
         arch: compute capability (80, 90, ...), which limits what fits.
         biases: of up, mid and down, (E, I), (E, I), (E, H).
         num_sms: the most programs; None: one a tile.
+        out: (S, H) contiguous, dtype of x, to write the rows of `tasks` into; None: a new one.
 
     Raises:
         ValueError: the layer does not fit on chip (`tune.fused_stages`).
@@ -188,7 +190,8 @@ def expert_mlp(
             f"the fused expert does not fit on chip with H={hidden}, I={intermediate}, "
             f"{x_TH.dtype} (see tune.fused_stages); use the tiled products, fused=False"
         )
-    out = torch.empty((slots, hidden), dtype=x_TH.dtype, device=x_TH.device)
+    if out is None:
+        out = torch.empty((slots, hidden), dtype=x_TH.dtype, device=x_TH.device)
     entries = tasks.task_N.numel()
     programs = tile_capacity(slots, entries, (FUSED_ROWS,))
     if num_sms is not None:

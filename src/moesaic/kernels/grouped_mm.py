@@ -319,6 +319,7 @@ def grouped_mm(
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
     config: GemmConfig = GemmConfig(),  # noqa: B008 - immutable
     num_sms: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Rows (S, N) in sorted order: each routed row times its expert's weights, one launch.
 
@@ -329,6 +330,7 @@ def grouped_mm(
         bias: (E, U), dtype of x.
         config: the cut; fp32 takes FP32_BLOCK_K for its block_k, which would show in the bits.
         num_sms: the most programs resident, times `config.ctas_per_sm` (at least 1); None: all.
+        out: (S, N) contiguous, dtype of x, to write the rows of `tasks` into; None: a new one.
 
     Raises:
         ValueError: widths do not fit, are not multiples of 8, or an expert has 2**31 weights.
@@ -338,7 +340,8 @@ def grouped_mm(
         slots, tasks.task_N.numel(), contraction, tuple(weight.shape), top_k, heights,
         bias is not None, transposed, epilogue, config, x.element_size(),
     )  # fmt: skip
-    out = torch.empty((slots, width), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((slots, width), dtype=x.dtype, device=x.device)
     if num_sms is None and config.ctas_per_sm:
         num_sms = sm_count(x.device)
     if num_sms is not None:
