@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -368,7 +369,8 @@ def test_plan_covers_every_row_once() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 64])
-def test_both_layouts_agree(tokens: int) -> None:
+def test_both_layouts_agree(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "GATHERED_ELEMENTS", 0)
     shapes = cpu.Shapes(((80, 72, torch.bfloat16, False, 1), (72, 40, torch.bfloat16, False, 1)))
     ids = torch.randint(0, 13, (tokens, 4), generator=torch.Generator().manual_seed(tokens))
     few, many = cpu.lay_out_few(ids, 12, shapes), cpu.lay_out(ids, 12, shapes)
@@ -379,6 +381,32 @@ def test_both_layouts_agree(tokens: int) -> None:
     assert torch.equal(few.token_P[held], many.token_P[held])
     slots = torch.arange(tokens * 4)[few.slot_rows_S < padded]
     assert torch.equal(few.token_P[held], slots // 4)
+
+
+@pytest.mark.parametrize("name", ["silu", "three-layer"])
+def test_few_experts_gathered_or_not(
+    one_thread: None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not cpu_products.computes(torch.bfloat16):
+        pytest.skip("this CPU multiplies no bfloat16, so experts are never gathered")
+    spec = SPECS[name]
+    weights, inputs = make_weights(spec, torch.bfloat16), make_inputs(spec, 2, torch.bfloat16)
+    layouts: list[bool] = []
+    few = cpu.lay_out_few
+
+    def noted(*args: Any) -> cpu.Layout:
+        layout = few(*args)
+        layouts.append(layout.gathered is not None)
+        return layout
+
+    monkeypatch.setattr(cpu, "lay_out_few", noted)
+    cpu._shapes.cache_clear()
+    gathered = moesaic.moe(*inputs, weights, spec)
+    monkeypatch.setattr(cpu, "GATHERED_ELEMENTS", 0)
+    cpu._shapes.cache_clear()
+    assert torch.equal(gathered, moesaic.moe(*inputs, weights, spec))
+    cpu._shapes.cache_clear()
+    assert layouts == [True, False]
 
 
 def test_op_checks() -> None:

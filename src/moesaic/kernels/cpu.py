@@ -16,7 +16,7 @@ Padding rows repeat some token's row; their results are dropped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ CALL_COST = 4.5e6
 PHASED_HEIGHT = 32
 PHASED_ELEMENTS = 1 << 22
 FEW_SLOTS = 256
+GATHERED_ELEMENTS = 6 << 20
 
 
 class Run(NamedTuple):
@@ -52,6 +53,7 @@ class Shapes:
         self._tiles: dict[int, tuple[int, ...]] = {}
         self._columns: dict[tuple[int, int, int], bool] = {}
         self._packed: dict[tuple[int, int], bool] = {}
+        self._gathers: dict[tuple[int, int], bool] = {}
         self.trusted = all(products.anchor_height(key) > 1 for key in keys)
 
     def packed(self, which: int, height: int) -> bool:
@@ -95,6 +97,25 @@ class Shapes:
                 for which, key in enumerate(self.keys)
             )
             self._usable[batch, height] = known
+        return known
+
+    def gathers(self, batch: int, height: int) -> bool:
+        """Whether a copy of these `batch` experts' weights and one product of them is faster.
+
+        It is for a few small experts: a call of its own for each costs more than the copy.
+        """
+        known = self._gathers.get((batch, height))
+        if known is None:
+            elements = batch * sum(n * k for n, k, *_ in self.keys)
+            known = (
+                self.trusted
+                and batch > 1
+                and self.small
+                and elements <= GATHERED_ELEMENTS
+                and not self.keys[0][3]
+                and all(products.stable(key, batch, height, False) for key in self.keys)
+            )
+            self._gathers[batch, height] = known
         return known
 
     def tiles(self, rows: int) -> tuple[int, ...]:
@@ -181,6 +202,15 @@ class Layer:
     compute: torch.dtype
     packed: Packed = ()
 
+    def gather(self, experts_B: Tensor) -> Layer:
+        """A layer of copies of these experts alone."""
+        return replace(
+            self,
+            weights=tuple(w.index_select(0, experts_B) for w in self.weights),
+            biases=tuple(b if b is None else b.index_select(0, experts_B) for b in self.biases),
+            packed=(),
+        )
+
 
 def _linear(x: Tensor, which: int, run: Run, layer: Layer, shapes: Shapes, columns: bool) -> Tensor:
     """Product and bias of one run, from (M, K) or (B, M, K): (.., M, N), or (.., N, M)."""
@@ -242,12 +272,14 @@ def _phased(x_PH: Tensor, y_PH: Tensor, runs: list[Run], layer: Layer, shapes: S
 class Layout(NamedTuple):
     """Where every row goes: runs, the token of each padded row, the padded row of each slot.
 
-    Slots of nobody (id E) point to row P, one past the rows.
+    Slots of nobody (id E) point to row P, one past the rows. With `gathered` the runs number the
+    experts in that list, whose weights are copied together first.
     """
 
     runs: list[Run]
     token_P: Tensor
     slot_rows_S: Tensor
+    gathered: Tensor | None = None
 
 
 def lay_out(topk_ids_TK: Tensor, experts: int, shapes: Shapes) -> Layout:
@@ -280,14 +312,27 @@ def lay_out_few(topk_ids_TK: Tensor, experts: int, shapes: Shapes) -> Layout:
         else:
             slots[e] = [slot]
     slots.pop(experts, None)
-    runs, starts, padded = plan_runs([(e, len(slots[e])) for e in sorted(slots)], shapes)
+    active = sorted(slots)
+    most = max(map(len, slots.values()), default=0)
+    height = next((h for h in products.BATCHED_HEIGHTS if h >= most), 0)
+    gathers = height > 0 and shapes.gathers(len(active), height)
+    if gathers:
+        runs, padded = [Run(0, len(active), height, 0)], len(active) * height
+        starts = {e: row for e, row in zip(active, range(0, padded, height), strict=True)}
+    else:
+        runs, starts, padded = plan_runs([(e, len(slots[e])) for e in active], shapes)
     tokens_of = [0] * padded
     rows_of = [padded] * (tokens * k)
     for e, start in starts.items():
         for row, slot in enumerate(slots[e], start):
             tokens_of[row] = slot // k
             rows_of[slot] = row
-    return Layout(runs, torch.tensor(tokens_of, dtype=torch.long), torch.tensor(rows_of))
+    return Layout(
+        runs,
+        torch.tensor(tokens_of, dtype=torch.long),
+        torch.tensor(rows_of),
+        torch.tensor(active) if gathers else None,
+    )
 
 
 def _combine(y_PH: Tensor, slot_rows_S: Tensor, topk_weights_TK: Tensor) -> Tensor:
@@ -377,7 +422,9 @@ def experts_cpu(
         bool(packed),
     )
     choose = lay_out_few if topk_ids_TK.numel() <= FEW_SLOTS else lay_out
-    runs, token_P, slot_rows_S = choose(topk_ids_TK, up.shape[0], shapes)
+    runs, token_P, slot_rows_S, gathered = choose(topk_ids_TK, up.shape[0], shapes)
+    if gathered is not None:
+        layer = layer.gather(gathered)
     padded = token_P.shape[0]
     x_PH = hidden_TH.index_select(0, token_P).to(compute)
     y_PH = torch.empty(padded + 1, hidden_TH.shape[1], dtype=torch.float32)
