@@ -162,7 +162,9 @@ class Profile:
     `counts_WE`: rows per expert of the last W steps. `loads_WN`: work of each group in the units of
     its curve. `busy_WN`: share of the step's time in which the group computed, in [0, 1]. Both may
     be empty where nothing was recorded. `interval_ms`: time between two steps, when it is fixed
-    from outside (an open loop), else None.
+    from outside (an open loop), else None. `context_VC`: other numbers known before a step begins
+    (what other layers counted), a row for each of the W steps and one for the step to come
+    (V = W + 1), or empty.
     """
 
     step: int
@@ -171,6 +173,7 @@ class Profile:
     loads_WN: tuple[tuple[float, ...], ...] = ()
     busy_WN: tuple[tuple[float, ...], ...] = ()
     interval_ms: float | None = None
+    context_VC: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.groups]
