@@ -1,0 +1,265 @@
+"""Green contexts: disjoint parts of one GPU's SMs, each with a stream whose kernels stay inside.
+
+The GPU is split **once** into equal atoms (8 SMs on Hopper); a part is some of these atoms fused
+into one descriptor, so parts of unequal sizes are disjoint when their atoms are. (Two separate
+splits would each begin at the first SM, and overlap.) SMs that do not fill an atom are the *rest*;
+a part may take them too. The number of SMs of every part is read back from the driver and compared.
+
+Only streams are used. No green context is ever made current: Triton loads its modules into the
+current context, and torch would route work to a stream of the wrong one. So kernels are compiled
+and loaded under the primary context, and `probe_launch` says whether a Triton kernel then really
+runs where it should. A CUDA graph keeps the SMs of the stream that it was captured on.
+
+SMs are all that is divided: caches, memory bandwidth, copy engines and power stay shared.
+
+    with GreenDevice(0) as gpu:
+        decode, prefill = gpu.carve([32, 96])
+        with torch.cuda.stream(decode.stream):
+            ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+import torch
+
+INSTALL = "pip install 'moesaic[slices]'"
+MAX_PARTS = 64
+
+
+class GreenUnavailable(RuntimeError):
+    """This machine has no green contexts; the message says what is missing and the remedy."""
+
+
+class GreenError(RuntimeError):
+    """The driver refused a step, or gave another partition than was asked for."""
+
+
+def load_driver() -> Any:
+    """The driver functions of cuda-bindings, initialised.
+
+    Raises:
+        GreenUnavailable: the package or the driver is missing, or the driver is too old.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise GreenUnavailable(f"green contexts need cuda-bindings: {INSTALL}") from error
+    try:
+        code = driver.cuInit(0)[0]
+    except RuntimeError as error:
+        raise GreenUnavailable(f"no NVIDIA driver: {error}") from error
+    if int(code):
+        raise GreenUnavailable(f"the NVIDIA driver does not start: cuInit gave {code.name}")
+    return driver
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the driver splits this GPU: `atoms` of `atom_sms` each and a rest that fills none."""
+
+    total_sms: int
+    atom_sms: int
+    atoms: int
+    rest_sms: int
+    min_sms: int
+    alignment: int
+
+
+@dataclass
+class GreenSlice:
+    """A part of the GPU: its atoms, the SMs that the driver says it has, and its stream's handle.
+
+    `priority`: of the stream; lower runs first.
+    """
+
+    atoms: tuple[int, ...]
+    with_rest: bool
+    sms: int
+    handle: int
+    device: int
+    priority: int
+    context: Any = field(repr=False)
+
+    @cached_property
+    def stream(self) -> torch.cuda.ExternalStream:
+        """The stream as torch uses it; kernels launched on it stay on this part's SMs."""
+        return torch.cuda.ExternalStream(self.handle, device=self.device)  # type: ignore[no-untyped-call]
+
+    def disjoint(self, other: GreenSlice) -> bool:
+        """Whether the two parts share no SM."""
+        return not set(self.atoms) & set(other.atoms) and not (self.with_rest and other.with_rest)
+
+
+class GreenDevice:
+    """One GPU, split once; makes parts of it and keeps them until `close`.
+
+    Args:
+        device: index of the GPU among torch's.
+        atom_sms: SMs of an atom; the driver may make it larger.
+        driver: instead of cuda-bindings' module, for tests.
+
+    Raises:
+        GreenUnavailable: the package, the driver or its support is missing, and the remedy.
+        GreenError: the driver refuses the split for another reason.
+    """
+
+    def __init__(self, device: int = 0, *, atom_sms: int = 8, driver: Any = None) -> None:
+        if driver is None:
+            if not torch.cuda.is_available():
+                raise GreenUnavailable("green contexts need an NVIDIA GPU that torch can use")
+            torch.empty(1, device=f"cuda:{device}")  # the primary context exists before any other
+        self._driver = load_driver() if driver is None else driver
+        self.device = device
+        self._parts: dict[tuple[tuple[int, ...], bool, int], GreenSlice] = {}
+        for name in ("cuDeviceGetDevResource", "cuDevSmResourceSplitByCount", "cuGreenCtxCreate"):
+            if not hasattr(self._driver, name):
+                raise GreenUnavailable(f"this cuda-bindings has no {name}: {INSTALL}")
+        self._handle = self._call("cuDeviceGet", device)
+        kind = self._driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
+        try:
+            whole = self._call("cuDeviceGetDevResource", self._handle, kind)
+            groups, self._rest = self._split(whole, atom_sms)
+        except GreenError as error:
+            raise GreenUnavailable(
+                f"this driver has no green contexts ({error}); driver 550 (CUDA 12.4) brought them"
+            ) from error
+        self._atoms = groups
+        sms = [int(group.sm.smCount) for group in groups]
+        if len(set(sms)) != 1:
+            raise GreenError(f"the split gave atoms of unequal sizes: {sms}")
+        self.cut = Cut(
+            total_sms=int(whole.sm.smCount),
+            atom_sms=sms[0],
+            atoms=len(groups),
+            rest_sms=int(whole.sm.smCount) - sum(sms),
+            min_sms=int(getattr(whole.sm, "minSmPartitionSize", 0)) or sms[0],
+            alignment=int(getattr(whole.sm, "smCoscheduledAlignment", 0)) or sms[0],
+        )
+
+    def _call(self, name: str, *args: Any) -> Any:
+        """The results of a driver function: nothing, the only one, or all of them.
+
+        Raises:
+            GreenError: it gave another code than success.
+        """
+        code, *results = getattr(self._driver, name)(*args)
+        if int(code):
+            raise GreenError(f"{name} gave {getattr(code, 'name', code)}")
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _split(self, whole: Any, atom_sms: int) -> tuple[list[Any], Any]:
+        """All atoms of one split, and what is left over."""
+        most = max(1, int(whole.sm.smCount) // atom_sms)
+        groups, count, rest = self._call("cuDevSmResourceSplitByCount", most, whole, 0, atom_sms)
+        return list(groups)[: int(count)], rest
+
+    def slice(
+        self, atoms: Iterable[int], *, with_rest: bool = False, priority: int = 0
+    ) -> GreenSlice:
+        """The part made of these atoms (and the rest); made once, then given again.
+
+        Raises:
+            ValueError: no atom, one that does not exist, or the rest where there is none.
+            GreenError: the driver refuses, gives other SMs, or there are too many parts already.
+        """
+        chosen = tuple(sorted(set(atoms)))
+        if not chosen or chosen[0] < 0 or chosen[-1] >= self.cut.atoms:
+            raise ValueError(f"atoms must be some of 0 to {self.cut.atoms - 1}, got {chosen}")
+        if with_rest and not self.cut.rest_sms:
+            raise ValueError("with_rest needs SMs that fill no atom, this GPU has none")
+        key = (chosen, with_rest, priority)
+        if key not in self._parts:
+            if len(self._parts) >= MAX_PARTS:
+                raise GreenError(f"{MAX_PARTS} parts exist already; close the device first")
+            self._parts[key] = self._make(*key)
+        return self._parts[key]
+
+    def _make(self, atoms: tuple[int, ...], with_rest: bool, priority: int) -> GreenSlice:
+        driver = self._driver
+        resources = [self._atoms[atom] for atom in atoms] + ([self._rest] if with_rest else [])
+        described = self._call("cuDevResourceGenerateDesc", resources, len(resources))
+        default = int(driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM)
+        context = self._call("cuGreenCtxCreate", described, self._handle, default)
+        try:
+            kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
+            sms = int(self._call("cuGreenCtxGetDevResource", context, kind).sm.smCount)
+            asked = len(atoms) * self.cut.atom_sms + (self.cut.rest_sms if with_rest else 0)
+            if sms != asked:
+                raise GreenError(f"asked for {asked} SMs, the driver gave {sms}")
+            flags = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            stream = self._call("cuGreenCtxStreamCreate", context, flags, priority)
+        except GreenError:
+            self._call("cuGreenCtxDestroy", context)
+            raise
+        return GreenSlice(atoms, with_rest, sms, int(stream), self.device, priority, context)
+
+    def carve(
+        self, sizes: Sequence[int], *, priorities: Sequence[int] | None = None
+    ) -> tuple[GreenSlice, ...]:
+        """Disjoint parts of these many SMs, side by side from the first atom on.
+
+        The rest goes to the largest part when the sizes use up every atom.
+
+        Raises:
+            ValueError: a size is no multiple of an atom, or together they exceed the GPU.
+        """
+        step, ranks = self.cut.atom_sms, priorities or (0,) * len(sizes)
+        if not sizes or any(size <= 0 or size % step for size in sizes):
+            raise ValueError(f"sizes must be positive multiples of {step}, got {tuple(sizes)}")
+        if sum(sizes) > step * self.cut.atoms:
+            raise ValueError(
+                f"sizes must add up to at most {step * self.cut.atoms} SMs, got {sum(sizes)}"
+            )
+        full = sum(sizes) == step * self.cut.atoms and self.cut.rest_sms > 0
+        largest = max(range(len(sizes)), key=lambda i: sizes[i])
+        parts, first = [], 0
+        for i, (size, rank) in enumerate(zip(sizes, ranks, strict=True)):
+            atoms = range(first, first + size // step)
+            parts.append(self.slice(atoms, with_rest=full and i == largest, priority=rank))
+            first += size // step
+        return tuple(parts)
+
+    @property
+    def parts(self) -> int:
+        """Parts that exist now; each holds driver memory."""
+        return len(self._parts)
+
+    def close(self) -> None:
+        """Wait for and destroy every stream and context that was made."""
+        while self._parts:
+            _, part = self._parts.popitem()
+            self._call("cuStreamSynchronize", part.handle)
+            self._call("cuStreamDestroy", part.handle)
+            self._call("cuGreenCtxDestroy", part.context)
+
+    def __enter__(self) -> GreenDevice:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def probe_launch(part: GreenSlice, sms_used: Callable[[torch.cuda.Stream], set[int]]) -> set[int]:
+    """The SMs on which a Triton kernel launched on a part's stream really ran.
+
+    Args:
+        sms_used: runs a kernel on a stream and tells the SMs, see `kernels.smid.sms_used`.
+
+    Raises:
+        GreenError: it could not run, or ran on more SMs than the part has.
+    """
+    try:
+        used = sms_used(part.stream)
+    except Exception as error:
+        raise GreenError(f"Triton cannot launch on a part's stream: {error}") from error
+    if len(used) > part.sms:
+        raise GreenError(f"a kernel used {len(used)} SMs of a part that has {part.sms}")
+    return used
