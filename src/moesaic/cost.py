@@ -11,6 +11,8 @@ once. `active` is the number of experts that got a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .types import ExpertSpec
 
 H200_READ_BYTES_PER_S = 4.5e12
@@ -49,3 +51,32 @@ def balancedness(counts: list[int]) -> float:
     """Mean over maximum of the experts' loads, 1.0 when nothing was routed (DESIGN, words)."""
     peak = max(counts, default=0)
     return sum(counts) / (len(counts) * peak) if peak else 1.0
+
+
+def expert_bytes(spec: ExpertSpec, rows: int, itemsize: int) -> int:
+    """Bytes that one expert must move for `rows` routed rows: none without rows, else its weights
+    and the rows in and out once."""
+    if not rows:
+        return 0
+    return itemsize * (expert_weight_elements(spec) + 2 * rows * spec.hidden_size)
+
+
+def net_joules(joules: float, idle_watts: float, seconds: float) -> float:
+    """Joules above those of an idle device over the same time."""
+    return joules - idle_watts * seconds
+
+
+def modelled_joules(
+    spec: ExpertSpec,
+    rows_E: Sequence[int],
+    itemsize: int,
+    *,
+    joules_per_flop: float,
+    joules_per_byte: float,
+) -> list[float]:
+    """Joules of each expert by the model flops x joules_per_flop + bytes x joules_per_byte."""
+    return [
+        expert_flops(spec, rows) * joules_per_flop
+        + expert_bytes(spec, rows, itemsize) * joules_per_byte
+        for rows in rows_E
+    ]
