@@ -57,6 +57,7 @@ def batch_rows(
     *,
     heights: Sequence[int] = HEIGHTS,
     order: Order = "index",
+    counters: Tensor | None = None,
 ) -> tuple[RowSort, TaskMap]:
     """Sort the slots by expert and map the experts' tiles; one launch up to 4096 slots, else three.
 
@@ -65,6 +66,7 @@ def batch_rows(
         num_experts: E, in [1, 1024].
         heights: tile heights to choose from, ascending.
         order: which expert gets the first tiles; see `taskmap`.
+        counters: (3, E) int32, contiguous; each expert's rows and tiles are added to lines 1 and 2.
 
     Raises:
         ValueError: ids of another dtype or rank, a size out of range, heights not ascending, or an
@@ -72,7 +74,7 @@ def batch_rows(
     """
     heights = check_policy(heights, order)
     table, task_map = new_task_map(num_experts, topk_ids_TK.device)
-    return launch_sort(topk_ids_TK, num_experts, table, heights, order), task_map
+    return launch_sort(topk_ids_TK, num_experts, table, heights, order, counters), task_map
 
 
 def batch_rows_ref(

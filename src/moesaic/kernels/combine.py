@@ -16,6 +16,7 @@ tensor([[4.5000, 7.0000],
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .aot import AotCase
 
 UNROLL = 8
 WANTED_PROGRAMS = 132
+COUNTING = {"ids_ptr": "*i32", "counters_ptr": "*i32", "experts": "i32"}
 
 
 @triton.jit
@@ -41,13 +43,18 @@ def combine_kernel(
     BLOCK_H: tl.constexpr,
     UNROLL: tl.constexpr,
     PDL: tl.constexpr = False,
+    ids_ptr=None,
+    counters_ptr=None,
+    experts=None,
 ):
     """One token and one block of columns per program.
 
     rows_ptr: (S, HIDDEN) row-major, model dtype. position_ptr: (T, TOP_K) int32 or int64, the row
     of slot k or a negative number for a slot of nobody. weights_ptr: (T, TOP_K), fp32 or model
     dtype. out_ptr: (T, HIDDEN) row-major, any float dtype. Program p computes columns
-    ``(p % B) * BLOCK_H ...`` of token ``p // B``, B = ceil(HIDDEN / BLOCK_H).
+    ``(p % B) * BLOCK_H ...`` of token ``p // B``, B = ceil(HIDDEN / BLOCK_H). ids_ptr: (TOP_K,)
+    int32 or int64, with counters_ptr: (3, experts) int32, for a single token whose slots nobody
+    else counts: program 0 adds 1 to lines 1 and 2 of each slot's expert. Else both are None.
 
     Example: rows [[1, 2], [3, 4], [5, 6]], position [[2, 0], [1, -1]], weights
     [[0.5, 2], [1, 9]] give [[4.5, 7], [3, 4]].
@@ -57,6 +64,12 @@ def combine_kernel(
     blocks: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
     program = tl.program_id(0).to(tl.int64)
     token = program // blocks
+    if counters_ptr is not None and program == 0:
+        for k in range(TOP_K):
+            expert = tl.load(ids_ptr + k)
+            known = (expert >= 0) & (expert < experts)
+            tl.atomic_add(counters_ptr + experts + expert, 1, known, sem="relaxed")
+            tl.atomic_add(counters_ptr + 2 * experts + expert, 1, known, sem="relaxed")
     column = (program % blocks).to(tl.int32) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = column < HIDDEN
     acc = tl.zeros((BLOCK_H,), tl.float32)
@@ -95,6 +108,7 @@ def combine(
     out: Tensor | None = None,
     *,
     pdl: bool = False,
+    counted: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The weighted sum over k, in slot order, of rows ``rows_SH[position_TK[t, k]]``: (T, H).
 
@@ -104,6 +118,8 @@ def combine(
         weights_TK: fp32 or the dtype of `rows_SH`, contiguous.
         out: (T, H), contiguous, of any of these dtypes; made in that of `rows_SH` when None.
         pdl: start while the launch before still runs and wait for it on the device (sm_90 and up).
+        counted: ids (K,) of a single token and counters (3, E) int32; each slot adds a row and a
+            tile to its expert.
 
     Raises:
         ValueError: shapes disagree or a tensor is not contiguous.
@@ -123,8 +139,13 @@ def combine(
         plan = plan_combine(tokens, hidden, top_k, rows_SH.element_size())
         grid = (tokens * triton.cdiv(hidden, plan["BLOCK_H"]),)
         overlap = {"PDL": True, "launch_pdl": True} if pdl else {}
-        combine_kernel[grid](rows_SH, position_TK, weights_TK, out, **plan, **overlap)
+        extra = {} if counted is None else _counting(*counted)
+        combine_kernel[grid](rows_SH, position_TK, weights_TK, out, **plan, **overlap, **extra)
     return out
+
+
+def _counting(ids_K: Tensor, counters: Tensor) -> dict[str, Any]:
+    return {"ids_ptr": ids_K, "counters_ptr": counters, "experts": counters.shape[1]}
 
 
 def combine_ref(
@@ -163,10 +184,19 @@ def aot_cases() -> list[AotCase]:
                 name=f"combine/{dtype}-t{tokens}-h{hidden}-k{top_k}",
                 fn=combine_kernel,
                 signature=types | {"out_ptr": f"*{dtype}"},
-                constexprs=plan | {"PDL": False},
+                constexprs=plan | {"PDL": False} | dict.fromkeys(COUNTING),
                 options=options,
                 ptx={arch: ("mul.rn.f32", "add.rn.f32", *wide) for arch in (80, 90, 100)},
                 quick=quick,
             )
         )
+    first = cases[0]
+    cases.append(
+        replace(
+            first,
+            name=f"{first.name}-counted",
+            signature={**first.signature, **COUNTING},
+            constexprs={k: v for k, v in first.constexprs.items() if k not in COUNTING},
+        )
+    )
     return cases

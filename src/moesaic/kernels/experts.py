@@ -97,6 +97,7 @@ def experts_triton(
     num_sms: int | None = None,
     config: Config | None = None,
     fused: bool | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:
     """Each token through its K experts, weighted and summed in slot order: the output (T, H).
 
@@ -109,6 +110,7 @@ def experts_triton(
         num_sms: a budget: as many programs of a product as fit on so many SMs; None: all.
         config: instead of `tune.choose`'s; moves time, never bits.
         fused: whether a three-layer expert runs as one launch; None: as the configuration says.
+        counters: (3, E) int32 to which each expert's rows and tiles are added; see `batch_rows`.
 
     Raises:
         ValueError: a width is not a multiple of 8, an expert has 2**31 weights, or `fused` is asked
@@ -132,7 +134,7 @@ def experts_triton(
     device = hidden.device
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        rows_SH, sort = run(hidden, topk_ids, products, epilogue, config, num_sms)
+        rows_SH, sort = run(hidden, topk_ids, products, epilogue, config, num_sms, counters)
         return combine(rows_SH, sort.position_S.view(topk_ids.shape), topk_weights)
 
 
@@ -143,10 +145,13 @@ def _tiled_rows(
     epilogue: Epilogue,
     config: Config,
     num_sms: int | None,
+    counters: Tensor | None,
 ) -> tuple[Tensor, RowSort]:
     """Expert rows (S, H) by one launch a layer, and the sort that orders them."""
     p = products
-    sort, tasks = batch_rows(topk_ids, p.up.shape[0], heights=config.heights, order=config.order)
+    sort, tasks = batch_rows(
+        topk_ids, p.up.shape[0], heights=config.heights, order=config.order, counters=counters
+    )
     multiply = partial(
         grouped_mm,
         sort=sort,
@@ -170,13 +175,16 @@ def _fused_rows(
     epilogue: Epilogue,
     config: Config,
     num_sms: int | None,
+    counters: Tensor | None,
 ) -> tuple[Tensor, RowSort]:
     """The same rows by the one launch of `expert_mlp`."""
     p = products
     if p.mid is None:
         raise ValueError("fused=True needs a three-layer expert (mid), got two layers")
     biases = (p.up_bias, p.mid_bias, p.down_bias)
-    sort, tasks = batch_rows(topk_ids, p.up.shape[0], heights=(FUSED_ROWS,), order=config.order)
+    sort, tasks = batch_rows(
+        topk_ids, p.up.shape[0], heights=(FUSED_ROWS,), order=config.order, counters=counters
+    )
     rows = expert_mlp(
         hidden,
         p.up,

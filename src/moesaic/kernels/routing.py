@@ -161,13 +161,15 @@ def route_kernel(
     TOPK_GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     ALONE: tl.constexpr,
+    counters_ptr=None,
 ):
     """BLOCK_T rows at a time, the programs striding over the batch; E = GROUPS * GROUP.
 
     logits_ptr: (T, E) fp32 | fp16 | bf16, rows `row_stride` elements apart. bias_ptr: (E,) fp32 or
     None. ids_ptr: (T, TOP_K) int32. weights_ptr: (T, TOP_K) fp32. counts_ptr: (E,) int32, zeros,
     or anything if the one program is ALONE. Column c of a tile is expert
-    ``c // GROUP_PAD * GROUP + c % GROUP_PAD``.
+    ``c // GROUP_PAD * GROUP + c % GROUP_PAD``. counters_ptr: (E,) int32 to which the counts are
+    added, or None.
 
     Example: logits [[0, 2, 2, 1], [5, nan, 1, 1]], TOP_K 2, renormalised softmax: ids
     [[1, 2], [0, 2]], weights [[0.5, 0.5], [0.98201, 0.01799]], counts [1, 1, 2, 0].
@@ -219,6 +221,8 @@ def route_kernel(
         tl.store(weights_ptr + out_TE, score_TE * scale, chosen_TE)
         seen_TE += chosen_TE.to(tl.int32)
     count_E = tl.sum(seen_TE, 0)
+    if counters_ptr is not None:
+        tl.atomic_add(counters_ptr + expert_E, count_E, real_E & (count_E > 0), sem="relaxed")
     if ALONE:
         tl.store(counts_ptr + expert_E, count_E, real_E)
     else:
@@ -273,6 +277,7 @@ def route(
     n_group: int = 1,
     topk_group: int = 1,
     scale: float = 1.0,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids (T, K) int32, weights (T, K) fp32 and counts (E,) int32, from one kernel.
 
@@ -282,6 +287,7 @@ def route(
     Args:
         logits_TE: fp32, fp16 or bf16; neighbouring experts contiguous, rows any distance apart.
         bias_E: fp32, contiguous, for `scoring="sigmoid"`; the choice is made on score + bias.
+        counters: int32, contiguous; the counts are added to its first E numbers.
 
     Raises:
         ValueError: the experts of a row are not contiguous, or a bias without sigmoid scoring.
@@ -318,23 +324,25 @@ def route(
         tokens,
         logits_TE.stride(0),
         scale,
+        counters_ptr=counters,
         **plan,
     )
     return ids_TK, weights_TK, counts_E
 
 
 def _aot_case(name: str, dtype: str, tokens: int, experts: int, top_k: int, **how: Any) -> AotCase:
-    quick, bias = how.pop("quick", False), how.pop("bias", False)
+    quick, bias, counted = (how.pop(flag, False) for flag in ("quick", "bias", "counted"))
     rule: dict[str, Any] = {"scoring": "softmax", "renormalize": True, "n_group": 1}
     rule |= {"topk_group": 1} | how
     _, plan = plan_route(tokens, experts, top_k=top_k, **rule)
     options = {name: plan.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     signature = {"logits_ptr": f"*{dtype}", "ids_ptr": "*i32", "weights_ptr": "*fp32"}
     signature |= {"counts_ptr": "*i32", "tokens": "i32", "row_stride": "i32", "scale": "fp32"}
-    if bias:
-        signature["bias_ptr"] = "*fp32"
-    else:
-        plan["bias_ptr"] = None
+    for pointer, kind, there in (("bias_ptr", "*fp32", bias), ("counters_ptr", "*i32", counted)):
+        if there:
+            signature[pointer] = kind
+        else:
+            plan[pointer] = None
     return AotCase(
         name=f"route/{name}-t{tokens}",
         fn=route_kernel,
@@ -358,6 +366,7 @@ def aot_cases() -> list[AotCase]:
         _aot_case("qwen2", "bf16", 8192, 60, 4, **qwen),
         _aot_case("deepseek-v3", "fp32", 1, 256, 8, quick=True, **deepseek),
         _aot_case("deepseek-v3", "fp32", 8192, 256, 8, quick=True, **deepseek),
+        _aot_case("counted", "fp32", 8192, 256, 8, quick=True, counted=True, **deepseek),
         _aot_case("gpt-oss", "bf16", 8192, 128, 4, scoring="topk_softmax"),
         _aot_case("sigmoid", "fp32", 8192, 256, 8, scoring="sigmoid"),
         _aot_case("largest", "bf16", 1, 1024, 64, quick=True, **qwen),

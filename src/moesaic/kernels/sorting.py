@@ -95,8 +95,13 @@ def launch_sort(
     table: Tensor | None,
     heights: tuple[int, ...],
     order: str,
+    counters: Tensor | None = None,
 ) -> RowSort:
-    """Sort, and write the task map of the experts into `table` when there is one."""
+    """Sort, and write the task map of the experts into `table` when there is one.
+
+    counters: (3, E) int32, contiguous; the rows of each expert are added to its second line, the
+        tiles of the map to its third.
+    """
     ids_TK = _check_ids(topk_ids_TK, num_experts)
     slots, device = ids_TK.numel(), ids_TK.device
     rows = RowSort(
@@ -122,6 +127,7 @@ def launch_sort(
             **constants,
             **SMALL,
             COUNT=512 if slots <= 512 else 2048,
+            counters_ptr=counters,
             num_warps=8,
             enable_fp_fusion=True,
         )
@@ -146,6 +152,7 @@ def launch_sort(
         stride,
         **constants,
         CHUNK=chunk,
+        counters_ptr=counters,
         num_warps=8,
         enable_fp_fusion=True,
     )
@@ -169,15 +176,26 @@ def write_offsets(
     ORDER: tl.constexpr,
     HEIGHTS: tl.constexpr,
     E_POW2: tl.constexpr,
+    counters_ptr=None,
 ):
-    """Write the prefix of `counts_E` and, unless ORDER is empty, the task map of the experts."""
+    """Write the prefix of `counts_E` and, unless ORDER is empty, the task map of the experts.
+
+    counters_ptr: int32 (3, E) or None; counts are added to line 1, the tiles of the map to line 2.
+    """
     e = tl.arange(0, E_POW2)
     end_E = tl.cumsum(counts_E, axis=0)
     tl.store(offsets_ptr + e + 1, end_E, mask=e < experts)
     tl.store(offsets_ptr, 0)
+    tiles_ptr = None
+    if counters_ptr is not None:
+        rows_ptr = counters_ptr + experts + e
+        tl.atomic_add(rows_ptr, counts_E, (e < experts) & (counts_E > 0), sem="relaxed")
+        tiles_ptr = counters_ptr + 2 * experts
     if ORDER != "":
         start_E = end_E - counts_E
-        write_task_map(start_E, counts_E, table_ptr, experts, stride, HEIGHTS, ORDER, E_POW2)
+        write_task_map(
+            start_E, counts_E, table_ptr, experts, stride, HEIGHTS, ORDER, E_POW2, tiles_ptr
+        )
 
 
 @triton.jit
@@ -196,6 +214,7 @@ def sort_small_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     COUNT: tl.constexpr,
+    counters_ptr=None,
 ):
     """Program 0 counts, COUNT slots at a time, and writes offsets and map; others place ROWS slots.
 
@@ -204,7 +223,7 @@ def sort_small_kernel(
     [1, 2, 5, 0, 4, 0] and offsets [0, 2, 3, 5].
 
     ids_ptr: int32|int64 (S,). order_ptr, position_ptr: int32 (S,). offsets_ptr: int32 (E + 1,).
-    table_ptr: int32 (6, stride), see `write_task_map`.
+    table_ptr: int32 (6, stride), see `write_task_map`. counters_ptr: see `write_offsets`.
     """
     program = tl.program_id(0)
     if program == 0:
@@ -212,7 +231,9 @@ def sort_small_kernel(
         for first in range(0, slots, COUNT):
             ids_C = load_ids(ids_ptr, first + tl.arange(0, COUNT), slots, experts)
             counts_E += tl.histogram(ids_C % E_POW2, E_POW2, mask=ids_C < experts)
-        write_offsets(counts_E, offsets_ptr, table_ptr, experts, stride, ORDER, HEIGHTS, E_POW2)
+        write_offsets(
+            counts_E, offsets_ptr, table_ptr, experts, stride, ORDER, HEIGHTS, E_POW2, counters_ptr
+        )
     else:
         slot_R = (program - 1) * ROWS + tl.arange(0, ROWS)
         id_R = load_ids(ids_ptr, slot_R, slots, experts)
@@ -295,6 +316,7 @@ def scatter_chunks_kernel(
     HEIGHTS: tl.constexpr,
     E_POW2: tl.constexpr,
     CHUNK: tl.constexpr,
+    counters_ptr=None,
 ):
     """Program 0 writes offsets and map; each other program sorts and places one chunk of slots.
 
@@ -309,7 +331,9 @@ def scatter_chunks_kernel(
     e = tl.arange(0, E_POW2)
     counts_E = tl.load(hist_ptr + chunks * experts + e, mask=e < experts, other=0)
     if program == 0:
-        write_offsets(counts_E, offsets_ptr, table_ptr, experts, stride, ORDER, HEIGHTS, E_POW2)
+        write_offsets(
+            counts_E, offsets_ptr, table_ptr, experts, stride, ORDER, HEIGHTS, E_POW2, counters_ptr
+        )
     else:
         lane_C = tl.arange(0, CHUNK)
         first = (program - 1) * CHUNK
@@ -341,7 +365,7 @@ def aot_cases() -> list[Any]:
                 name=f"sorting/small{count}-{tag}",
                 fn=sort_small_kernel,
                 signature={"ids_ptr": "*i32", **pointers, **sizes},
-                constexprs={**constants, **SMALL, "COUNT": count},
+                constexprs={**constants, **SMALL, "COUNT": count, "counters_ptr": None},
                 options={"num_warps": 8, "enable_fp_fusion": True},
                 quick=width == 256 and count == 512,
             )
@@ -358,7 +382,7 @@ def aot_cases() -> list[Any]:
                     **sizes,
                     "chunks": "i32",
                 },
-                constexprs={**constants, "CHUNK": chunk},
+                constexprs={**constants, "CHUNK": chunk, "counters_ptr": None},
                 options={"num_warps": 8, "enable_fp_fusion": True},
                 quick=width == 256 and chunk == 512,
             )
@@ -379,6 +403,25 @@ def aot_cases() -> list[Any]:
                 quick=width == 256,
             )
         )
+    constants = {"ORDER": "mixed", "HEIGHTS": HEIGHTS, "E_POW2": 256}
+    counted: dict[str, Any] = {"options": {"num_warps": 8, "enable_fp_fusion": True}}
+    given = {"ids_ptr": "*i32", **pointers, **sizes, "counters_ptr": "*i32"}
+    cases += [
+        AotCase(
+            name="sorting/small-counted",
+            fn=sort_small_kernel,
+            signature=given,
+            constexprs={**constants, **SMALL, "COUNT": 512},
+            **counted,
+        ),
+        AotCase(
+            name="sorting/scatter-counted",
+            fn=scatter_chunks_kernel,
+            signature={**given, "hist_ptr": "*i32", "chunks": "i32"},
+            constexprs={**constants, "CHUNK": 512},
+            **counted,
+        ),
+    ]
     cases.append(
         AotCase(
             name="sorting/scan",

@@ -244,10 +244,12 @@ def write_task_map(
     HEIGHTS: tl.constexpr,
     ORDER: tl.constexpr,
     N_POW2: tl.constexpr,
+    tiles_ptr=None,
 ):
     """Write the map of tasks held in registers; lanes at and beyond `tasks` have no rows.
 
     table_ptr: int32 (6, stride), rows tile_end, task, row_start, rows, height, [M, tiles, 0, 0].
+    tiles_ptr: int32 (tasks,) to which each task's tiles are added, or None.
     """
     n = tl.arange(0, N_POW2)
     filled = tl.sum((rows_N > 0).to(tl.int32), axis=0)
@@ -269,6 +271,8 @@ def write_task_map(
     tile_end_N = tl.cumsum(tiles_N, axis=0)
     total = tl.sum(tiles_N, axis=0)
     used_N = rows_N > 0
+    if tiles_ptr is not None:
+        tl.atomic_add(tiles_ptr + task_N, tiles_N, mask=used_N, sem="relaxed")
     tl.store(table_ptr + entry_N, tile_end_N, mask=used_N)
     tl.store(table_ptr + stride + entry_N, task_N, mask=used_N)
     tl.store(table_ptr + 2 * stride + entry_N, start_N, mask=used_N)

@@ -103,6 +103,7 @@ def experts_hopper(
     up_offset: float = 0.0,
     num_sms: int | None = None,
     config: LayerConfig | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:
     """Each token through its K experts, weighted and summed in slot order: the output (T, H).
 
@@ -112,6 +113,8 @@ def experts_hopper(
         up: (E, U, H), U = 2I when `gated`. down: (E, H, I).
         num_sms: SM budget of the products; None: all.
         config: instead of `choose`'s; moves time, never bits.
+        counters: (3, E) int32 to which each expert's rows and tiles are added: by the sort, and of
+            a single token, which is not sorted, by the combine.
     """
     tokens, top_k = topk_ids.shape
     experts, width, inter = up.shape[0], hidden.shape[1], down.shape[2]
@@ -122,8 +125,16 @@ def experts_hopper(
     if tokens == 1:
         order_S, tasks = _one_token(topk_ids)
         position = order_S
+        counted = None if counters is None else (tasks.task_N, counters)
     else:
-        sort, tasks = batch_rows(topk_ids, experts, heights=(config.up.bm,), order=config.order)  # type: ignore[arg-type]
+        sort, tasks = batch_rows(
+            topk_ids,
+            experts,
+            heights=(config.up.bm,),
+            order=config.order,  # type: ignore[arg-type]
+            counters=counters,
+        )
+        counted = None
         order_S, position = sort.order_S, sort.position_S
     tickets = (None, None) if tokens == 1 else (0, 1)
     act_SI = hidden.new_empty((tokens * top_k, inter))
@@ -155,4 +166,4 @@ def experts_hopper(
         ticket=tickets[1],
         pdl="prefetch",
     )
-    return combine(rows_SH, position.view(tokens, top_k), topk_weights, pdl=True)
+    return combine(rows_SH, position.view(tokens, top_k), topk_weights, pdl=True, counted=counted)
