@@ -18,37 +18,64 @@ from torch import Tensor
 
 from .dispatch import Impl, choose_impl
 from .kernels.routing_ref import weigh_ref
-from .ops import WEIGHT_NAMES, experts_backward_op, experts_op, experts_packed, route_op
+from .ops import (
+    WEIGHT_NAMES,
+    experts_backward_op,
+    experts_counted_op,
+    experts_op,
+    experts_packed,
+    route_counted_op,
+    route_op,
+)
 from .packing import PackedWeights
 from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
-from .validate import check_inputs, check_moe, check_route
+from .validate import check_counters, check_inputs, check_moe, check_route
 
 
-def route(logits_TE: Tensor, spec: RouterSpec, *, bias_E: Tensor | None = None) -> Routing:
+def route(
+    logits_TE: Tensor,
+    spec: RouterSpec,
+    *,
+    bias_E: Tensor | None = None,
+    counters: Tensor | None = None,
+) -> Routing:
     """Scores, top-k and counts of router logits (T, E), fused in one launch on GPU.
 
     Args:
         logits_TE: fp32, fp16 or bf16.
         spec: the scoring rule.
         bias_E: fp32 correction bias, for `scoring="sigmoid"` only.
+        counters: (3, E) int32; the counts are added to line 0 by the same launch.
 
     Returns:
         Routing: ids (T, K) int32, weights (T, K) fp32, counts (E,) int32.
 
     Raises:
-        TypeError, ValueError: see `validate.check_route`.
+        TypeError, ValueError: see `validate.check_route` and `check_counters`.
     """
     if not torch.compiler.is_compiling():
         check_route(logits_TE, spec, bias_E)
+        if counters is not None:
+            check_counters(counters, spec.num_experts, logits_TE)
     if logits_TE.requires_grad and torch.is_grad_enabled():
-        return _route_differentiable(logits_TE, spec, bias_E)
-    return Routing(*route_op(logits_TE, bias_E, spec.key()))
+        return _route_differentiable(logits_TE, spec, bias_E, counters)
+    return _route(logits_TE, spec, bias_E, counters)
 
 
-def _route_differentiable(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None) -> Routing:
+def _route(
+    logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None, counters: Tensor | None
+) -> Routing:
+    if counters is None:
+        return Routing(*route_op(logits_TE, bias_E, spec.key()))
+    return Routing(*route_counted_op(logits_TE, bias_E, spec.key(), counters))
+
+
+def _route_differentiable(
+    logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None, counters: Tensor | None
+) -> Routing:
     """The same routing, the weights recomputed in torch from the chosen ids, so that they carry
     gradients."""
-    ids_TK, _, counts_E = route_op(logits_TE.detach(), bias_E, spec.key())
+    ids_TK, _, counts_E = _route(logits_TE.detach(), spec, bias_E, counters)
     weights_TK = weigh_ref(
         logits_TE,
         ids_TK.long(),
@@ -68,11 +95,15 @@ class _Experts(torch.autograd.Function):
         topk_weights_TK: Tensor,
         spec: str,
         impl: str,
+        counters: Tensor | None,
         *params: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(hidden_TH, topk_ids_TK, topk_weights_TK, *params)
         ctx.spec = spec
-        return experts_op(hidden_TH, topk_ids_TK, topk_weights_TK, *params, spec, impl)
+        tensors = (hidden_TH, topk_ids_TK, topk_weights_TK, *params)
+        if counters is None:
+            return experts_op(*tensors, spec, impl)
+        return experts_counted_op(*tensors, spec, impl, counters)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -84,7 +115,7 @@ class _Experts(torch.autograd.Function):
         )
         it = iter(d_present)
         d_params = [None if p is None else next(it) for p in params]
-        return (d_hidden, None, d_weights, None, None, *d_params)
+        return (d_hidden, None, d_weights, None, None, None, *d_params)
 
 
 def moe(
@@ -95,6 +126,7 @@ def moe(
     spec: ExpertSpec,
     *,
     impl: Impl = "auto",
+    counters: Tensor | None = None,
 ) -> Tensor:
     """Each token through its K experts, weighted and summed in slot order: the output (T, H).
 
@@ -106,16 +138,22 @@ def moe(
             what `packing.pack` made of them, without gradients.
         spec: shape and arithmetic of the experts.
         impl: "auto", or an implementation by name; one that cannot run raises.
+        counters: (3, E) int32; rows and, on a GPU, tiles are added to lines 1 and 2, by launches
+            that are there anyway.
 
     Raises:
-        TypeError, ValueError: see `validate.check_moe`.
+        TypeError, ValueError: see `validate.check_moe` and `check_counters`.
         RuntimeError: `impl` cannot run on this device; or packed weights were changed after they
             were packed, or are asked for gradients.
     """
+    if counters is not None and not torch.compiler.is_compiling():
+        check_counters(counters, spec.num_experts, hidden_TH)
     if isinstance(weights, PackedWeights):
         tracing = torch.compiler.is_compiling()
         call = _moe_packed_outside_graphs if tracing else _moe_packed
-        packed_TH: Tensor = call(hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec, impl)
+        packed_TH: Tensor = call(
+            hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec, impl, counters
+        )
         return packed_TH
     if not torch.compiler.is_compiling():
         check_moe(hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec)
@@ -125,10 +163,11 @@ def moe(
     tensors = (hidden_TH, topk_weights_TK, *named.values())
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out_TH: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
-            hidden_TH, topk_ids_TK, topk_weights_TK, spec.key(), impl, *params
+            hidden_TH, topk_ids_TK, topk_weights_TK, spec.key(), impl, counters, *params
         )
         return out_TH
-    return experts_op(hidden_TH, topk_ids_TK, topk_weights_TK, *params, spec.key(), impl)
+    args = (hidden_TH, topk_ids_TK, topk_weights_TK, *params, spec.key(), impl)
+    return experts_op(*args) if counters is None else experts_counted_op(*args, counters)
 
 
 def _moe_packed(
@@ -138,6 +177,7 @@ def _moe_packed(
     packed: PackedWeights,
     spec: ExpertSpec,
     impl: Impl,
+    counters: Tensor | None,
 ) -> Tensor:
     """`moe` with packed weights, always eager: see `_moe_packed_outside_graphs`."""
     check_inputs(hidden_TH, topk_ids_TK, topk_weights_TK, spec)
@@ -149,7 +189,7 @@ def _moe_packed(
         raise RuntimeError(
             "packed weights give no gradients; call under torch.no_grad(), or pass their .plain"
         )
-    return experts_packed(hidden_TH, topk_ids_TK, topk_weights_TK, packed, spec)
+    return experts_packed(hidden_TH, topk_ids_TK, topk_weights_TK, packed, spec, counters)
 
 
 # Only traced code goes through the wrapper: it would cost every eager call.

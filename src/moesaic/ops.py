@@ -1,5 +1,9 @@
 """One registered torch op per contract: `moesaic::route`, `::experts`, `::experts_backward`.
 
+`route_counted` and `experts_counted` do the same and add what happened to counters (3, E) int32:
+line 0 the router's choices, line 1 the rows computed, line 2 the tiles of the task map (on a GPU).
+They are ops of their own, so that the others stay free of side effects.
+
 Importing this module needs torch alone; the kernels (and Triton) are imported when an op first
 runs on a device. Specs cross the boundary as strings (`ExpertSpec.key()`), because op schemas know
 no dataclasses. Autograd lives outside, in `functional.py`.
@@ -26,11 +30,15 @@ torch.library.define(
     "moesaic::route", "(Tensor logits, Tensor? bias, str spec) -> (Tensor, Tensor, Tensor)"
 )
 torch.library.define(
-    "moesaic::experts",
-    "(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor up, Tensor down, "
-    "Tensor? up_bias, Tensor? down_bias, Tensor? mid, Tensor? mid_bias, str spec, str impl) "
-    "-> Tensor",
+    "moesaic::route_counted",
+    "(Tensor logits, Tensor? bias, str spec, Tensor(a!) counters) -> (Tensor, Tensor, Tensor)",
 )
+_EXPERTS = (
+    "(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor up, Tensor down, "
+    "Tensor? up_bias, Tensor? down_bias, Tensor? mid, Tensor? mid_bias, str spec, str impl"
+)
+torch.library.define("moesaic::experts", f"{_EXPERTS}) -> Tensor")
+torch.library.define("moesaic::experts_counted", f"{_EXPERTS}, Tensor(a!) counters) -> Tensor")
 torch.library.define(
     "moesaic::experts_backward",
     "(Tensor grad, Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor[] params, str spec)"
@@ -45,11 +53,23 @@ def pack_weights(params: list[Tensor], spec: ExpertSpec) -> ExpertWeights:
     return ExpertWeights(**dict(zip(names, params, strict=True)))
 
 
-def _route_cpu(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor, Tensor]:
+def count_rows(counters: Tensor, topk_ids: Tensor) -> None:
+    """Add the rows of each expert to line 1 of counters (3, E); ids outside [0, E) count not."""
+    experts = counters.shape[1]
+    ids_S = topk_ids.reshape(-1).long()
+    ids_S = torch.where((ids_S >= 0) & (ids_S < experts), ids_S, experts)
+    rows_E = counters.new_zeros(experts + 1)
+    rows_E.scatter_add_(0, ids_S, torch.ones_like(ids_S, dtype=torch.int32))
+    counters[1].add_(rows_E[:experts])
+
+
+def _route_cpu(
+    logits: Tensor, bias: Tensor | None, spec: str, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     from .kernels.routing_ref import route_ref
 
     r = RouterSpec.from_key(spec)
-    return route_ref(
+    ids_TK, weights_TK, counts_E = route_ref(
         logits,
         bias,
         top_k=r.top_k,
@@ -59,9 +79,14 @@ def _route_cpu(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, 
         topk_group=r.topk_group,
         scale=r.scale,
     )
+    if counters is not None:
+        counters[0].add_(counts_E)
+    return ids_TK, weights_TK, counts_E
 
 
-def _route_cuda(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor, Tensor]:
+def _route_cuda(
+    logits: Tensor, bias: Tensor | None, spec: str, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     from .kernels.routing import route
 
     r = RouterSpec.from_key(spec)
@@ -74,10 +99,13 @@ def _route_cuda(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor,
         n_group=r.n_group,
         topk_group=r.topk_group,
         scale=r.scale,
+        counters=counters,
     )
 
 
-def _route_fake(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor, Tensor]:
+def _route_fake(
+    logits: Tensor, bias: Tensor | None, spec: str, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     r = RouterSpec.from_key(spec)
     shape = (logits.shape[0], r.top_k)
     return (
@@ -110,9 +138,12 @@ def _experts_cpu(
     mid_bias: Tensor | None,
     spec: str,
     impl: str,
+    counters: Tensor | None = None,
 ) -> Tensor:
     s = ExpertSpec.from_key(spec)
     weights = ExpertWeights(up, down, up_bias, down_bias, mid, mid_bias)
+    if counters is not None:
+        count_rows(counters, topk_ids)
     if impl == "reference":
         return moe_reference(hidden, topk_ids, topk_weights, weights, s)
     from .kernels.cpu import experts_cpu
@@ -127,10 +158,13 @@ def experts_packed(
     topk_weights: Tensor,
     weights: PackedWeights,
     spec: ExpertSpec,
+    counters: Tensor | None = None,
 ) -> Tensor:
     """`moesaic::experts` on the CPU with packed weights; no op, for these tensors are opaque."""
     from .kernels.cpu import experts_cpu
 
+    if counters is not None:
+        count_rows(counters, topk_ids)
     named: dict[str, Any] = {**weights.plain.named()}
     return experts_cpu(
         hidden, topk_ids, topk_weights, **named, **_arithmetic(spec), packed=weights.products
@@ -149,11 +183,14 @@ def _experts_cuda(
     mid_bias: Tensor | None,
     spec: str,
     impl: str,
+    counters: Tensor | None = None,
 ) -> Tensor:
     s = ExpertSpec.from_key(spec)
     weights = ExpertWeights(up, down, up_bias, down_bias, mid, mid_bias)
     impl = choose_impl(impl, hidden.device, hidden.dtype, s)
     if impl == "reference":
+        if counters is not None:
+            count_rows(counters, topk_ids)
         return moe_reference(hidden, topk_ids, topk_weights, weights, s)
     if impl == "hopper":
         from .kernels.hopper.experts import experts_hopper
@@ -165,11 +202,13 @@ def _experts_cuda(
             up=up,
             down=down,
             **_epilogue(s),
+            counters=counters,
         )
     from .kernels.experts import experts_triton
 
     named: dict[str, Any] = {**weights.named()}
-    return experts_triton(hidden, topk_ids, topk_weights, **named, **_arithmetic(s))
+    named |= _arithmetic(s)
+    return experts_triton(hidden, topk_ids, topk_weights, **named, counters=counters)
 
 
 def _experts_fake(hidden: Tensor, *_: object) -> Tensor:
@@ -210,16 +249,21 @@ def _experts_backward_fake(
     ]
 
 
-torch.library.impl("moesaic::route", "CPU", _route_cpu)
-torch.library.impl("moesaic::route", "CUDA", _route_cuda)
-torch.library.register_fake("moesaic::route", _route_fake)
-torch.library.impl("moesaic::experts", "CPU", _experts_cpu)
-torch.library.impl("moesaic::experts", "CUDA", _experts_cuda)
-torch.library.register_fake("moesaic::experts", _experts_fake)
+for _route_name in ("moesaic::route", "moesaic::route_counted"):
+    torch.library.impl(_route_name, "CPU", _route_cpu)
+    torch.library.impl(_route_name, "CUDA", _route_cuda)
+    torch.library.register_fake(_route_name, _route_fake)
+for _experts_name in ("moesaic::experts", "moesaic::experts_counted"):
+    torch.library.impl(_experts_name, "CPU", _experts_cpu)
+    torch.library.impl(_experts_name, "CUDA", _experts_cuda)
+    torch.library.register_fake(_experts_name, _experts_fake)
 torch.library.impl("moesaic::experts_backward", "CPU", _experts_backward)
 torch.library.impl("moesaic::experts_backward", "CUDA", _experts_backward)
 torch.library.register_fake("moesaic::experts_backward", _experts_backward_fake)
 
-route_op: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.moesaic.route.default
+Routed = tuple[Tensor, Tensor, Tensor]
+route_op: Callable[..., Routed] = torch.ops.moesaic.route.default
+route_counted_op: Callable[..., Routed] = torch.ops.moesaic.route_counted.default
 experts_op: Callable[..., Tensor] = torch.ops.moesaic.experts.default
+experts_counted_op: Callable[..., Tensor] = torch.ops.moesaic.experts_counted.default
 experts_backward_op: Callable[..., list[Tensor]] = torch.ops.moesaic.experts_backward.default

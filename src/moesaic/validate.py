@@ -140,6 +140,23 @@ def check_weights(weights: ExpertWeights, spec: ExpertSpec, hidden_TH: Tensor) -
             )
 
 
+def check_counters(counters: Tensor, num_experts: int, like: Tensor) -> None:
+    """Check the counters of routed tokens, rows and tiles of one layer.
+
+    Raises:
+        TypeError: they are not int32.
+        ValueError: their shape is not (3, E), or they are not on the device of `like`.
+    """
+    if counters.dtype != torch.int32:
+        raise TypeError(f"counters must be int32, got {counters.dtype}")
+    _shape("counters", counters, (3, num_experts))
+    if counters.device != like.device or not counters.is_contiguous():
+        raise ValueError(
+            f"counters must be contiguous and on {like.device}, got strides {counters.stride()} "
+            f"on {counters.device}; attach the profiler after moving the model"
+        )
+
+
 def check_route(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None) -> None:
     """Check the inputs of `route`.
 
