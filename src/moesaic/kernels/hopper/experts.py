@@ -117,11 +117,10 @@ def experts_hopper(
             a single token, which is not sorted, by the combine.
     """
     tokens, top_k = topk_ids.shape
-    experts, width, inter = up.shape[0], hidden.shape[1], down.shape[2]
     if tokens == 0:
         return torch.empty_like(hidden)
     num_sms = num_sms or sm_count(hidden.device)
-    config = config or choose(tokens, top_k, experts, up.shape[1], num_sms)
+    config = config or choose(tokens, top_k, up.shape[0], up.shape[1], num_sms)
     if tokens == 1:
         order_S, tasks = _one_token(topk_ids)
         position = order_S
@@ -129,15 +128,55 @@ def experts_hopper(
     else:
         sort, tasks = batch_rows(
             topk_ids,
-            experts,
+            up.shape[0],
             heights=(config.up.bm,),
             order=config.order,  # type: ignore[arg-type]
             counters=counters,
         )
         counted = None
         order_S, position = sort.order_S, sort.position_S
-    tickets = (None, None) if tokens == 1 else (0, 1)
-    act_SI = hidden.new_empty((tokens * top_k, inter))
+    rows_SH = products(
+        hidden,
+        order_S,
+        tasks,
+        top_k=top_k,
+        up=up,
+        down=down,
+        activation=activation,
+        gated=gated,
+        limit=limit,
+        alpha=alpha,
+        up_offset=up_offset,
+        num_sms=num_sms,
+        config=config,
+        tickets=(None, None) if tokens == 1 else (0, 1),
+    )
+    return combine(rows_SH, position.view(tokens, top_k), topk_weights, pdl=True, counted=counted)
+
+
+def products(
+    hidden: Tensor,
+    order_S: Tensor,
+    tasks: TaskMap,
+    *,
+    top_k: int,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    gated: bool,
+    limit: float | None,
+    alpha: float,
+    up_offset: float,
+    num_sms: int,
+    config: LayerConfig,
+    tickets: tuple[int | None, int | None] = (0, 1),
+    out: Tensor | None = None,
+) -> Tensor:
+    """Both products of the rows that `tasks` covers, two launches: rows (S, H) in sorted order.
+
+    `out`: where they are written, (S, H) contiguous; rows of no task are left as they are.
+    """
+    act_SI = hidden.new_empty((order_S.numel(), down.shape[2]))
     grouped_mm_hopper(
         hidden,
         up,
@@ -155,8 +194,8 @@ def experts_hopper(
         ticket=tickets[0],
         pdl="wait",
     )
-    rows_SH = hidden.new_empty((tokens * top_k, width))
-    grouped_mm_hopper(
+    rows_SH = hidden.new_empty((order_S.numel(), hidden.shape[1])) if out is None else out
+    return grouped_mm_hopper(
         act_SI,
         down,
         tasks,
@@ -166,4 +205,3 @@ def experts_hopper(
         ticket=tickets[1],
         pdl="prefetch",
     )
-    return combine(rows_SH, position.view(tokens, top_k), topk_weights, pdl=True, counted=counted)
