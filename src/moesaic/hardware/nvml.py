@@ -254,12 +254,12 @@ def open_gpu(device: torch.device | int, *, lib: Any = None) -> Gpu:
     Raises:
         NotAvailable: the device is no GPU, or NVML cannot be used, and why.
     """
+    if isinstance(device, torch.device) and device.type != "cuda":
+        raise NotAvailable(f"NVML: {device} is not an NVIDIA GPU")
     lib = load_nvml() if lib is None else lib
     try:
         if isinstance(device, int):
             return Gpu(lib, lib.nvmlDeviceGetHandleByIndex(device))
-        if device.type != "cuda":
-            raise NotAvailable(f"NVML: {device} is not an NVIDIA GPU")
         uuid = torch.cuda.get_device_properties(device).uuid
         return Gpu(lib, lib.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
     except lib.NVMLError as error:

@@ -1,0 +1,207 @@
+"""Recording calls into CUDA graphs: the only part of the graph cache that touches the device.
+
+A `Capturer` runs warm-up calls where it will capture, records a call without running it, and says
+how much memory the device has left, the driver's own part included. `CudaCapturer` is the real one;
+the cache's logic is tested on a CPU with another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Outputs = Tensor | tuple[Tensor, ...]
+Call = Callable[[], Outputs]
+
+
+class CaptureFailed(RuntimeError):
+    """The call cannot be recorded; the message is the reason."""
+
+
+class OutOfMemory(CaptureFailed):
+    """There is not enough memory to record the call."""
+
+
+class Recording(Protocol):
+    """A recorded call; `outputs` are rewritten by every replay."""
+
+    @property
+    def outputs(self) -> Outputs:
+        """What the call returned."""
+
+    def replay(self) -> None:
+        """Run the call again on whatever its inputs hold now, on the current stream."""
+
+    def release(self) -> None:
+        """Give everything back; the recording and its outputs are dead then."""
+
+
+class Capturer(Protocol):
+    """How calls are recorded; `sms` is the SM budget for which they are."""
+
+    def busy(self) -> str | None:
+        """Why nothing can be recorded or replayed just now, or None."""
+
+    def warm(self, call: Call, sms: int | None) -> Outputs:
+        """Run a call where `record` would record it, refusing one that waits for the device.
+
+        Raises:
+            CaptureFailed: it waits for the device, which a graph cannot.
+        """
+
+    def record(self, call: Call, sms: int | None) -> Recording:
+        """Record a call without running it.
+
+        Raises:
+            OutOfMemory, CaptureFailed: it was not recorded, and everything is as before.
+        """
+
+    def before_replay(self) -> None:
+        """Order the replay that follows behind the last one, whose memory it may share."""
+
+    def free_bytes(self) -> int:
+        """Free memory of the device as the driver sees it, once all work is done."""
+
+    def trim(self) -> None:
+        """Give unused memory back; called when no recording is left, and after a failure."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or the driver says that memory is short."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+@contextlib.contextmanager
+def _no_sync() -> Any:
+    """Any wait for the device raises inside."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@dataclass
+class CudaRecording:
+    """A CUDA graph and what its call returned."""
+
+    graph: torch.cuda.CUDAGraph
+    outputs: Outputs
+
+    def replay(self) -> None:
+        """Launch the graph on the current stream."""
+        self.graph.replay()
+
+    def release(self) -> None:
+        """Destroy the graph; its memory goes back to the pool."""
+        self.outputs = ()
+        self.graph.reset()
+
+
+class CudaCapturer:
+    """Records on a CUDA device, every graph into one memory pool.
+
+    Graphs that share a pool must not run at the same time: `before_replay` makes a stream wait for
+    the one that replayed last.
+
+    Args:
+        device: where the calls run.
+        streams: the stream of each SM budget, for graphs that must keep a slice of the GPU (a graph
+            keeps that of the stream that captured it); other budgets use one stream of our own.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cuda",
+        *,
+        streams: Mapping[int, torch.cuda.Stream] | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self._streams = dict(streams or {})
+        self._own: torch.cuda.Stream | None = None
+        self._pool: Any = None
+        self._last: torch.cuda.Stream | None = None
+
+    def _stream(self, sms: int | None) -> torch.cuda.Stream:
+        if sms is not None and sms in self._streams:
+            return self._streams[sms]
+        if self._own is None:
+            self._own = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return self._own
+
+    def busy(self) -> str | None:
+        """Within another capture and under torch.compile calls must stay plain calls."""
+        if torch.compiler.is_compiling():
+            return "compiling"
+        return "inside a capture" if torch.cuda.is_current_stream_capturing() else None
+
+    def warm(self, call: Call, sms: int | None) -> Outputs:
+        """Run a call on the stream that captures, waits for the device forbidden."""
+        outer = torch.cuda.current_stream(self.device)
+        side = self._stream(sms)
+        side.wait_stream(outer)
+        try:
+            with torch.cuda.stream(side), _no_sync():
+                outputs = call()
+        except RuntimeError as error:
+            if "synchronizing CUDA operation" in str(error):
+                raise CaptureFailed(f"waits for the device: {one_line(error)}") from error
+            raise
+        finally:
+            outer.wait_stream(side)
+        for output in (outputs,) if isinstance(outputs, Tensor) else outputs:
+            output.record_stream(outer)
+        return outputs
+
+    def record(self, call: Call, sms: int | None) -> CudaRecording:
+        """Capture a call into the shared pool."""
+        outer = torch.cuda.current_stream(self.device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(
+                graph,
+                pool=self._pool,
+                stream=self._stream(sms),
+                capture_error_mode="thread_local",
+            ):
+                outputs = call()
+        except Exception as error:
+            torch.cuda.set_stream(outer)  # a capture that fails leaves its own stream current
+            with contextlib.suppress(RuntimeError):
+                graph.reset()
+            kind = OutOfMemory if is_out_of_memory(error) else CaptureFailed
+            raise kind(one_line(error)) from error
+        return CudaRecording(graph, outputs)
+
+    def before_replay(self) -> None:
+        """Wait for the stream of the last replay when this is another."""
+        now = torch.cuda.current_stream(self.device)
+        if self._last is not None and self._last != now:
+            now.wait_stream(self._last)
+        self._last = now
+
+    def free_bytes(self) -> int:
+        """Free bytes by the driver, after all work on the device."""
+        torch.cuda.synchronize(self.device)
+        return int(torch.cuda.mem_get_info(self.device)[0])
+
+    def trim(self) -> None:
+        """Return unused blocks, those of a pool without graphs included."""
+        torch.cuda.empty_cache()
