@@ -3,10 +3,10 @@
     python benchmarks/record_traces.py --out benchmarks/traces
 
 Two kinds of step. `prefill`: one step is a chunk of consecutive bytes of one text, in windows
-of the model's context. `decode`: one step is one byte of each of 128 streams that stand at even distances
-in the text and move on together; the bytes are the text's own (teacher forcing), so the routing of
-a position is that of decoding it. `mixed` joins pieces of the texts end to end: its phase changes
-are made, one every `PHASE_STEPS` steps, in the order of `PHASES`.
+of the model's context. `decode`: one step is one byte of each of 128 streams that stand at even
+distances in the text and move on together; the bytes are the text's own (teacher forcing), so the
+routing of a position is that of decoding it. `mixed` joins pieces of the texts end to end: its
+phase changes are made, one every `PHASE_STEPS` steps, in the order of `PHASES`.
 
 Texts come from the Python installation and this repository; each trace holds its text's SHA-256.
 """

@@ -265,7 +265,7 @@ def mixed(members: Sequence[Predictor], *, name: str = "mixed") -> Predictor:
 
     def predict(state: Mixed, context_C: Array) -> Array:
         guess_MN = guesses(state, context_C)
-        finite_M: NDArray[np.bool_] = np.isfinite(guess_MN).all(axis=1)
+        finite_M = np.array([_usable(guess_N) for guess_N in guess_MN])
         weights_M = np.where(finite_M, state.weights_M, 0.0)
         if not finite_M.any():
             raise ValueError("none of the predictors gives finite numbers")
