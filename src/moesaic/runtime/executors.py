@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..kernels.activation import activate_ref, pointwise_ref
 from ..types import ExpertSpec, ExpertWeights
-from .lanes import Lanes, open_lanes
+from .streams import Lanes, open_lanes
 
 Expert = Callable[[Tensor], Tensor]
 

@@ -1,104 +1,110 @@
-"""A few streams beside the current one, forked from it and joined to it again.
+"""Lanes: the same work captured once per slice size, so that a new plan only chooses among graphs.
 
-Work on a lane begins after everything queued on the current stream at the fork, and the current
-stream goes on after everything on the lanes at the join. Only events order them, so a fork and its
-join may lie within a graph capture. Memory: what a lane reads was made before the fork or on that
-lane, and what it makes is read elsewhere after the join only; then the allocator, which knows a
-block by the stream it was made on, can never hand it out too early.
+A CUDA graph keeps the SMs of the stream on which it was captured, and a persistent kernel the grid
+that it was captured with. So a lane holds one graph for every size (and the whole GPU) that a plan
+may give its group; changing the plan changes which of them is replayed. Nothing is ever captured in
+the hot path: a size that was not prepared is refused by `use`, and the lane stays as it is.
 
-Streams are made once for a device and a purpose: a stream for each layer would cost a wait each.
-On a device without streams the work runs in order.
-
->>> lanes = open_lanes(torch.device("cpu"), 2, "aside")
->>> with lanes.fork([0, 1]):
-...     with lanes.on(1):
-...         print(len(lanes))
-2
+>>> lane = Lane("decode", capture=lambda seat: f"graph on {seat.sms} SMs")
+>>> lane.prepare(Seat(sms=32)), lane.prepare(Seat(sms=64))
+(True, True)
+>>> lane.use(32).graph, lane.current.sms
+('graph on 32 SMs', 32)
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from typing import Protocol
-
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 
-class Lanes(Protocol):
-    """Numbered streams beside the current one."""
+@dataclass(frozen=True)
+class Seat:
+    """Where a graph runs: how many SMs, and the stream that keeps it there (None: the default).
 
-    def __len__(self) -> int:
-        """How many there are."""
+    `label` tells seats of one size apart (one SM count can be had in different ways).
+    """
 
-    def fork(self, lanes: Iterable[int]) -> contextlib.AbstractContextManager[None]:
-        """Inside, `lanes` may be used; the join follows at the end, also after an error."""
+    sms: int
+    stream: Any = field(default=None, compare=False)
+    label: str = ""
 
-    def on(self, lane: int) -> contextlib.AbstractContextManager[None]:
-        """Inside, work goes to that lane."""
-
-
-class NoLanes:
-    """Lanes of a device without streams: everything in order."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    @contextlib.contextmanager
-    def fork(self, lanes: Iterable[int]) -> Iterator[None]:
-        """Nothing to fork."""
-        yield
-
-    @contextlib.contextmanager
-    def on(self, lane: int) -> Iterator[None]:
-        """Nothing to switch."""
-        yield
+    @property
+    def key(self) -> tuple[int, str]:
+        """What names this seat within a lane."""
+        return self.sms, self.label
 
 
-class CudaLanes:
-    """CUDA streams of one device."""
+@dataclass(frozen=True)
+class Ready:
+    """A captured graph and its seat."""
 
-    def __init__(self, device: torch.device, count: int) -> None:
-        self._device = device
-        make = torch.cuda.Stream
-        self.streams = [make(device) for _ in range(count)]  # type: ignore[no-untyped-call]
+    seat: Seat
+    graph: Any
 
-    def __len__(self) -> int:
-        return len(self.streams)
+    @property
+    def sms(self) -> int:
+        """SMs of the seat."""
+        return self.seat.sms
 
-    @contextlib.contextmanager
-    def fork(self, lanes: Iterable[int]) -> Iterator[None]:
-        """Let the lanes wait for the current stream, and at the end the current one for them."""
-        outer = torch.cuda.current_stream(self._device)
-        used = [self.streams[lane] for lane in lanes]
-        for stream in used:
-            stream.wait_stream(outer)
+
+class Lane:
+    """One group's work, captured per seat; `capture` is called once for each seat prepared.
+
+    `switches` counts changes of the seat, `captures` graphs made.
+    """
+
+    def __init__(self, name: str, capture: Callable[[Seat], Any]) -> None:
+        self.name = name
+        self.switches = 0
+        self.captures = 0
+        self._capture = capture
+        self._ready: dict[tuple[int, str], Ready] = {}
+        self._current: Ready | None = None
+
+    def prepare(self, seat: Seat) -> bool:
+        """Capture for a seat; False when that was done before. Outside the hot path only."""
+        if seat.key in self._ready:
+            return False
+        self._ready[seat.key] = Ready(seat, self._capture(seat))
+        self.captures += 1
+        return True
+
+    @property
+    def seats(self) -> tuple[tuple[int, str], ...]:
+        """Keys of the seats prepared, by size."""
+        return tuple(sorted(self._ready))
+
+    @property
+    def current(self) -> Ready:
+        """What is replayed now.
+
+        Raises:
+            RuntimeError: no seat was chosen yet.
+        """
+        if self._current is None:
+            raise RuntimeError(f"lane {self.name!r} has no seat yet: call use(sms) first")
+        return self._current
+
+    def use(self, sms: int, label: str = "") -> Ready:
+        """Choose a prepared seat; a dictionary look-up, nothing is captured.
+
+        Raises:
+            KeyError: it was not prepared; the lane stays as it was.
+        """
         try:
-            yield
-        finally:
-            for stream in used:
-                outer.wait_stream(stream)
+            ready = self._ready[sms, label]
+        except KeyError:
+            raise KeyError(
+                f"lane {self.name!r} has no graph for {sms} SMs {label!r}, only {self.seats}"
+            ) from None
+        if ready is not self._current:
+            self.switches += 1
+            self._current = ready
+        return ready
 
-    @contextlib.contextmanager
-    def on(self, lane: int) -> Iterator[None]:
-        """Make a lane the current stream."""
-        with torch.cuda.stream(self.streams[lane]):
-            yield
-
-
-@lru_cache(maxsize=64)
-def _cuda_lanes(device: torch.device, count: int, purpose: str) -> CudaLanes:
-    return CudaLanes(device, count)
-
-
-def open_lanes(device: torch.device, count: int, purpose: str) -> Lanes:
-    """The lanes of a device for a purpose, always the same ones."""
-    if device.type != "cuda":
-        return NoLanes(count)
-    if device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return _cuda_lanes(device, count, purpose)
+    def forget(self) -> None:
+        """Drop every graph."""
+        self._ready.clear()
+        self._current = None
