@@ -1,0 +1,177 @@
+"""Publish counters: one launch a step copies every layer's counters into a ring in host memory.
+
+The ring is pinned host memory that the device writes and the host only reads, so nobody waits for
+anybody. The number of the step lives in device memory: a launch captured in a CUDA graph goes on to
+the next slot at every replay. A slot is complete when its stamp, written last, is the number of
+steps so far; the host throws away what it read from a slot that may have been overwritten meanwhile
+(`runtime.counters`). Counters only ever grow (modulo 2**32), so that a slot that nobody read loses
+detail but no count.
+
+    L layers · E experts · R slots · W numbers of a slot, 3 * E of each layer
+
+>>> counters, state = torch.tensor([[1, 0], [1, 0], [1, 0]], dtype=torch.int32), new_state("cpu")
+>>> ring, head = new_ring(2, 6)
+>>> publish_ref([counters], ring, head, state, time_ns=5)
+>>> ring[0].tolist(), head.tolist(), state.tolist()
+([1, 0, 1, 0, 1, 0], [[1, 5], [0, 0]], [1, 0])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import globaltimer
+
+from .aot import AotCase
+
+BLOCK = 1024
+
+
+def new_ring(slots: int, width: int, *, pinned: bool = False) -> tuple[Tensor, Tensor]:
+    """A ring (R, W) int32 and its heads (R, 2) int64 [stamp, time in ns], zeros, on the host."""
+    ring = torch.zeros((slots, width), dtype=torch.int32, pin_memory=pinned)
+    return ring, torch.zeros((slots, 2), dtype=torch.int64, pin_memory=pinned)
+
+
+def new_state(device: torch.device | str) -> Tensor:
+    """Steps so far and the tickets of the launch in progress, (2,) int64."""
+    return torch.zeros(2, dtype=torch.int64, device=device)
+
+
+def new_table(counters: Sequence[Tensor]) -> Tensor:
+    """Where the counters are and go, (L, 3) int64: address, first number in a slot, numbers."""
+    lines, first = [], 0
+    for tensor in counters:
+        lines.append([tensor.data_ptr(), first, tensor.numel()])
+        first += tensor.numel()
+    return torch.tensor(lines, dtype=torch.int64).to(counters[0].device)
+
+
+def publish(
+    table: Tensor, ring: Tensor, head: Tensor, state: Tensor, *, every: int = 1, clock: bool = True
+) -> None:
+    """Count a step and, after every `every` steps, copy all counters into the next slot.
+
+    Args:
+        table: of `new_table`; the counters must live as long as launches, replays included.
+        ring, head: of `new_ring`, pinned. state: of `new_state`.
+        clock: write the device's clock; only a GPU has one.
+    """
+    publish_kernel[(table.shape[0],)](
+        table,
+        ring,
+        head,
+        state,
+        ring.shape[0],
+        ring.shape[1],
+        every,
+        BLOCK=BLOCK,
+        CLOCK=clock,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+def publish_ref(
+    counters: Sequence[Tensor],
+    ring: Tensor,
+    head: Tensor,
+    state: Tensor,
+    *,
+    every: int = 1,
+    time_ns: int = 0,
+) -> None:
+    """The torch twin of `publish`, for tensors of the host."""
+    steps = int(state[0]) + 1
+    if steps % every == 0:
+        slot = (steps // every - 1) % ring.shape[0]
+        torch.cat([tensor.reshape(-1) for tensor in counters], out=ring[slot])
+        head[slot, 1] = time_ns
+        head[slot, 0] = steps
+    state[0] = steps
+
+
+@triton.jit
+def publish_kernel(
+    table_ptr,
+    ring_ptr,
+    head_ptr,
+    state_ptr,
+    slots,
+    width,
+    every,
+    BLOCK: tl.constexpr,
+    CLOCK: tl.constexpr,
+):
+    """One program a layer copies its counters; the last to finish stamps the slot, ends the step.
+
+    table_ptr: int64 (L, 3), see `new_table`. ring_ptr: int32 (slots, width), head_ptr: int64
+    (slots, 2), both in host memory. state_ptr: int64 (2,), steps and tickets.
+
+    Example: with counters [[5, 1], [5, 1], [2, 1]], steps 3 and 2 slots, slot 1 becomes
+    [5, 1, 5, 1, 2, 1], its stamp 4, and the state [4, 0].
+    """
+    program = tl.program_id(0)
+    counters_ptr = tl.load(table_ptr + 3 * program).to(tl.pointer_type(tl.int32))
+    start = tl.load(table_ptr + 3 * program + 1)
+    numbers = tl.load(table_ptr + 3 * program + 2)
+    steps = tl.load(state_ptr) + 1
+    due = steps % every == 0
+    slot = (steps // every - 1) % slots
+    if due:
+        out_ptr = ring_ptr + slot * width + start
+        for first in range(0, numbers, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            value = tl.load(counters_ptr + at, at < numbers)
+            tl.store(out_ptr + at, value, at < numbers)
+        if CLOCK and program == 0:
+            tl.store(head_ptr + 2 * slot + 1, globaltimer())
+    # Every lane's numbers before the ticket, all tickets before the stamp: the host reads the
+    # stamp first, and the fence of this atomic reaches as far as the host.
+    tl.debug_barrier()
+    ticket = tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="sys")
+    if ticket == tl.num_programs(0) - 1:
+        if due:
+            tl.store(head_ptr + 2 * slot, steps)
+        tl.store(state_ptr + 1, 0)
+        tl.store(state_ptr, steps)
+
+
+@triton.jit
+def clock_kernel(out_ptr):
+    """Write the clock of the device, in ns, to out_ptr: int64 (1,)."""
+    tl.store(out_ptr, globaltimer())
+
+
+def device_clock_ns(device: torch.device) -> int:
+    """What the clock of a GPU shows now, in ns; waits for the device."""
+    out = torch.zeros(1, dtype=torch.int64, device=device)
+    clock_kernel[(1,)](out, num_warps=1, enable_fp_fusion=True)
+    return int(out)
+
+
+def aot_cases() -> list[AotCase]:
+    """The kernels of this module for ahead-of-time compilation."""
+    pointers = {"table_ptr": "*i64", "ring_ptr": "*i32", "head_ptr": "*i64", "state_ptr": "*i64"}
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    return [
+        AotCase(
+            name="publish/counters",
+            fn=publish_kernel,
+            signature={**pointers, **dict.fromkeys(("slots", "width", "every"), "i32")},
+            constexprs={"BLOCK": BLOCK, "CLOCK": True},
+            options={"num_warps": 4, **options},
+            ptx={90: ("sys.acq_rel",)},
+        ),
+        AotCase(
+            name="publish/clock",
+            fn=clock_kernel,
+            signature={"out_ptr": "*i64"},
+            options={"num_warps": 1, **options},
+        ),
+    ]
