@@ -1,0 +1,1 @@
+"""The evaluation of the expert-slicing paper, regenerated: configurations, executors, claims."""

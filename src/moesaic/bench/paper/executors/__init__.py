@@ -1,0 +1,1 @@
+"""The executors of the paper's layer, one a file; see `executor.registry`."""
