@@ -100,7 +100,7 @@ class Bench:
 
 
 def warmed_sampler(calls: Sequence[Call]) -> Sampler:
-    """A sampler of few calls, after as many rotations as the executor asks for (`warm_rotations`)."""
+    """A sampler of few calls, after as many rotations as `warm_rotations` of the function asks."""
     first = calls[0]
     asked = getattr(first.func, "warm_rotations", 0) if isinstance(first, partial) else 0
     for call in list(calls) * asked:
