@@ -335,7 +335,7 @@ def lay_out_few(topk_ids_TK: Tensor, experts: int, shapes: Shapes) -> Layout:
     )
 
 
-def _combine(y_PH: Tensor, slot_rows_S: Tensor, topk_weights_TK: Tensor) -> Tensor:
+def combine_cpu(y_PH: Tensor, slot_rows_S: Tensor, topk_weights_TK: Tensor) -> Tensor:
     """Each token's K rows, weighted and summed in slot order in fp32: (T, H)."""
     tokens, k = topk_weights_TK.shape
     bags_T = torch.arange(0, tokens * k, k)
@@ -390,6 +390,7 @@ def experts_cpu(
     alpha: float = 1.0,
     up_offset: float = 0.0,
     packed: Packed = (),
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Each token through its K experts, weighted and summed in slot order: (T, H) like `hidden_TH`.
 
@@ -397,11 +398,10 @@ def experts_cpu(
         hidden_TH: fp32, bf16 or fp16.
         topk_ids_TK: int32 or int64 in [0, E]; E means nobody here and adds nothing.
         topk_weights_TK: fp32 or the dtype of `hidden_TH`.
-        up, down, up_bias, down_bias, mid, mid_bias: as in `types.ExpertSpec.weight_shapes`; a
-            three-layer expert is one with `mid`.
+        up, down, mid and biases: as in `types.ExpertSpec.weight_shapes`; three layers with `mid`.
         activation, gated, interleaved, transposed, limit, alpha, up_offset: as in
             `types.ExpertSpec`.
-        packed: what `pack_experts` made of the same weights, if it was asked.
+        packed: what `pack_experts` made of these weights. out_dtype: None: that of `hidden_TH`.
     """
     if topk_ids_TK.numel() == 0:
         return torch.zeros_like(hidden_TH, memory_format=torch.contiguous_format)
@@ -436,7 +436,7 @@ def experts_cpu(
         _phased(x_PH, y_PH[:padded], runs, layer, shapes)
     else:
         _one_by_one(x_PH, y_PH[:padded], runs, layer, shapes)
-    return _combine(y_PH, slot_rows_S, topk_weights_TK).to(hidden_TH.dtype)
+    return combine_cpu(y_PH, slot_rows_S, topk_weights_TK).to(out_dtype or hidden_TH.dtype)
 
 
 @lru_cache(maxsize=256)

@@ -117,16 +117,10 @@ def experts_triton(
             for where it does not fit (`tune.fused_stages`) or there are two layers.
     """
     hidden, topk_weights = hidden.contiguous(), topk_weights.contiguous()
-    if config is None:
-        layers = 2 if mid is None else 3
-        config = choose(
-            problem_of(
-                hidden, topk_ids, up, down, gated=gated, layers=layers, transposed=transposed
-            )
-        )
+    products = Products(up, down, up_bias, down_bias, mid, mid_bias, transposed)
+    config = config or _config_of(hidden, topk_ids, products, gated)
     if topk_ids.numel() == 0:
         return torch.zeros_like(hidden)
-    products = Products(up, down, up_bias, down_bias, mid, mid_bias, transposed)
     clamp = limit if mid is None else None
     epilogue = Epilogue(activation, gated, interleaved, clamp, alpha, up_offset)
     run = _fused_rows if (config.fused if fused is None else fused) else _tiled_rows
@@ -138,6 +132,50 @@ def experts_triton(
         return combine(rows_SH, sort.position_S.view(topk_ids.shape), topk_weights)
 
 
+def _config_of(hidden: Tensor, topk_ids: Tensor, products: Products, gated: bool) -> Config:
+    """What `tune.choose` says of a call."""
+    layers, p = 2 if products.mid is None else 3, products
+    return choose(
+        problem_of(
+            hidden, topk_ids, p.up, p.down, gated=gated, layers=layers, transposed=p.transposed
+        )
+    )
+
+
+def rows_triton(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    *,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    mid: Tensor | None = None,
+    mid_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    num_sms: int | None = None,
+    out: Tensor,
+) -> Tensor:
+    """`experts_triton` without the combine: rows into `out` (S, H), and where each slot's row is.
+
+    Returns:
+        int32 (S,): the row of each slot; -1 for a slot whose id is not in [0, E), which has none.
+    """
+    products = Products(up, down, up_bias, down_bias, mid, mid_bias, transposed)
+    config = _config_of(hidden, topk_ids, products, gated)
+    epilogue = Epilogue(
+        activation, gated, interleaved, limit if mid is None else None, alpha, up_offset
+    )
+    run = _fused_rows if config.fused else _tiled_rows
+    return run(hidden, topk_ids, products, epilogue, config, num_sms, out=out)[1].position_S
+
+
 def _tiled_rows(
     hidden: Tensor,
     topk_ids: Tensor,
@@ -145,7 +183,8 @@ def _tiled_rows(
     epilogue: Epilogue,
     config: Config,
     num_sms: int | None,
-    counters: Tensor | None,
+    counters: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, RowSort]:
     """Expert rows (S, H) by one launch a layer, and the sort that orders them."""
     p = products
@@ -165,7 +204,7 @@ def _tiled_rows(
     )
     if p.mid is not None:
         rows = multiply(rows, p.mid, top_k=0, bias=p.mid_bias, epilogue=epilogue, config=config.mid)
-    return multiply(rows, p.down, top_k=0, bias=p.down_bias, config=config.down), sort
+    return multiply(rows, p.down, top_k=0, bias=p.down_bias, config=config.down, out=out), sort
 
 
 def _fused_rows(
@@ -175,7 +214,8 @@ def _fused_rows(
     epilogue: Epilogue,
     config: Config,
     num_sms: int | None,
-    counters: Tensor | None,
+    counters: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, RowSort]:
     """The same rows by the one launch of `expert_mlp`."""
     p = products
@@ -198,5 +238,6 @@ def _fused_rows(
         activation=epilogue.activation,
         alpha=epilogue.alpha,
         num_sms=num_sms,
+        out=out,
     )
     return rows, sort
