@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -146,6 +147,11 @@ def cuda_device(device: torch.device) -> Device:
 EAGER_DEVICE = Device(lambda: None, lambda: lambda: None)
 
 
+def _check_length(seconds: float) -> None:
+    if seconds < MIN_WINDOW_S:
+        raise ValueError(f"seconds must be at least {MIN_WINDOW_S}, got {seconds}")
+
+
 class EnergyMeter:
     """Windows of energy over one device; without a source it runs the work and says why not.
 
@@ -195,14 +201,13 @@ class EnergyMeter:
         Raises:
             ValueError: `seconds` is under `MIN_WINDOW_S`.
         """
-        if seconds < MIN_WINDOW_S:
-            raise ValueError(f"seconds must be at least {MIN_WINDOW_S}, got {seconds}")
+        _check_length(seconds)
         source = self.source
         if isinstance(source, Unavailable):
             return Sustained(source, 0)
         batch = self._batch(call, batch_s)
         try:
-            return self._between_steps(source, call, batch, seconds)
+            return self._between_steps(source, call, batch, seconds, self._device.mark)
         except NotAvailable as error:
             return Sustained(Unavailable(str(error)), 0)
         finally:
@@ -222,15 +227,21 @@ class EnergyMeter:
         return count
 
     def _between_steps(
-        self, source: Source, call: Callable[[], object], batch: int, seconds: float
+        self,
+        source: Source,
+        call: Callable[[], object],
+        batch: int,
+        seconds: float,
+        mark: Callable[[], Callable[[], None]],
     ) -> Sustained:
+        """Calls in batches, two of them in flight, until a step of the counter ends the window."""
         flying: deque[Callable[[], None]] = deque()
         done, began, done_then = 0, math.nan, 0
         reading, stepped = source.counter(), self._clock()
         while True:
             for _ in range(batch):
                 call()
-            flying.append(self._device.mark())
+            flying.append(mark())
             if len(flying) > 1:
                 flying.popleft()()
                 done += batch
@@ -247,8 +258,21 @@ class EnergyMeter:
                 return Sustained(self._energy(source.end(), now - began), done - done_then)
 
     def idle(self, seconds: float = 2.0) -> Reading:
-        """The reading of doing nothing; its power is subtracted in later readings' `net_joules`."""
-        reading = self.measure(lambda: self._sleep(seconds))
+        """The reading of doing nothing; its power is subtracted in later readings' `net_joules`.
+
+        Raises:
+            ValueError: `seconds` is under `MIN_WINDOW_S`.
+        """
+        _check_length(seconds)
+
+        def rest() -> Reading:
+            self._device.wait()
+            source: Source = self.source  # type: ignore[assignment]
+            nap = partial(self._sleep, 0.005)
+            # No marks: an event would wake the device.
+            return self._between_steps(source, nap, 1, seconds, EAGER_DEVICE.mark).reading
+
+        reading = self._attempt(rest)
         if isinstance(reading, Energy):
             self.idle_w = reading.watts
         return reading

@@ -1,0 +1,86 @@
+"""A driver in memory: the functions of `pynvml` that moesaic asks, one GPU, a clock of its own."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import pynvml
+
+
+@dataclass
+class Driver:
+    """The double's state: change it to make time pass, power change, the driver go away."""
+
+    now: float = 0.0
+    watts: float = 500.0
+    step_s: float = 0.1
+    gone: bool = False
+    gpm: bool = True
+    mig: int = 0
+    shares: dict[int, float] = field(default_factory=lambda: {2: 96.0, 3: 50.0, 5: 93.0, 10: 17.0})
+    codes: dict[int, int] = field(default_factory=dict)
+    joules: float = 1000.0
+    freed: int = 0
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass at the power of now."""
+        self.joules += seconds * self.watts
+        self.now += seconds
+
+    def clock(self) -> float:
+        """Seconds."""
+        return self.now
+
+    def counter_mj(self) -> int:
+        """The counter, which shows the joules of the last full step."""
+        since = (self.now + 1e-9) % self.step_s
+        return round((self.joules - since * self.watts) * 1e3)
+
+
+def make_lib(driver: Driver) -> Any:
+    """The module: constants, structures and errors of nvidia-ml-py, functions of the double."""
+    lib = types.SimpleNamespace(**{k: getattr(pynvml, k) for k in dir(pynvml)})
+
+    def answer(value: Any) -> Any:
+        def function(*args: Any) -> Any:
+            if driver.gone:
+                raise pynvml.NVMLError_GpuIsLost()
+            return value(*args) if callable(value) else value
+
+        return function
+
+    def metrics(query: Any) -> Any:
+        for i in range(query.numMetrics):
+            metric = query.metrics[i]
+            metric.value = driver.shares[metric.metricId]
+            metric.nvmlReturn = driver.codes.get(metric.metricId, 0)
+        return query
+
+    def free(_: Any) -> None:
+        driver.freed += 1
+
+    functions = {
+        "nvmlInit": None,
+        "nvmlDeviceGetHandleByIndex": lambda index: f"handle {index}",
+        "nvmlDeviceGetHandleByUUID": lambda uuid: f"handle {uuid}",
+        "nvmlDeviceGetMigMode": lambda _: [driver.mig, driver.mig],
+        "nvmlDeviceGetName": "NVIDIA Double",
+        "nvmlDeviceGetUUID": "GPU-1",
+        "nvmlSystemGetDriverVersion": "580.1",
+        "nvmlDeviceGetMemoryInfo": types.SimpleNamespace(total=2**37),
+        "nvmlDeviceGetPowerManagementDefaultLimit": 700_000,
+        "nvmlDeviceGetEnforcedPowerLimit": 650_000,
+        "nvmlDeviceGetPowerUsage": lambda _: round(driver.watts * 1e3),
+        "nvmlDeviceGetTemperature": 40,
+        "nvmlDeviceGetTotalEnergyConsumption": lambda _: driver.counter_mj(),
+        "nvmlGpmQueryDeviceSupport": lambda _: types.SimpleNamespace(isSupportedDevice=driver.gpm),
+        "nvmlGpmSampleAlloc": lambda: pynvml.c_nvmlGpmSample_t(),
+        "nvmlGpmSampleGet": lambda _, sample: sample,
+        "nvmlGpmSampleFree": free,
+        "nvmlGpmMetricsGet": metrics,
+    }
+    for name, value in functions.items():
+        setattr(lib, name, answer(value))
+    return lib
