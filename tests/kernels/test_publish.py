@@ -8,8 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from moesaic.kernels import publish as room
-from moesaic.kernels.publish import new_ring, new_state, new_table, publish, publish_ref
+from moesaic.kernels import publish_ref as room
+from moesaic.kernels.publish import new_table, publish
+from moesaic.kernels.publish_ref import new_ring, new_state, publish_ref
 
 
 def test_docstring_example() -> None:

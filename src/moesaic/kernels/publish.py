@@ -9,11 +9,8 @@ detail but no count.
 
     L layers · E experts · R slots · W numbers of a slot, 3 * E of each layer
 
->>> counters, state = torch.tensor([[1, 0], [1, 0], [1, 0]], dtype=torch.int32), new_state("cpu")
->>> ring, head = new_ring(2, 6)
->>> publish_ref([counters], ring, head, state, time_ns=5)
->>> ring[0].tolist(), head.tolist(), state.tolist()
-([1, 0, 1, 0, 1, 0], [[1, 5], [0, 0]], [1, 0])
+The torch twin is `publish_ref.publish_ref`, in a file of its own because the CPU must not need
+Triton.
 """
 
 from __future__ import annotations
@@ -32,17 +29,6 @@ from .aot import AotCase
 BLOCK = 1024
 
 
-def new_ring(slots: int, width: int, *, pinned: bool = False) -> tuple[Tensor, Tensor]:
-    """A ring (R, W) int32 and its heads (R, 2) int64 [stamp, time in ns], zeros, on the host."""
-    ring = torch.zeros((slots, width), dtype=torch.int32, pin_memory=pinned)
-    return ring, torch.zeros((slots, 2), dtype=torch.int64, pin_memory=pinned)
-
-
-def new_state(device: torch.device | str) -> Tensor:
-    """Steps so far and the tickets of the launch in progress, (2,) int64."""
-    return torch.zeros(2, dtype=torch.int64, device=device)
-
-
 def new_table(counters: Sequence[Tensor]) -> Tensor:
     """Where the counters are and go, (L, 3) int64: address, first number in a slot, numbers."""
     lines, first = [], 0
@@ -59,7 +45,7 @@ def publish(
 
     Args:
         table: of `new_table`; the counters must live as long as launches, replays included.
-        ring, head: of `new_ring`, pinned. state: of `new_state`.
+        ring, head: of `publish_ref.new_ring`, pinned. state: of `publish_ref.new_state`.
         clock: write the device's clock; only a GPU has one.
     """
     publish_kernel[(table.shape[0],)](
@@ -75,25 +61,6 @@ def publish(
         num_warps=4,
         enable_fp_fusion=True,
     )
-
-
-def publish_ref(
-    counters: Sequence[Tensor],
-    ring: Tensor,
-    head: Tensor,
-    state: Tensor,
-    *,
-    every: int = 1,
-    time_ns: int = 0,
-) -> None:
-    """The torch twin of `publish`, for tensors of the host."""
-    steps = int(state[0]) + 1
-    if steps % every == 0:
-        slot = (steps // every - 1) % ring.shape[0]
-        torch.cat([tensor.reshape(-1) for tensor in counters], out=ring[slot])
-        head[slot, 1] = time_ns
-        head[slot, 0] = steps
-    state[0] = steps
 
 
 @triton.jit

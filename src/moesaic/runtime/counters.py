@@ -1,0 +1,161 @@
+"""Counters on the device, a ring of their values in host memory, and reading it without waiting.
+
+    L layers · E experts · R slots of the ring
+
+Every layer's counters are a (3, E) int32 tensor that the data path adds to: line `ROUTED` the
+router's choices, `ROWS` the rows computed, `TILES` the tiles of the task map. `Ring.publish` ends a
+step: one launch copies them all into the next slot (on the CPU, a plain copy). `Ring.read` gives
+the complete slots that were not read yet; it never waits, and where the device was a whole ring
+ahead the next sample spans more steps, so that no count is lost.
+
+>>> counters = new_counters(2, torch.device("cpu"))
+>>> ring = Ring([counters], slots=4)
+>>> counters[ROWS] += torch.tensor([3, 1], dtype=torch.int32)
+>>> ring.publish(); [sample.counts[0][ROWS].tolist() for sample in ring.read()]
+[[3, 1]]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels.publish_ref import new_ring, new_state, publish_ref
+
+captured: list[Ring] = []
+"""Rings that CUDA graphs write to: a replay may come at any time, so they are never freed."""
+
+ROUTED, ROWS, TILES = 0, 1, 2
+Counts = NDArray[np.int64]
+
+
+def new_counters(num_experts: int, device: torch.device) -> Tensor:
+    """Zeros, (3, E) int32."""
+    return torch.zeros((3, num_experts), dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What happened in the `steps` steps up to number `step` (from 0), (3, E) of each layer.
+
+    `time_ns`: when the step ended, in Unix time by the clock of the device.
+    """
+
+    step: int
+    steps: int
+    time_ns: int
+    counts: tuple[Counts, ...]
+
+
+class Ring:
+    """Slots of host memory that the device fills step by step.
+
+    Args:
+        counters: of `new_counters`, one a layer, all on one device.
+        slots: how many publications the host may be late before samples are merged.
+        every: publish every so many steps.
+
+    Raises:
+        ValueError: no counters, several devices, or a number out of range.
+        RuntimeError: the host memory cannot be pinned.
+    """
+
+    def __init__(self, counters: Sequence[Tensor], *, slots: int = 64, every: int = 1) -> None:
+        devices = {tensor.device for tensor in counters}
+        if len(devices) != 1:
+            raise ValueError(
+                f"a ring takes counters of one device, got {sorted(map(str, devices))}; "
+                "make a profiler for each device"
+            )
+        if slots < 4 or every < 1:
+            raise ValueError(f"slots must be at least 4 and every at least 1, got {slots}, {every}")
+        self.counters, self.every, self.slots = tuple(counters), every, slots
+        (self.device,) = devices
+        width = sum(tensor.numel() for tensor in counters)
+        self.merged = 0
+        """Publications that were overwritten before they were read."""
+        self._next = 0
+        self._read_step = 0
+        self._offset_ns = 0
+        self._before = [tensor.cpu().numpy().astype(np.uint32) for tensor in counters]
+        if self.device.type == "cuda":
+            self._start_on_gpu(width)
+        else:
+            self._ring, self._head = new_ring(slots, width)
+            self._state = new_state(self.device)
+        self._values: NDArray[Any] = self._ring.numpy()
+        self._stamps: NDArray[Any] = self._head.numpy()
+
+    def _start_on_gpu(self, width: int) -> None:
+        from ..kernels import publish as room
+
+        with torch.cuda.device(self.device):
+            self._ring, self._head = new_ring(self.slots, width, pinned=True)
+            self._state = new_state(self.device)
+            self._table = room.new_table(self.counters)
+            torch.cuda.synchronize()
+            room.device_clock_ns(self.device)
+            before = time.time_ns()
+            shown = room.device_clock_ns(self.device)
+            self._offset_ns = (before + time.time_ns()) // 2 - shown
+
+    def publish(self) -> None:
+        """End a step, in the order of the current stream; may be captured in a CUDA graph."""
+        if self.device.type == "cuda":
+            from ..kernels.publish import publish
+
+            if torch.cuda.is_current_stream_capturing() and self not in captured:
+                captured.append(self)
+            if self.device.index == torch.cuda.current_device():
+                publish(self._table, self._ring, self._head, self._state, every=self.every)
+                return
+            with torch.cuda.device(self.device):
+                publish(self._table, self._ring, self._head, self._state, every=self.every)
+        else:
+            publish_ref(
+                self.counters,
+                self._ring,
+                self._head,
+                self._state,
+                every=self.every,
+                time_ns=time.time_ns(),
+            )
+
+    def read(self) -> list[Sample]:
+        """The samples that were completed since the last call, oldest first, without waiting."""
+        samples: list[Sample] = []
+        while True:
+            slot = self._next % self.slots
+            stamp = int(self._stamps[slot, 0])
+            due = (self._next + 1) * self.every
+            if stamp < due:
+                return samples
+            values = self._values[slot].view(np.uint32).copy()
+            time_ns = int(self._stamps[slot, 1])
+            # The slot is written again after its neighbour before was: had that begun, skip.
+            newest = int(self._stamps[:, 0].max()) // self.every
+            if stamp > due or newest - self._next >= self.slots:
+                oldest_safe = newest - self.slots // 2
+                self.merged += oldest_safe - self._next
+                self._next = oldest_safe
+                continue
+            samples.append(self._sample(stamp, time_ns, values))
+            self._next += 1
+
+    def _sample(self, stamp: int, time_ns: int, values: NDArray[np.uint32]) -> Sample:
+        counts, first = [], 0
+        for layer, before in enumerate(self._before):
+            now = values[first : first + before.size].reshape(before.shape)
+            first += before.size
+            # Counters grow modulo 2**32, and so does their difference.
+            counts.append((now - before).astype(np.int64))
+            self._before[layer] = now
+        steps, self._read_step = stamp - self._read_step, stamp
+        return Sample(stamp - 1, steps, time_ns + self._offset_ns, tuple(counts))
