@@ -1,0 +1,1 @@
+"""The planner: what a deployment will do, before the cluster is rented."""
