@@ -1,0 +1,219 @@
+"""Two tenants on one GPU: steps of one, back to back or at fixed arrivals, beside work of another.
+
+The tenant that is watched runs *steps*; the other's work is kept queued, so that it is never idle.
+A `Line` launches one step and gives a `Mark` at its end; marks tell, later, when they were passed.
+
+- Closed loop: the next step begins when the last one ends; a step's latency is the time between
+  the two ends.
+- Open loop: steps arrive at fixed times whatever happened to the last one; a step's latency counts
+  from its arrival, so waiting behind a late step is part of it.
+
+The other's throughput is counted between its first and its last completion within the window of
+the steps. One host thread drives both; what it is late with is added to an arrival's latency.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+
+from .timing import Clock, percentile
+
+QUEUED = 2
+AHEAD = 8
+
+
+class Mark(Protocol):
+    """A point in a stream's work."""
+
+    def passed(self) -> bool:
+        """Whether the device has come this far; never waits."""
+
+    def at_ms(self) -> float:
+        """When it was passed, on the clock that all marks share; waits for it."""
+
+
+class Line(Protocol):
+    """Something that can be launched again and again, in order."""
+
+    def launch(self) -> Mark:
+        """Queue it once; the mark is its end."""
+
+    def mark(self) -> Mark:
+        """A mark behind everything queued so far."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one run gave: latencies in ms, the other's launches per second, None without another.
+
+    `complete`: whether as many steps ran as were asked for.
+    """
+
+    latencies_ms: tuple[float, ...]
+    other_per_s: float | None
+    complete: bool
+
+    def at(self, share: float) -> float:
+        """A percentile of the latencies."""
+        return percentile(self.latencies_ms, share)
+
+
+def pooled(trials: Sequence[Trial]) -> Trial:
+    """Several runs of the same thing as one: all latencies, the other's mean rate."""
+    rates = [t.other_per_s for t in trials if t.other_per_s is not None]
+    return Trial(
+        tuple(x for t in trials for x in t.latencies_ms),
+        sum(rates) / len(rates) if rates else None,
+        all(t.complete for t in trials),
+    )
+
+
+@dataclass
+class Feeder:
+    """Keeps a line's work queued, and remembers the ends."""
+
+    line: Line | None
+    ends: list[Mark] = field(default_factory=list)
+    _pending: deque[Mark] = field(default_factory=deque)
+
+    def top_up(self) -> None:
+        """Queue until `QUEUED` launches have not ended."""
+        if self.line is None:
+            return
+        while self._pending and self._pending[0].passed():
+            self._pending.popleft()
+        while len(self._pending) < QUEUED:
+            end = self.line.launch()
+            self._pending.append(end)
+            self.ends.append(end)
+
+    def per_s(self, start_ms: float, end_ms: float) -> float | None:
+        """Launches per second between the first and last end within the window."""
+        if self.line is None:
+            return None
+        inside = [at for at in (end.at_ms() for end in self.ends) if start_ms <= at <= end_ms]
+        if len(inside) < 2:
+            return 0.0
+        return (len(inside) - 1) / (inside[-1] - inside[0]) * 1e3
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No pause of the garbage collector between launches."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def closed_loop(
+    line: Line,
+    other: Line | None,
+    *,
+    steps: int,
+    limit_s: float,
+    clock: Clock = time.perf_counter,
+) -> Trial:
+    """Steps back to back, `AHEAD` queued at most, beside the other; ends early at `limit_s`."""
+    feeder, ends = Feeder(other), list[Mark]()
+    with _no_collection():
+        feeder.top_up()
+        begin = clock()
+        while len(ends) <= steps and (clock() - begin < limit_s or len(ends) < 3):
+            feeder.top_up()
+            if len(ends) < AHEAD or ends[-AHEAD].passed():
+                ends.append(line.launch())
+        times = [end.at_ms() for end in ends]
+    latencies = tuple(b - a for a, b in pairwise(times))
+    return Trial(latencies, feeder.per_s(times[0], times[-1]), len(latencies) >= steps)
+
+
+def open_loop(
+    line: Line,
+    other: Line | None,
+    arrivals: Callable[[], Mark],
+    *,
+    steps: int,
+    interval_ms: float,
+    limit_s: float,
+    clock: Clock = time.perf_counter,
+) -> Trial:
+    """Steps that arrive every `interval_ms`, beside the other; ends early at `limit_s`.
+
+    `arrivals`: a mark now, on a stream that has nothing else to do.
+    """
+    feeder, seen = Feeder(other), list[tuple[Mark, Mark, float]]()
+    with _no_collection():
+        feeder.top_up()
+        begin = clock()
+        while len(seen) < steps and (clock() - begin < limit_s or len(seen) < 2):
+            due = begin + len(seen) * interval_ms / 1e3
+            while clock() < due:
+                feeder.top_up()
+            late_ms = (clock() - due) * 1e3
+            arrival = arrivals()
+            seen.append((arrival, line.launch(), late_ms))
+            feeder.top_up()
+        points = [(arrival.at_ms(), end.at_ms(), late_ms) for arrival, end, late_ms in seen]
+    latencies = tuple(end - arrival + late_ms for arrival, end, late_ms in points)
+    rate = feeder.per_s(points[0][0], points[-1][1])
+    return Trial(latencies, rate, len(latencies) >= steps)
+
+
+class EventMark:
+    """A mark on a GPU: an event, in milliseconds since a common one."""
+
+    __slots__ = ("_base", "_event")
+
+    def __init__(self, event: Any, base: Any) -> None:
+        self._event, self._base = event, base
+
+    def passed(self) -> bool:
+        """Whether the event was recorded."""
+        return bool(self._event.query())
+
+    def at_ms(self) -> float:
+        """Milliseconds since the common event."""
+        self._event.synchronize()
+        return float(self._base.elapsed_time(self._event))
+
+
+class GpuLine:
+    """Graphs replayed in turn on one stream."""
+
+    def __init__(self, graphs: Sequence[Any], stream: torch.cuda.Stream, base: Any) -> None:
+        self._graphs, self._stream, self._base = graphs, stream, base
+        self._turn = 0
+
+    def launch(self) -> EventMark:
+        """Replay the next graph."""
+        graph = self._graphs[self._turn % len(self._graphs)]
+        self._turn += 1
+        with torch.cuda.stream(self._stream):
+            graph.replay()
+        return self.mark()
+
+    def mark(self) -> EventMark:
+        """An event behind everything queued so far."""
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return EventMark(event, self._base)
+
+
+def common_event(device: torch.device) -> Any:
+    """An event that all marks of a device count from."""
+    base = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    base.record(torch.cuda.current_stream(device))
+    base.synchronize()
+    return base
