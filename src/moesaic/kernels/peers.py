@@ -1,0 +1,229 @@
+"""What the kernels that write into other GPUs share: regions of symmetric memory, tiles, signals.
+
+A *region* is one allocation a rank, with the same layout on every rank; a kernel finds the others'
+by their addresses. To signal is to add to the peer's flag with release semantics after a barrier of
+the program: of a turn's UNITS of arrival every program of the sender brings its share, block 0 the
+remainder, so sender and receiver need not agree on the number of programs. Flags only grow (and
+wrap); `seen` holds what was already waited for. A wait that lasts too long writes the peer into the
+status, which travels with every later signal.
+
+    C rows of a chunk · R rows in flight · G ranks · K top-k · J slots a received row may have
+
+>>> region = Region.of(ranks=2, bound=4, top_k=2, width=1, in_words=4, back_words=4)
+>>> region.rows_at, region.back_at, region.num_bytes
+(1024, 1152, 1280)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import globaltimer
+
+UNITS = tl.constexpr(1 << 10)
+STRIDE = tl.constexpr(32)  # words from one flag to the next: flags share no cache line
+NAN_WORD = tl.constexpr(0x7FC07FC0)  # NaN as fp32, and as two of bf16 or fp16
+ALIGN = 128
+WIDE_ROWS = 1024
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+class Region(NamedTuple):
+    """Byte offsets inside the symmetric allocation of a rank, the same on every rank."""
+
+    ids_at: int
+    choice_at: int
+    rows_at: int
+    back_at: int
+    num_bytes: int
+    back_words: int
+
+    @staticmethod
+    def of(
+        *, ranks: int, bound: int, top_k: int, width: int, in_words: int, back_words: int
+    ) -> Region:
+        """Offsets for `bound` tokens a rank: flags and status, ids, choices, rows, back."""
+        flags = _aligned(4 * STRIDE.value * (2 * ranks + 1))
+        tags = _aligned(4 * ranks * bound * width)
+        rows = _aligned(4 * ranks * bound * in_words)
+        back = _aligned(4 * bound * top_k * back_words)
+        at = (flags, flags + tags, flags + 2 * tags, flags + 2 * tags + rows)
+        return Region(*at, at[-1] + back, back_words)
+
+
+class Tile(NamedTuple):
+    """How a push is cut: programs a peer, programs for the own rows, and what one moves at a time.
+
+    An item is `chunk` tokens (or slots) by `slice` words. `rows` by `block` words are in flight at
+    once; with `rows < chunk` the rows to be moved are gathered first.
+    """
+
+    blocks: int
+    own: int
+    chunk: int
+    rows: int
+    slice: int
+    block: int
+    warps: int
+
+
+def plan_push(rows: int, words: int, ranks: int, programs: int) -> Tile:
+    """Tiles for `rows` candidates a peer on at most `programs` programs (one an SM)."""
+    own = max(1, programs // (2 * ranks)) if ranks > 1 else programs
+    blocks = max(1, (programs - own) // max(1, ranks - 1))
+    blocks = min(blocks, UNITS.value)
+    block = min(512, triton.next_power_of_2(words))
+    if rows > max(WIDE_ROWS, 16 * blocks):
+        chunk = min(256, max(32, _floor_pow2(rows // (4 * blocks))))
+        return Tile(blocks, own, chunk, 16, triton.cdiv(words, block) * block, block, 16)
+    chunk = min(16, max(_floor_pow2(rows // blocks), min(4, triton.next_power_of_2(rows))))
+    slices = min(triton.cdiv(words, block), max(1, blocks // triton.cdiv(rows, chunk)))
+    width = triton.cdiv(triton.cdiv(words, slices), block) * block
+    items = triton.cdiv(rows, chunk) * triton.cdiv(words, width)
+    warps = min(8, max(1, chunk * block // 128))
+    return Tile(min(blocks, items), min(own, items), chunk, chunk, width, block, warps)
+
+
+def _floor_pow2(value: int) -> int:
+    return 1 << max(0, value.bit_length() - 1)
+
+
+class Window(NamedTuple):
+    """The symmetric memory of one rank and what its kernels need to find the others'."""
+
+    base_G: Tensor
+    """int64, on the device: address of every rank's region."""
+    seen_2G: Tensor
+    """int32: units waited for, of dispatches and of combines."""
+    region: Region
+    rank: int
+    top_k: int
+    width: int
+    local: int
+    timeout_us: int
+
+    @property
+    def ranks(self) -> int:
+        """G."""
+        return self.base_G.numel()
+
+    def flags_at(self, which: int) -> int:
+        """Where the flags of dispatches (0) or combines (1) lie; 2: the status."""
+        return int(4 * STRIDE.value * which * self.ranks)
+
+    def timed(self) -> bool:
+        """Whether there is a clock: on a GPU, not in the interpreter."""
+        return self.base_G.device.type == "cuda"
+
+
+@triton.jit
+def pointer_at(base_ptr, rank, at, TYPE: tl.constexpr):
+    """A pointer `at` bytes into the region of a rank; `at` is a multiple of 16."""
+    address = tl.load(base_ptr + rank) + at
+    return tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16)
+
+
+@triton.jit
+def peer_of(program, rank, blocks, G: tl.constexpr):
+    """Peer and block of a program: the others first, in the order that follows the own rank."""
+    others = (G - 1) * blocks
+    next_rank = (rank + 1 + program % max(G - 1, 1)) % G
+    is_other = program < others
+    peer = tl.where(is_other, next_rank, rank)
+    return peer, tl.where(is_other, program // max(G - 1, 1), program - others)
+
+
+@triton.jit
+def move_tile(
+    src_ptr, dst_ptr, from_R, to_R, live_R, first,
+    WORDS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copy words [first, first + SLICE) of the live rows from_R of src to rows to_R of dst."""
+    src_R1 = src_ptr + from_R.to(tl.int64)[:, None] * WORDS
+    dst_R1 = dst_ptr + to_R.to(tl.int64)[:, None] * WORDS
+    for step in range(0, SLICE, BLOCK):
+        word_1W = first + step + tl.arange(0, BLOCK)[None, :]
+        mask = live_R[:, None] & (word_1W < WORDS)
+        value = tl.load(src_R1 + word_1W, mask=mask)
+        tl.store(dst_R1 + word_1W, value, mask=mask)
+
+
+@triton.jit
+def move_rows(
+    src_ptr, dst_ptr, from_C, to_C, need_C, first,
+    WORDS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    SLICE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copy the rows needed of a chunk; where they are sparse, ROWS of them at a time.
+
+    Rows 0, 2, 3 of 4 needed, ROWS = 2: tiles of rows (0, 2) and (3, none).
+    """
+    if ROWS == CHUNK:
+        move_tile(src_ptr, dst_ptr, from_C, to_C, need_C, first, WORDS, SLICE, BLOCK)
+    else:
+        lane_C = tl.arange(0, CHUNK)
+        order_C = tl.sort(tl.where(need_C, lane_C, lane_C + CHUNK)) % CHUNK
+        count = tl.sum(need_C.to(tl.int32), axis=0)
+        for done in range(0, count, ROWS):
+            at_R = done + tl.arange(0, ROWS)
+            lane_R = tl.gather(order_C, tl.minimum(at_R, CHUNK - 1), 0)
+            from_R, to_R = tl.gather(from_C, lane_R, 0), tl.gather(to_C, lane_R, 0)
+            move_tile(
+                src_ptr, dst_ptr, from_R, to_R, at_R < count, first, WORDS, SLICE, BLOCK
+            )  # fmt: skip
+
+
+@triton.jit
+def signal(base_ptr, peer, rank, block, blocks, flags_at, status_at):
+    """Tell the peer that this program's stores are done, and of a failure seen here before."""
+    failed = tl.load(pointer_at(base_ptr, rank, status_at, tl.int32), volatile=True)
+    if failed != 0:
+        tl.store(pointer_at(base_ptr, peer, status_at, tl.int32), failed)
+    share = UNITS // blocks
+    units = tl.where(block == 0, UNITS - (blocks - 1) * share, share)
+    flag_ptr = pointer_at(base_ptr, peer, flags_at, tl.int32) + rank * STRIDE
+    tl.debug_barrier()
+    tl.atomic_add(flag_ptr, units, sem="release", scope="sys")
+
+
+@triton.jit
+def wait(base_ptr, rank, peer, seen_ptr, flags_at, status_at, timeout_us, TIMED: tl.constexpr):
+    """Wait until the peer's UNITS of this turn are here; returns the status, 0 when all is well.
+
+    Without TIMED (the interpreter has no clock) `timeout_us` counts polls.
+    """
+    status_ptr = pointer_at(base_ptr, rank, status_at, tl.int32)
+    flag_ptr = pointer_at(base_ptr, rank, flags_at, tl.int32) + peer * STRIDE
+    target = tl.load(seen_ptr + peer) + UNITS
+    patience = tl.where(tl.load(status_ptr, volatile=True) == 0, timeout_us, 0).to(tl.int64)
+    waited = tl.zeros((), tl.int64)
+    start = tl.zeros((), tl.int64)
+    if TIMED:
+        start = globaltimer().to(tl.int64)
+    value = tl.load(flag_ptr, volatile=True)
+    while (value - target < 0) & (waited < patience):
+        if TIMED:
+            waited = (globaltimer().to(tl.int64) - start) // 1000
+        else:
+            waited += 1
+        value = tl.load(flag_ptr, volatile=True)
+    tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")
+    if value - target < 0:
+        tl.store(status_ptr, peer + 1)
+    tl.store(seen_ptr + peer, target)
+    tl.debug_barrier()
+    return tl.load(status_ptr, volatile=True)
+
+
+@triton.jit
+def spoil(back_ptr, words):
+    """Fill the rows that came back with NaN."""
+    for first in range(0, words, 1024):
+        at = first + tl.arange(0, 1024)
+        tl.store(back_ptr + at, tl.full((1024,), NAN_WORD, tl.int32), mask=at < words)

@@ -1,0 +1,317 @@
+"""One MoE layer over the ranks of a group: its experts live where a placement says.
+
+    dispatch ─► local experts ─► combine ─► weighted sum
+
+The answer has the bits of one process, whatever the number of ranks, the backend and the placement
+(wire="fp8" excepted). Every rank calls the layer equally often; a rank without tokens passes none.
+
+    T tokens of this rank · K top-k · H hidden width · E experts · L experts of this rank · G ranks
+
+>>> layer = ExpertParallel(spec, placement, weights, top_k=2, group=dist.group.WORLD)
+>>> layer(hidden_TH, topk_ids_TK, topk_weights_TK).shape
+torch.Size([T, H])
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..dispatch import Impl
+from ..functional import route
+from ..types import ExpertSpec, ExpertWeights, RouterSpec
+from ..validate import check_inputs, check_weights
+from .exchange.base import Exchange, ExpertRows, Received, Seat, combine, dispatch, seat_of
+from .placement import Placement, contiguous
+from .rows import expert_rows, row_dtype, weigh
+from .wire import fp8_width, pack_fp8, unpack_fp8
+
+Backend = Literal["auto", "local", "gloo", "nccl", "two_level", "symmetric"]
+Wire = Literal["exact", "fp8"]
+
+
+def take_experts(
+    weights: ExpertWeights, placement: Placement, *, layer: int, rank: int
+) -> ExpertWeights:
+    """The weights of the experts that `rank` holds, copied from those of all experts."""
+    own = list(placement.hosted(layer)[rank])
+    return ExpertWeights(**{name: t[own].contiguous() for name, t in weights.named().items()})
+
+
+def group_of(where: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
+    """The process group of a mesh of one dimension, or the group itself.
+
+    Raises:
+        ValueError: the mesh has several dimensions.
+    """
+    if isinstance(where, DeviceMesh):
+        if where.ndim != 1:
+            raise ValueError(f"the mesh must have 1 dimension, got {where.ndim}; pass mesh['ep']")
+        return where.get_group()
+    return where
+
+
+def choose_backend(backend: str, group: dist.ProcessGroup | None, device: torch.device) -> str:
+    """The backend of a layer; `auto` is `symmetric` on GPUs of one node, else the group's own.
+
+    Raises:
+        ValueError: no such backend, or it needs a group and there is none.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    if group is None:
+        if backend not in ("auto", "local"):
+            raise ValueError(f"backend {backend!r} needs a process group or mesh, got none")
+        return "local"
+    if backend != "auto":
+        return backend
+    if dist.get_world_size(group) == 1:
+        return "local"
+    one_node = dist.get_world_size(group) <= max(1, torch.cuda.device_count())
+    return "symmetric" if device.type == "cuda" and one_node else dist.get_backend(group)
+
+
+class Options(NamedTuple):
+    """How a layer exchanges; see `ExpertParallel`."""
+
+    backend: Backend = "auto"
+    capacity: int = 4096
+    num_sms: int | None = None
+    per_node: int | None = None
+    wire: Wire = "exact"
+    timeout_s: float = 30.0
+
+
+def make_exchange(
+    seat: Seat,
+    group: dist.ProcessGroup | None,
+    options: Options,
+    *,
+    top_k: int,
+    hidden: int,
+    dtype: torch.dtype,
+) -> Exchange:
+    """The exchange of a layer; a collective of the group.
+
+    Raises:
+        ValueError, RuntimeError: the backend does not fit the group or the device, and why.
+    """
+    backend = choose_backend(options.backend, group, seat.place_E.device)
+    if group is not None and dist.get_world_size(group) != seat.ranks:
+        size = dist.get_world_size(group)
+        raise ValueError(f"the placement is over {seat.ranks} ranks, the group has {size}")
+    if backend == "local":
+        from .exchange.local import LocalExchange
+
+        return LocalExchange(seat)
+    assert group is not None
+    if backend == "symmetric":
+        from .exchange.symmetric import SymmetricExchange
+
+        row = (fp8_width(hidden), torch.uint8) if options.wire == "fp8" else (hidden, dtype)
+        return SymmetricExchange(
+            seat,
+            group,
+            top_k=top_k,
+            row=row,
+            back=(hidden, row_dtype(dtype, seat.place_E.device)),
+            capacity=options.capacity,
+            num_sms=options.num_sms,
+            timeout_s=options.timeout_s,
+        )
+    from .exchange.collective import FlatExchange, TwoLevelExchange, node_groups
+
+    if backend == "two_level":
+        if options.per_node is None:
+            raise ValueError("backend 'two_level' needs per_node, the ranks of a node")
+        return TwoLevelExchange(seat, *node_groups(group, options.per_node))
+    if dist.get_backend(group) != backend:
+        raise ValueError(f"backend {backend!r} needs such a group, got {dist.get_backend(group)}")
+    return FlatExchange(seat, group)
+
+
+class Step(NamedTuple):
+    """A layer between two of its steps: what the next one needs."""
+
+    handle: Any
+    topk_weights_TK: Tensor
+    bound: int
+    dtype: torch.dtype
+
+
+class ExpertParallel(nn.Module):
+    """The experts of one layer over a group of ranks; inference only.
+
+    Args:
+        spec: of the whole layer, all E experts.
+        placement: expert -> ranks; None: contiguous over the group.
+        weights: of this rank's experts in the order of `placement.hosted`, see `take_experts`.
+        top_k: K.
+        layer: which layer of the placement.
+        group: a process group or a one-dimensional mesh; None: one process.
+        options: backend, capacity, SM budget, nodes, wire format.
+        impl: implementation of the experts, see `moe`.
+
+    Raises:
+        ValueError: the weights are not those of the placement, or the options do not fit.
+    """
+
+    def __init__(
+        self,
+        spec: ExpertSpec,
+        placement: Placement | None,
+        weights: ExpertWeights | None,
+        *,
+        top_k: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        layer: int = 0,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        options: Options | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        group, self.options = group_of(group), options or Options()
+        rank = 0 if group is None else dist.get_rank(group)
+        ranks = 1 if group is None else dist.get_world_size(group)
+        placement = placement or contiguous(spec.num_experts, ranks, layer + 1)
+        placement.must_fit(ranks=ranks, num_experts=spec.num_experts)
+        self.spec, self.placement, self.impl, self.top_k = spec, placement, impl, top_k
+        if weights is not None:
+            first = next(iter(weights.named().values()))
+            dtype, device = first.dtype, first.device
+        self.seat = seat_of(placement, layer, rank=rank, device=device)
+        held = len(placement.hosted(layer)[rank])
+        if (weights is None) != (held == 0):
+            raise ValueError(f"rank {rank} holds {held} experts of layer {layer}, got {weights}")
+        self.local_spec = replace(spec, num_experts=held) if held else None
+        self.weights = weights
+        if weights is not None and self.local_spec is not None:
+            sample_TH = torch.empty((0, spec.hidden_size), dtype=dtype, device=device)
+            check_weights(weights, self.local_spec, sample_TH)
+        self.exchange = make_exchange(
+            self.seat, group, self.options, top_k=top_k, hidden=spec.hidden_size, dtype=dtype
+        )
+
+    def pack(self, hidden_TH: Tensor) -> Tensor:
+        """Rows as they cross."""
+        return pack_fp8(hidden_TH) if self.options.wire == "fp8" else hidden_TH
+
+    def compute(self, received: Received, bound: int, dtype: torch.dtype) -> ExpertRows:
+        """The local experts on what was received; `bound`: the most tokens that any rank sent."""
+        rows_RH = received.rows_RH
+        if self.options.wire == "fp8":
+            rows_RH = unpack_fp8(rows_RH, self.spec.hidden_size, dtype)
+        if self.weights is None or self.local_spec is None:
+            back = row_dtype(dtype, rows_RH.device)
+            empty_XH = rows_RH.new_empty((1, self.spec.hidden_size), dtype=back)
+            return ExpertRows(empty_XH, torch.full_like(received.ids_RJ, -1))
+        return expert_rows(
+            rows_RH,
+            received.ids_RJ,
+            self.weights,
+            self.local_spec,
+            expected=bound * self.top_k,
+            impl=self.impl,
+        )
+
+    def forward(
+        self,
+        hidden_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        *,
+        bound: int | None = None,
+    ) -> Tensor:
+        """This rank's tokens through their experts: (T, H).
+
+        Args:
+            hidden_TH: fp32, fp16 or bf16.
+            topk_ids_TK: int32 or int64, values in [0, E).
+            topk_weights_TK: fp32 or the dtype of `hidden_TH`.
+            bound: the most tokens that any rank brings, the same number on every rank; None: the
+                capacity where the backend has one.
+
+        Raises:
+            TypeError, ValueError: see `validate.check_moe`; more tokens than `bound`.
+            RuntimeError: a gradient is asked for.
+        """
+        check_inputs(hidden_TH, topk_ids_TK, topk_weights_TK, self.spec)
+        tensors = (hidden_TH, topk_weights_TK)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise RuntimeError("expert parallelism has no gradients; call under torch.no_grad()")
+        bound = self.options.capacity if bound is None else bound
+        outs = [
+            self._round(hidden_TH[part], topk_ids_TK[part], topk_weights_TK[part], bound)
+            for part in self.exchange.parts(hidden_TH.shape[0], bound)
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _round(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bound: int) -> Tensor:
+        received = dispatch(self.exchange, self.pack(hidden_TH), ids_TK, bound=bound)
+        rows = self.compute(received, bound, hidden_TH.dtype)
+        return weigh(combine(self.exchange, rows, received.handle), weights_TK, hidden_TH.dtype)
+
+    def begin(
+        self,
+        hidden_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        *,
+        bound: int | None = None,
+    ) -> Step:
+        """First seam: send the tokens; other work may run before `experts`. One round only."""
+        bound = self.options.capacity if bound is None else bound
+        handle = self.exchange.send(self.pack(hidden_TH), topk_ids_TK, bound=bound)
+        return Step(handle, topk_weights_TK, bound, hidden_TH.dtype)
+
+    def experts(self, step: Step) -> Step:
+        """Second seam: receive, compute, send back; other work may run before `end`."""
+        received = self.exchange.receive(step.handle)
+        rows = self.compute(received, step.bound, step.dtype)
+        self.exchange.send_back(rows, step.handle)
+        return step
+
+    def end(self, step: Step) -> Tensor:
+        """Last seam: receive what came back and sum it: (T, H)."""
+        returned = self.exchange.receive_back(step.handle)
+        return weigh(returned, step.topk_weights_TK, step.dtype)
+
+
+class ExpertParallelMoE(nn.Module):
+    """A MoE layer with its router on every rank and its experts spread: hidden (..., H) in and out.
+
+    Args:
+        router: how logits become a choice.
+        gate_EH: the router's weight, the same on every rank.
+        experts: the spread experts.
+        bias_E: fp32 correction bias of a sigmoid router.
+    """
+
+    def __init__(
+        self,
+        router: RouterSpec,
+        gate_EH: Tensor,
+        experts: ExpertParallel,
+        *,
+        bias_E: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.router, self.experts = router, experts
+        self.gate = nn.Parameter(gate_EH, requires_grad=False)
+        self.register_buffer("bias_E", bias_E)
+
+    def forward(self, hidden_states: Tensor, *, bound: int | None = None) -> Tensor:
+        """The layer's output, same shape and dtype as `hidden_states`."""
+        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits_TE = nn.functional.linear(hidden_TH, self.gate)
+        routing = route(logits_TE, self.router, bias_E=self.bias_E)  # type: ignore[arg-type]
+        out_TH: Tensor = self.experts(
+            hidden_TH, routing.topk_ids_TK, routing.topk_weights_TK, bound=bound
+        )
+        return out_TH.view_as(hidden_states)

@@ -1,0 +1,171 @@
+"""What the experts of one rank make of received rows, and the weighted sum at the end.
+
+    T tokens · K top-k · R received rows · J slots a row may have · X expert rows · H hidden width
+    L experts of this rank
+
+A slot's row is the same, bit for bit, wherever it is computed: it depends on the token's row and
+the expert's weights alone. The sum runs over k in order in fp32, as in one process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Impl, choose_impl
+from ..reference import moe_reference
+from ..types import ExpertSpec, ExpertWeights
+from .exchange.base import ExpertRows, Returned
+
+
+def _epilogue(spec: ExpertSpec) -> dict[str, Any]:
+    names = ("activation", "gated", "limit", "alpha", "up_offset")
+    return {name: getattr(spec, name) for name in names}
+
+
+def expert_rows(
+    rows_RH: Tensor,
+    ids_RJ: Tensor,
+    weights: ExpertWeights,
+    spec: ExpertSpec,
+    *,
+    expected: int,
+    impl: Impl = "auto",
+    num_sms: int | None = None,
+) -> ExpertRows:
+    """Every live slot through its expert: rows (X, H), unweighted.
+
+    Args:
+        rows_RH: fp32, fp16 or bf16; a row without a live slot may hold anything.
+        ids_RJ: int32, index of an expert of `weights` or -1.
+        weights: of this rank's experts; `spec.num_experts` is their number.
+        expected: how many live slots to expect, for the choice of tiles.
+        num_sms: SM budget of the products on a GPU; None: all.
+
+    Raises:
+        RuntimeError: `impl` cannot run here.
+    """
+    chosen = choose_impl(impl, rows_RH.device, rows_RH.dtype, spec)
+    if ids_RJ.numel() == 0:
+        dtype = row_dtype(rows_RH.dtype, rows_RH.device)
+        return ExpertRows(rows_RH.new_empty((0, spec.hidden_size), dtype=dtype), ids_RJ)
+    if chosen == "reference" and rows_RH.device.type != "cpu":
+        raise RuntimeError("impl='reference' has no expert parallelism on a GPU; use impl='triton'")
+    if rows_RH.device.type == "cpu":
+        return _rows_cpu(rows_RH, ids_RJ, weights, spec, chosen)
+    with torch.cuda.device(rows_RH.device):
+        if chosen == "hopper":
+            return _rows_hopper(rows_RH, ids_RJ, weights, spec, expected, num_sms)
+        return _rows_triton(rows_RH, ids_RJ, weights, spec, num_sms)
+
+
+def _rows_cpu(
+    rows_RH: Tensor, ids_RJ: Tensor, weights: ExpertWeights, spec: ExpertSpec, impl: str
+) -> ExpertRows:
+    """Each live slot as a token of its own with one expert of weight 1, which leaves its bits."""
+    row_X, j_X = (ids_RJ >= 0).nonzero(as_tuple=True)
+    ids_X1 = ids_RJ[row_X, j_X][:, None].contiguous()
+    ones_X1 = torch.ones(ids_X1.shape, dtype=torch.float32, device=ids_RJ.device)
+    if impl == "reference":
+        out_XH = moe_reference(rows_RH[row_X], ids_X1, ones_X1, weights, spec).float()
+    else:
+        from ..kernels.cpu import experts_cpu
+
+        named: dict[str, Any] = dict(weights.named())
+        out_XH = experts_cpu(
+            rows_RH[row_X],
+            ids_X1,
+            ones_X1,
+            **named,
+            **_epilogue(spec),
+            interleaved=spec.interleaved,
+            transposed=spec.transposed,
+            out_dtype=torch.float32,
+        )
+    position_RJ = torch.full_like(ids_RJ, -1)
+    position_RJ[row_X, j_X] = torch.arange(len(row_X), dtype=torch.int32, device=ids_RJ.device)
+    return ExpertRows(out_XH.float(), position_RJ)
+
+
+def _rows_triton(
+    rows_RH: Tensor,
+    ids_RJ: Tensor,
+    weights: ExpertWeights,
+    spec: ExpertSpec,
+    num_sms: int | None,
+) -> ExpertRows:
+    from ..kernels.experts import rows_triton
+
+    out_SH = rows_RH.new_empty((ids_RJ.numel(), spec.hidden_size))
+    named: dict[str, Any] = dict(weights.named())
+    position_S = rows_triton(
+        rows_RH,
+        ids_RJ,
+        **named,
+        **_epilogue(spec),
+        interleaved=spec.interleaved,
+        transposed=spec.transposed,
+        num_sms=num_sms,
+        out=out_SH,
+    )
+    return ExpertRows(out_SH, position_S.view(ids_RJ.shape))
+
+
+def _rows_hopper(
+    rows_RH: Tensor,
+    ids_RJ: Tensor,
+    weights: ExpertWeights,
+    spec: ExpertSpec,
+    expected: int,
+    num_sms: int | None,
+) -> ExpertRows:
+    from ..kernels.batching import batch_rows
+    from ..kernels.device import sm_count
+    from ..kernels.hopper.experts import choose, products
+
+    experts, sms = spec.num_experts, num_sms or sm_count(rows_RH.device)
+    config = choose(max(2, expected), 1, experts, weights.up.shape[1], sms)
+    sort, tasks = batch_rows(
+        ids_RJ,
+        experts,
+        heights=(config.up.bm,),
+        order=config.order,  # type: ignore[arg-type]
+    )
+    rows_XH = products(
+        rows_RH,
+        sort.order_S,
+        tasks,
+        top_k=ids_RJ.shape[1],
+        up=weights.up,
+        down=weights.down,
+        **_epilogue(spec),
+        num_sms=sms,
+        config=config,
+    )
+    return ExpertRows(rows_XH, sort.position_S.view(ids_RJ.shape))
+
+
+def row_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of an expert's row: the model's on a GPU, fp32 on the CPU, which sums in it."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+def weigh(returned: Returned, topk_weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weighted sum over k, in slot order, in fp32, rounded once to `dtype`: (T, H)."""
+    rows_XH, position_TK = returned
+    topk_weights_TK = topk_weights_TK.contiguous()
+    if rows_XH.device.type == "cpu":
+        from ..kernels.cpu import combine_cpu
+
+        if topk_weights_TK.numel() == 0:
+            return rows_XH.new_zeros((position_TK.shape[0], rows_XH.shape[1]), dtype=dtype)
+        nobody = rows_XH.shape[0]
+        slots_S = torch.where(position_TK < 0, nobody, position_TK).flatten().long()
+        padded_XH = torch.cat((rows_XH, rows_XH.new_zeros((1, rows_XH.shape[1]))))
+        return combine_cpu(padded_XH, slots_S, topk_weights_TK).to(dtype)
+    from ..kernels.combine import combine
+
+    with torch.cuda.device(rows_XH.device):
+        return combine(rows_XH, position_TK.contiguous(), topk_weights_TK)

@@ -1,0 +1,166 @@
+"""One rank of a test group: `ep_worker.py RANK WORLD STORE CASE...`; prints one JSON line.
+
+Every rank makes the same layer and all ranks' tokens from seeds, computes its own tokens in one
+process with all experts, and compares bits with what the group gives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
+import torch.distributed as dist
+
+from moesaic.functional import moe
+from moesaic.parallel.expert_parallel import ExpertParallel, Options, take_experts
+from moesaic.parallel.placement import Placement, contiguous
+from moesaic.types import ExpertSpec, ExpertWeights
+
+
+@dataclass(frozen=True)
+class Case:
+    experts: int
+    top_k: int
+    tokens: tuple[int, ...]
+    """Of each rank, repeated over the ranks."""
+    backends: tuple[str, ...] = ("gloo",)
+    routing: str = "uniform"
+    replicas: int = 0
+    reverse: bool = False
+    capacity: int = 64
+    per_node: int | None = None
+    dtype: torch.dtype = torch.float32
+    hidden: int = 32
+    sabotage: bool = False
+    options: dict = field(default_factory=dict)
+
+
+CASES = {
+    "plain": Case(8, 2, (5, 3)),
+    "one_each": Case(2, 1, (4, 4), backends=("gloo", "symmetric")),
+    "symmetric": Case(4, 2, (5, 2), backends=("gloo", "symmetric"), reverse=True),
+    "rounds": Case(4, 2, (7, 2), backends=("symmetric",), capacity=3),
+    "empty_rank": Case(6, 3, (9, 0), backends=("gloo", "symmetric")),
+    "nobody": Case(4, 2, (0,), backends=("gloo", "symmetric")),
+    "all_to_one": Case(4, 1, (6, 6), backends=("gloo", "symmetric"), routing="one"),
+    "replicas": Case(4, 2, (6, 5, 1), backends=("gloo", "symmetric"), replicas=2),
+    "sixteen_bits": Case(8, 4, (6, 2), dtype=torch.bfloat16, backends=("gloo", "symmetric")),
+    "many_experts": Case(64, 8, (11, 4, 0, 7)),
+    "fewer_experts_than_ranks": Case(4, 2, (5, 3, 0, 8), replicas=1),
+    "nodes": Case(16, 4, (12, 5, 9), backends=("gloo", "two_level"), per_node=2),
+    "nodes_of_four": Case(32, 8, (12, 5, 9, 0), backends=("gloo", "two_level"), per_node=4),
+    "odd": Case(17, 3, (4, 0, 6), backends=("gloo",)),
+    "sabotage": Case(8, 2, (5, 3), backends=("gloo",), sabotage=True),
+    "fp8": Case(8, 2, (5, 3), hidden=128, backends=("gloo", "symmetric"),
+                options={"wire": "fp8"}),
+}  # fmt: skip
+
+
+def place(case: Case, world: int) -> Placement:
+    """Contiguous; or with replicas of the first experts; or backwards over the ranks."""
+    hosts = [list(h) for h in contiguous(case.experts, world).layers[0]]
+    for expert in range(case.replicas):
+        hosts[expert] += [r for r in range(world - 1, -1, -1) if r not in hosts[expert]][:2]
+    if case.reverse:
+        hosts = [[world - 1 - r for r in h] for h in hosts]
+    return Placement(ranks=world, layers=(tuple(tuple(h) for h in hosts),))
+
+
+def draw(case: Case, world: int):
+    generator = torch.Generator().manual_seed(11)
+    spec = ExpertSpec(num_experts=case.experts, hidden_size=case.hidden, intermediate_size=48)
+    weights = ExpertWeights(
+        **{
+            name: (torch.randn(shape, generator=generator) * 0.2).to(case.dtype)
+            for name, shape in spec.weight_shapes().items()
+        }
+    )
+    batches = []
+    for rank in range(world):
+        count = case.tokens[rank % len(case.tokens)]
+        hidden = torch.randn(count, case.hidden, generator=generator).to(case.dtype)
+        ids = torch.rand(count, case.experts, generator=generator).argsort(-1)[:, : case.top_k]
+        if case.routing == "one":
+            ids = torch.full_like(ids, case.experts - 1)
+        share = torch.rand(count, case.top_k, generator=generator)
+        batches.append((hidden, ids.to(torch.int32), share))
+    return spec, weights, batches
+
+
+def node_bytes(layer, world: int, rank: int, per_node: int) -> int:
+    others = [r for r in range(world) if r // per_node != rank // per_node]
+    return layer.exchange.wire.to(others)
+
+
+def run(name: str, rank: int, world: int) -> dict:
+    case = CASES[name]
+    spec, weights, batches = draw(case, world)
+    placement = place(case, world)
+    hidden, ids, share = batches[rank]
+    want = moe(hidden, ids, share, weights, spec) if len(hidden) else hidden
+    bound = max(len(batch[0]) for batch in batches)
+    own = take_experts(weights, placement, layer=0, rank=rank)
+    held = len(placement.hosted(0)[rank])
+    told: dict = {"backends": {}}
+    for backend in case.backends:
+        options = Options(
+            backend=backend, capacity=case.capacity, per_node=case.per_node, timeout_s=60,
+            **case.options,
+        )  # fmt: skip
+        layer = ExpertParallel(
+            spec, placement, own if held else None, top_k=case.top_k, dtype=case.dtype,
+            group=dist.group.WORLD, options=options,
+        )  # fmt: skip
+        if case.sabotage:
+            layer.seat.place_E.copy_(layer.seat.place_E.flip(0))
+        got = [layer(hidden, ids, share, bound=bound) for _ in range(2)]
+        part = slice(0, 0) if case.capacity < bound else slice(None)
+        step = layer.begin(hidden[part], ids[part], share[part], bound=min(bound, case.capacity))
+        halves = layer.end(layer.experts(step))
+        scale = float((got[0] - want).norm() / want.norm().clamp_min(1e-9))
+        told["backends"][backend] = {
+            "equal": torch.equal(got[0], want) and torch.equal(got[1], want),
+            "halves": torch.equal(halves, got[0][part]),
+            "error": scale,
+        }
+        if case.per_node:
+            told["backends"][backend]["node_bytes"] = node_bytes(layer, world, rank, case.per_node)
+        dist.barrier()
+    if case.per_node:
+        told["expected"] = expected_bytes(case, placement, ids, rank)
+    return told
+
+
+def expected_bytes(case: Case, placement: Placement, ids, rank: int) -> dict[str, int]:
+    """Dispatch bytes between nodes of three calls, counted token by token."""
+    hosts = placement.destinations(0)[rank]
+    row = case.hidden * case.dtype.itemsize + 4 * case.top_k
+    flat = two_level = 0
+    for token in ids.tolist():
+        ranks = {int(hosts[e]) for e in token}
+        away = {r for r in ranks if r // case.per_node != rank // case.per_node}
+        flat += len(away)
+        two_level += len({r // case.per_node for r in away})
+    return {"gloo": 3 * flat * row, "two_level": 3 * two_level * row}
+
+
+def main() -> None:
+    rank, world = int(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world,
+        timeout=timedelta(seconds=240),
+    )  # fmt: skip
+    print(json.dumps({name: run(name, rank, world) for name in sys.argv[4:]}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
