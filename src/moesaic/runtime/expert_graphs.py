@@ -22,6 +22,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from .capture import Capturer
 from .executors import combine_rows, host_rows, row_buffers
 from .graphs import GraphCache, GraphConfig, GraphCounts, GraphStore, open_store
 
@@ -32,7 +33,7 @@ class ExpertGraphs:
     Args:
         experts: modules from rows (N, H) to rows (N, H), without other effects.
         config: the paper's heuristics when None.
-        store: where the graphs live, instead of a new store.
+        capturer: how experts are captured, instead of what fits the device of the first call.
     """
 
     def __init__(
@@ -40,13 +41,14 @@ class ExpertGraphs:
         experts: Sequence[nn.Module],
         config: GraphConfig | None = None,
         *,
-        store: GraphStore | None = None,
+        capturer: Capturer | None = None,
     ) -> None:
         config = config or GraphConfig()
         if config.buckets is not None:
             config = replace(config, pad_eager=True)
         self.experts = list(experts)
-        self._config, self._store = config, store
+        self._config = config
+        self._store = GraphStore(config, capturer) if capturer is not None else None
         self._caches: list[GraphCache] = []
 
     def _open(self, hidden_TH: Tensor) -> None:
