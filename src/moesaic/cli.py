@@ -153,13 +153,13 @@ def bench(
 
 @app.command()
 def report(
-    page: Annotated[Path, typer.Option(help="The page to fill.")] = Path("docs/performance.md"),
+    page: Annotated[Path | None, typer.Option(help="The page to fill; none: all.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of results.")] = Path("benchmarks/results"),
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; 1 if the page is stale.")
     ] = False,
 ) -> None:
-    """Fill the tables and plots of the performance page from the committed lines."""
+    """Fill the tables and plots of the documentation from the committed lines."""
     with edge():
         from .bench import report as room
 

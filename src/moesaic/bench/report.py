@@ -21,7 +21,9 @@ from .results import Line, ResultsError, Target, geomean, read_lines, write_atom
 from .suite import registry
 
 OURS = "moesaic"
+PAGES = (Path("docs/performance.md"), Path("docs/paper.md"))
 CELL = ("model", "tokens", "routing", "dtype", "mode")
+WORDS = ("impl", "state", "target", "executor", "layer", "stage", "rung", "component", "claim")
 MARK = re.compile(
     r"(<!-- results: (?P<suite>[\w-]+) on (?P<device>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 )
@@ -126,7 +128,7 @@ def sheet(lines: Sequence[Line]) -> Sheet:
 
 def markdown(table: Sheet) -> str:
     """A sheet as a Markdown table."""
-    words = {*CELL, "impl", "state", "target"}
+    words = {*CELL, *WORDS}
     aligned = ["---" if head in words else "---:" for head in table.heads]
     every = [table.heads, aligned, *table.rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in every)
@@ -206,6 +208,10 @@ def rewrite(text: str, root: Path, folder: str) -> tuple[str, dict[str, str]]:
         if not path.exists():
             return f"{match[1]}\nNot measured yet.\n\n{match[4]}"
         lines = read_lines(path)
+        if (own := suites[name].section) is not None:
+            text, drawn = own(lines, suites[name].summarize(lines), root, device, folder)
+            figures.update(drawn)
+            return f"{match[1]}\n{text}\n{match[4]}"
         main_clock = next(iter(by_clock(lines).values()))
         drawn = draw(main_clock, f"{name}-{device}")
         figures.update(drawn)
@@ -217,12 +223,22 @@ def rewrite(text: str, root: Path, folder: str) -> tuple[str, dict[str, str]]:
 
 def main(
     *,
-    page: Path = Path("docs/performance.md"),
+    page: Path | None = None,
     root: Path = Path("benchmarks/results"),
     check: bool = False,
 ) -> int:
-    """Rewrite the generated parts of `page` and its figures; with `check` write nothing and say
-    (exit code 1) if the page is stale.
+    """Rewrite the generated parts of `page` (None: of every page of `PAGES`) and its figures; with
+    `check` write nothing and say (exit code 1) if one is stale.
+
+    Raises:
+        ResultsError: the page or lines cannot be read or written.
+    """
+    pages = PAGES if page is None else (page,)
+    return max([fill(one, root, check) for one in pages])
+
+
+def fill(page: Path, root: Path, check: bool) -> int:
+    """`main` for one page.
 
     Raises:
         ResultsError: the page or lines cannot be read or written.

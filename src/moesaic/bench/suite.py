@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from .results import Line, Recorder, Summarize
+from .results import Line, Recorder, Summarize, Target
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,27 @@ class Context:
         print(f"[{self.elapsed_s():6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
+class Section(Protocol):
+    """Makes the generated part of a page: Markdown, and figures as SVG text by file name."""
+
+    def __call__(
+        self,
+        lines: Sequence[Line],
+        targets: Sequence[Target],
+        root: Path,
+        device: str,
+        folder: str,
+    ) -> tuple[str, dict[str, str]]:
+        """The part for `device`, other devices' lines being under `root`; figures shown from
+        `folder`."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """A named benchmark: its cells, how they are measured, what the lines must show.
 
-    `measured` gives the cell that needs no further measuring once a line is there.
+    `measured` gives the cell that needs no further measuring once a line is there; `section` makes
+    the suite's part of a page, where the usual tables (`report.section`) are not what it needs.
     """
 
     name: str
@@ -89,6 +107,7 @@ class Suite:
     devices: tuple[str, ...] = ("cuda",)
     budget_s: float = 480.0
     measured: Callable[[Line], Cell | None] = measured_cell
+    section: Section | None = None
 
 
 @cache

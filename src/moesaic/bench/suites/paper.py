@@ -26,6 +26,7 @@ from ..layers import Candidate, Loaded, Machine, load, make_work, measure_cell
 from ..paper.bits import compare_bits
 from ..paper.configuration import every_cell, grid, model_of
 from ..paper.executor import LADDER, LOOP, OURS, Executor, registry
+from ..paper.page import section
 from ..paper.stages import measure_launches, measure_stages, stages_of
 from ..paper.targets import LAYERS, summarize
 from ..paper.warm import compile_beside
@@ -121,7 +122,7 @@ def states(bench: Bench, loaded: Loaded) -> dict[str, dict[str, Any]]:
 
 def since(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """What happened between two states; sizes are those of now."""
-    sizes = ("graphs", "held_bytes", "buffer_bytes")
+    sizes = ("graphs", "held_bytes", "buffer_bytes", "weight_bytes")
     return {key: now[key] - (0 if key in sizes else before.get(key, 0)) for key in now}
 
 
@@ -264,4 +265,5 @@ SUITE = Suite(
     devices=("cuda", "cpu"),
     budget_s=200.0,
     measured=measured,
+    section=section,
 )

@@ -102,12 +102,14 @@ def state(forward: Forward) -> dict[str, int | float]:
     counts = forward.layer.counts()
     names = ("replayed", "captured", "eager", "evicted", "failed", "graphs")
     values: dict[str, int | float] = {name: getattr(counts, name) for name in names}
-    return values | {"held_bytes": counts.held_bytes, "buffer_bytes": counts.buffer_bytes}
+    weights = sum(t.nbytes for expert in forward.layer.experts for t in expert.buffers())
+    sizes = {"held_bytes": counts.held_bytes, "buffer_bytes": counts.buffer_bytes}
+    return values | sizes | {"weight_bytes": weights}
 
 
 EXECUTOR = Executor(
     name="expert-graphs",
-    label="+ CUDA graphs, per expert",
+    label="CUDA graphs, per expert",
     about="moesaic's kernels, each expert captured by the paper's heuristics, counts on the host",
     build=GraphedLayer,
     exact=GraphedLayer,

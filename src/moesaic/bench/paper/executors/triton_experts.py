@@ -37,7 +37,7 @@ def build(model: Model, weights: ExpertWeights) -> Forward:
 
 EXECUTOR = Executor(
     name="triton-experts",
-    label="+ Triton kernels, per expert",
+    label="Triton kernels, per expert",
     about="moesaic's kernels with a launch per expert and layer, no host sync",
     build=build,
     exact=build,

@@ -1,0 +1,220 @@
+"""The paper's figures from lines, as SVG text: throughput, activity over time, energy, ablation,
+break-even.
+
+    E experts · K top-k
+
+SVG without a date inside, so that the same lines give the same file. A figure without a line to
+draw is not made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from io import StringIO
+from typing import Any
+
+from ..results import Line
+from .break_even import COMPONENTS, gains
+from .configuration import break_even_name, claims, grid, layers
+from .executor import LOOP, OURS
+from .tables import RUNGS, head_of, one, pick, value_of, variants
+
+Draw = Callable[[Any, Sequence[Line]], bool]
+WIDTH, HEIGHT = 4.2, 3.4
+
+
+def canvas(panels: int, title: str, draw: Callable[[Sequence[Any]], bool], columns: int = 3) -> str:
+    """The SVG of a row of panels, or "" when `draw` had nothing to draw."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = min(columns, panels)
+    rows = math.ceil(panels / columns)
+    with matplotlib.rc_context({"svg.hashsalt": "moesaic", "font.size": 9}):
+        plot = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.6), layout="constrained")
+        axes = list(plot.subplots(rows, columns, squeeze=False).flat)
+        for axis in axes[panels:]:
+            axis.set_axis_off()
+        if not draw(axes[:panels]):
+            return ""
+        handles = {
+            label: handle
+            for axis in axes
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        if handles:
+            plot.legend(
+                handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
+            )
+        plot.suptitle(title)
+        out = StringIO()
+        plot.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def colours(lines: Sequence[Line]) -> dict[tuple[str, str], str]:
+    """A colour for each executor and mode, the same in every figure of these lines."""
+    return {variant: f"C{n % 10}" for n, variant in enumerate(variants(lines))}
+
+
+def throughput(lines: Sequence[Line]) -> str:
+    """Tokens per second over batch, a panel a layer; the paper's own numbers as crosses."""
+    some = [x for x in pick(lines, "experts") if value_of(x, "ms")]
+    colour = colours(some)
+
+    def draw(axes: Sequence[Any]) -> bool:
+        for axis, layer in zip(axes, layers().values(), strict=True):
+            mine = [x for x in some if x["model"] == layer.model.name]
+            for variant in variants(mine):
+                points = sorted(
+                    (x["tokens"], 1e3 * x["tokens"] / x["ms"])
+                    for x in mine
+                    if (x["impl"], x["mode"]) == variant
+                )
+                strong = variant == (OURS, "graph")
+                axis.plot(
+                    *zip(*points, strict=True), marker="o", markersize=3, color=colour[variant],
+                    label=head_of(variant), linewidth=2.2 if strong else 1.1,
+                    linestyle="-" if variant[1] == "graph" else "--",
+                )  # fmt: skip
+            said = claims()["throughput"]
+            for who, mark in (("loop", "x"), ("ours", "+")):
+                rates = [v[who] for v in said.values()]
+                axis.plot(
+                    list(said), rates, mark, color="black", label=f"claimed on an A100: {who}"
+                )
+            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="tokens/s")
+            axis.set_title(layer.title)
+            axis.grid(True, which="major", alpha=0.3)
+        return bool(some)
+
+    return canvas(len(layers()), "Throughput (line: graph, dashes: eager)", draw)
+
+
+def activity_over_time(lines: Sequence[Line]) -> str:
+    """SM activity of each executor over its window, at the batch of the ablation."""
+    tokens = grid()["energy"]["every_executor_at"]
+    some = [x for x in pick(lines, "energy", tokens=tokens) if x.get("series")]
+    colour = colours(some)
+
+    def draw(axes: Sequence[Any]) -> bool:
+        for axis, layer in zip(axes, layers().values(), strict=True):
+            for x in (x for x in some if x["model"] == layer.model.name):
+                variant = (x["impl"], x["mode"])
+                axis.plot(
+                    [point[0] for point in x["series"]],
+                    [100 * point[1] for point in x["series"]],
+                    color=colour[variant], label=head_of(variant),
+                    linestyle="-" if variant[1] == "graph" else "--",
+                )  # fmt: skip
+            for who, share in claims()["sm_activity"].items():
+                if who in ("loop", "ours"):
+                    axis.axhline(100 * share, color="black", linestyle=":", linewidth=0.8)
+                    axis.annotate(f"claimed: {who}", (0, 100 * share + 1), fontsize=7)
+            axis.set(xlabel="seconds", ylabel="SMs active, %", ylim=(0, 105))
+            axis.set_title(f"{layer.title}, {tokens} tokens")
+            axis.grid(True, alpha=0.3)
+        return bool(some)
+
+    return canvas(len(layers()), "SM activity over time (GPM)", draw)
+
+
+def energy(lines: Sequence[Line]) -> str:
+    """Joules per 1000 tokens over batch, loop and static batch; the paper's as dotted lines."""
+    some = [x for x in pick(lines, "energy") if x.get("j_per_1000_tokens")]
+
+    def draw(axes: Sequence[Any]) -> bool:
+        for axis, layer in zip(axes, layers().values(), strict=True):
+            for number, variant in enumerate(((LOOP, "eager"), (OURS, "graph"))):
+                points = sorted(
+                    (x["tokens"], x["j_per_1000_tokens"])
+                    for x in some
+                    if x["model"] == layer.model.name and (x["impl"], x["mode"]) == variant
+                )
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True), marker="o", color=f"C{3 * number}",
+                        label=head_of(variant),
+                    )  # fmt: skip
+            for who, joules in claims()["energy"][layer.model.name].items():
+                axis.axhline(joules, color="black", linestyle=":", linewidth=0.8)
+                axis.annotate(f"claimed: {who}", (32, joules), fontsize=7)
+            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="J per 1000 tokens, gross")
+            axis.set_title(layer.title)
+            axis.grid(True, alpha=0.3)
+        return bool(some)
+
+    return canvas(len(layers()), "Energy", draw)
+
+
+def ablation(lines: Sequence[Line]) -> str:
+    """Speed over the loop rung by rung, measured and claimed."""
+    tokens = grid()["energy"]["every_executor_at"]
+    drawn = []
+
+    def draw(axes: Sequence[Any]) -> bool:
+        for axis, layer in zip(axes, layers().values(), strict=True):
+            ms = {
+                v: value_of(one(lines, "experts", v, model=layer.model.name, tokens=tokens), "ms")
+                for _, v in RUNGS
+            }
+            base, said = ms[LOOP, "eager"], claims()["ablation"]
+            for place, (_, variant) in enumerate(RUNGS):
+                mine, theirs = ms[variant], said.get(variant[0])
+                if base and mine:
+                    axis.barh(place - 0.2, base / mine, 0.4, color="C0", label="measured")
+                    drawn.append(mine)
+                if theirs:
+                    axis.barh(place + 0.2, theirs / said[LOOP], 0.4, color="C7", label="claimed")
+                if not mine:
+                    axis.annotate("not measured", (0.1, place - 0.15), fontsize=7)
+            axis.set_yticks(range(len(RUNGS)), [title.split(":")[0] for title, _ in RUNGS])
+            axis.set(xscale="symlog", xlabel="times the loop")
+            axis.set_title(f"{layer.title}, {tokens} tokens")
+            axis.invert_yaxis()
+            axis.grid(True, axis="x", alpha=0.3)
+        return bool(drawn)
+
+    return canvas(len(layers()), "Ablation", draw)
+
+
+def break_even(lines: Sequence[Line]) -> str:
+    """A panel a component: its gain over E and K; red is a loss, white is break-even."""
+    b = grid()["break_even"]
+    maps = [(c, found) for c in COMPONENTS if (found := gains(lines, c))]
+
+    def draw(axes: Sequence[Any]) -> bool:
+        for axis, (component, found) in zip(axes, maps, strict=True):
+            by_place = {(c.model, c.tokens, c.routing): gain for c, gain in found.items()}
+            table = [
+                [by_place.get((break_even_name(e, k), b["batch"], "uniform")) for k in b["top_k"]]
+                for e in b["num_experts"]
+            ]
+            logs = [[math.log2(g) if g else math.nan for g in row] for row in table]
+            axis.imshow(logs, cmap="RdBu", vmin=-3, vmax=3, aspect="auto", origin="lower")
+            for y, row in enumerate(table):
+                for x, gain in enumerate(row):
+                    if gain:
+                        axis.text(x, y, f"{gain:.2g}", ha="center", va="center", fontsize=8)
+            axis.set_xticks(range(len(b["top_k"])), b["top_k"])
+            axis.set_yticks(range(len(b["num_experts"])), b["num_experts"])
+            axis.set(xlabel="K", ylabel="E")
+            axis.set_title(component.name)
+        return True
+
+    if not maps:
+        return ""
+    return canvas(len(maps), f"Gain at {b['batch']} tokens, uniform routing", draw, columns=4)
+
+
+def figures(lines: Sequence[Line], stem: str) -> dict[str, str]:
+    """Every figure that has lines: SVG text by file name, `<stem>-<figure>.svg`."""
+    made = {
+        "throughput": throughput(lines),
+        "activity": activity_over_time(lines),
+        "energy": energy(lines),
+        "ablation": ablation(lines),
+        "break-even": break_even(lines),
+    }
+    return {f"{stem}-{name}.svg": svg for name, svg in made.items() if svg}

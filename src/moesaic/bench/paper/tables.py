@@ -1,0 +1,320 @@
+"""The paper's tables from lines: measured values with the paper's own claims beside them.
+
+    T tokens · E experts · K top-k
+
+Every function takes lines and gives a `Sheet`; what has no line says "not measured", what failed
+says its error's first word, and losses stand where they fall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..report import Sheet, short, word
+from ..results import Line, geomean
+from .configuration import PaperLayer, claims, grid, layers
+from .executor import LADDER, LOOP, OURS, registry
+from .stages import STAGES
+
+ABSENT = "not measured"
+Variant = tuple[str, str]
+THEIR_NAMES = {LOOP: "loop", "fastermoe-style": "fastermoe", "tutel-style": "tutel", OURS: "ours"}
+
+
+def percent(share: float | None) -> str:
+    """A share in per cent.
+
+    >>> percent(0.7312), percent(None)
+    ('73 %', 'not measured')
+    """
+    return ABSENT if share is None else f"{100 * share:.0f} %"
+
+
+def number(value: float | None) -> str:
+    """A number in four figures, or that there is none."""
+    return ABSENT if value is None else short(value)
+
+
+def whole(value: float | None) -> str:
+    """A large number with separators.
+
+    >>> whole(245670.4)
+    '245,670'
+    """
+    return ABSENT if value is None else f"{value:,.0f}"
+
+
+def variants(lines: Sequence[Line]) -> list[Variant]:
+    """The executors and modes that have a line, in the order of the registry."""
+    seen = {(x["impl"], x["mode"]) for x in lines if x["ms"]}
+    known = [(name, mode) for name in registry() for mode in ("eager", "graph")]
+    return [variant for variant in known if variant in seen]
+
+
+def head_of(variant: Variant) -> str:
+    """How tables call an executor in a mode."""
+    name, mode = variant
+    label = registry()[name].label if name in registry() else name
+    return label if mode == "eager" else f"{label}, graph"
+
+
+def pick(lines: Sequence[Line], clock: str, **wanted: Any) -> list[Line]:
+    """The lines of a clock with these values."""
+    return [
+        x for x in lines if x["clock"] == clock and all(x.get(k) == v for k, v in wanted.items())
+    ]
+
+
+def one(lines: Sequence[Line], clock: str, variant: Variant, **wanted: Any) -> Line | None:
+    """The line of an executor in a mode, or None."""
+    found = pick(lines, clock, impl=variant[0], mode=variant[1], **wanted)
+    return found[0] if found else None
+
+
+def value_of(line: Line | None, key: str) -> float | None:
+    """A number of a line that is right, or None."""
+    if line is None or line.get("wrong") or line.get(key) is None:
+        return None
+    return float(line[key])
+
+
+def parameters(every: Sequence[PaperLayer]) -> Sheet:
+    """The configurations: parameters counted from their shapes beside those claimed."""
+    heads = ["layer", "E", "K", "input", "hidden", "claimed", "counted", "counted ÷ claimed",
+             "met by a token"]  # fmt: skip
+    rows = []
+    for x in every:
+        m, millions = x.model, 1e6
+        shape = [m.num_experts, m.top_k, m.hidden_size, m.intermediate_size]
+        ratio = x.counted_parameters / x.claimed_parameters
+        sizes = [x.claimed_parameters, x.counted_parameters]
+        counts = [f"{size / millions:.4g} M" for size in sizes]
+        active = f"{x.active_parameters / millions:.4g} M"
+        rows.append([x.title, *map(str, shape), *counts, f"{ratio:.2f}", active])
+    return Sheet(heads, rows)
+
+
+def by_batch(lines: Sequence[Line], model: str, cell: Callable[[Line | None], str]) -> Sheet:
+    """One layer: a row per batch, a column per executor and mode, the gain over the loop, and what
+    the paper claims for it."""
+    some = [x for x in pick(lines, "experts", model=model) if x["tokens"]]
+    columns = variants(some)
+    rows = []
+    for tokens in sorted({x["tokens"] for x in some}):
+        at = {(x["impl"], x["mode"]): x for x in some if x["tokens"] == tokens}
+        loop, ours = (
+            value_of(at.get((LOOP, "eager")), "ms"),
+            value_of(at.get((OURS, "graph")), "ms"),
+        )
+        gain = f"{loop / ours:.1f}×" if loop and ours else "-"
+        claim = claims()["throughput"].get(tokens)
+        said = f"{claim['ours'] / claim['loop']:.2f}×" if claim else "-"
+        rows.append([str(tokens), *(cell(at.get(v)) for v in columns), gain, said])
+    heads = ["tokens", *map(head_of, columns), "loop ÷ moesaic, graph", "claimed for theirs"]
+    return Sheet(heads, rows)
+
+
+def tokens_per_s(line: Line | None) -> str:
+    """The throughput that a line of time means."""
+    ms = value_of(line, "ms")
+    return whole(1e3 * line["tokens"] / ms) if line and ms else word(line)
+
+
+def latency(line: Line | None) -> str:
+    """Milliseconds with their spread."""
+    if value_of(line, "ms") is None or line is None:
+        return word(line)
+    return f"{short(line['ms'])} ({short(line['ms_p20'])}–{short(line['ms_p80'])})"
+
+
+def claimed_throughput() -> Sheet:
+    """The paper's own table."""
+    heads = ["tokens", "PyTorch", "FasterMoE", "Tutel", "theirs", "speed-up"]
+    rows = [
+        [str(t), *(whole(v[k]) for k in ("loop", "fastermoe", "tutel", "ours")),
+         f"{v['ours'] / v['loop']:.2f}×"]
+        for t, v in claims()["throughput"].items()
+    ]  # fmt: skip
+    return Sheet(heads, rows)
+
+
+def activity(lines: Sequence[Line], model: str) -> Sheet:
+    """Activity by GPM, power and energy of every executor at the batch of the ablation."""
+    tokens = grid()["energy"]["every_executor_at"]
+    some = pick(lines, "energy", model=model, tokens=tokens)
+    heads = ["executor", "SM", "claimed SM", "occupancy", "tensor", "DRAM", "watts", "of TDP",
+             "J / 1000 tokens", "above idle", "window s"]  # fmt: skip
+    rows = []
+    for variant in variants(some):
+        x = one(some, "energy", variant) or {}
+        said = claims()["sm_activity"].get(THEIR_NAMES.get(variant[0], ""))
+        said = said if variant[0] != OURS or variant[1] == "graph" else None
+        shares = [x.get(f"{k}_activity") for k in ("sm", "occupancy", "tensor", "dram")]
+        first, *others = map(percent, shares)
+        rows.append(
+            [head_of(variant), first, "-" if said is None else percent(said), *others,
+             number(x.get("watts")), percent(x.get("share_of_tdp")),
+             number(x.get("j_per_1000_tokens")), number(x.get("net_j_per_1000_tokens")),
+             number(x.get("window_s"))]
+        )  # fmt: skip
+    return Sheet(heads, rows)
+
+
+def energy(lines: Sequence[Line]) -> Sheet:
+    """Joules per 1000 tokens, gross, loop and static batch, beside the paper's."""
+    heads = ["layer", "tokens", "loop J / 1000", "moesaic J / 1000", "share",
+             "loop W", "moesaic W", "claimed: loop", "claimed: theirs",
+             "claimed share"]  # fmt: skip
+    rows = []
+    for layer in layers().values():
+        name = layer.model.name
+        for tokens in sorted({x["tokens"] for x in pick(lines, "energy", model=name)}):
+            pair = [
+                one(lines, "energy", v, model=name, tokens=tokens)
+                for v in ((LOOP, "eager"), (OURS, "graph"))
+            ]
+            joules = [value_of(x, "j_per_1000_tokens") for x in pair]
+            share = joules[1] / joules[0] if joules[0] and joules[1] else None
+            said = claims()["energy"][name]
+            rows.append(
+                [layer.title, str(tokens), *map(number, joules), percent(share),
+                 *(number(value_of(x, "watts")) for x in pair), number(said["loop"]),
+                 number(said["ours"]), percent(said["ours"] / said["loop"])]
+            )  # fmt: skip
+    return Sheet(heads, rows)
+
+
+def peak_gbps(lines: Sequence[Line]) -> float | None:
+    """The read rate that the same process measured."""
+    found = [x for x in lines if x["clock"] == "ceiling" and x["impl"] == "read"]
+    return value_of(found[0], "gbps") if found else None
+
+
+def bandwidth(lines: Sequence[Line]) -> Sheet:
+    """Stages: time, the rate of the bytes they must move, its share of the measured read rate."""
+    peak = peak_gbps(lines)
+    heads = ["layer", "tokens", "stage", "PyTorch µs", "moesaic µs", "PyTorch GB/s", "moesaic GB/s",
+             "PyTorch of peak", "moesaic of peak", "claimed: baseline",
+             "claimed: theirs"]  # fmt: skip
+    rows = []
+    for layer in layers().values():
+        some = pick(lines, "stage", model=layer.model.name)
+        for tokens in sorted({x["tokens"] for x in some}):
+            for stage in STAGES:
+                at = [x for x in some if x["tokens"] == tokens]
+                pair = [fastest(at, f"{impl}-{stage}") for impl in ("torch", OURS)]
+                rates = [value_of(x, "gbps") for x in pair]
+                times = [None if (ms := value_of(x, "ms")) is None else 1e3 * ms for x in pair]
+                shares = [rate / peak if rate and peak else None for rate in rates]
+                said = claims()["bandwidth"][stage]
+                rows.append(
+                    [layer.title, str(tokens), stage, *map(number, times), *map(number, rates),
+                     *map(percent, shares), percent(said["loop"]), percent(said["ours"])]
+                )  # fmt: skip
+    return Sheet(heads, rows)
+
+
+def fastest(lines: Sequence[Line], impl: str) -> Line | None:
+    """The line of an implementation in its better mode."""
+    found = [x for x in lines if x["impl"] == impl and value_of(x, "ms")]
+    return min(found, key=lambda x: float(x["ms"]), default=None)
+
+
+RUNGS: tuple[tuple[str, Variant], ...] = (
+    *((title, (name, "eager")) for name, title in LADDER),
+    ("moesaic: all experts in one launch a layer", (OURS, "eager")),
+    ("+ one graph of the whole layer", (OURS, "graph")),
+)
+
+
+def ablation(lines: Sequence[Line], model: str) -> Sheet:
+    """The paper's ladder, each rung with all above it, and then the static batch."""
+    tokens = grid()["energy"]["every_executor_at"]
+    at = {v: one(lines, "experts", v, model=model, tokens=tokens) for _, v in RUNGS}
+    base = value_of(at[LOOP, "eager"], "ms")
+    before: float | None = None
+    said_before: float | None = None
+    rows = []
+    for title, variant in RUNGS:
+        ms = value_of(at[variant], "ms")
+        said = claims()["ablation"].get(variant[0])
+        step = f"{before / ms:.2f}×" if before and ms else "-"
+        total = f"{base / ms:.2f}×" if base and ms else "-"
+        said_total = f"{said / claims()['ablation'][LOOP]:.2f}×" if said else "-"
+        said_step = f"{said / said_before:.2f}×" if said and said_before else "-"
+        rate = whole(1e3 * tokens / ms) if ms else ABSENT
+        rows.append([title, rate, total, step, whole(said) if said else "-", said_total, said_step])
+        before, said_before = ms or before, said or said_before
+    heads = ["rung", "tokens/s", "over the loop", "this rung", "claimed tokens/s",
+             "claimed, over the loop", "claimed, this rung"]  # fmt: skip
+    return Sheet(heads, rows)
+
+
+def graph_manager(lines: Sequence[Line]) -> Sheet:
+    """What became of the calls of the per-expert graph manager, and the memory it holds."""
+    heads = ["layer", "tokens", "captured", "replayed", "eager", "evicted", "failed",
+             "replayed ÷ calls", "graphs' memory", "of the weights"]  # fmt: skip
+    rows = []
+    for layer in layers().values():
+        for x in pick(lines, "experts", model=layer.model.name, impl="expert-graphs", mode="eager"):
+            if x.get("replayed") is None:
+                continue
+            calls = x["replayed"] + x["eager"]
+            held = x.get("held_bytes") or 0
+            share = held / x["weight_bytes"] if x.get("weight_bytes") else None
+            counts = [str(x[k]) for k in ("captured", "replayed", "eager", "evicted", "failed")]
+            rows.append(
+                [layer.title, str(x["tokens"]), *counts,
+                 percent(x["replayed"] / calls if calls else None), f"{held / 2**20:.1f} MiB",
+                 percent(share)]
+            )  # fmt: skip
+    return Sheet(heads, rows)
+
+
+def devices(by_device: dict[str, Sequence[Line]]) -> Sheet:
+    """Every device with lines, and the paper's two, at the batch of the ablation."""
+    tokens = grid()["energy"]["every_executor_at"]
+    heads = ["device", "layer", "tokens/s", "SM activity", "mJ per token"]
+    rows = []
+    for device, lines in by_device.items():
+        for layer in layers().values():
+            place = {"model": layer.model.name, "tokens": tokens}
+            ms = value_of(one(lines, "experts", (OURS, "graph"), **place), "ms")
+            window = one(lines, "energy", (OURS, "graph"), **place)
+            rows.append(
+                [device, layer.title, whole(1e3 * tokens / ms if ms else None),
+                 percent(value_of(window, "sm_activity")),
+                 number(value_of(window, "j_per_1000_tokens"))]
+            )  # fmt: skip
+    for device, said in claims()["devices"].items():
+        rows.append(
+            [f"{device}, claimed", "not said", whole(said["tokens_per_s"]),
+             percent(said["sm_activity"]), number(said["mj_per_token"])]
+        )  # fmt: skip
+    return Sheet(heads, rows)
+
+
+def bits(lines: Sequence[Line]) -> Sheet:
+    """Cells in which an executor's output differs in bits, under one combine for all."""
+    heads = ["executor", "cells compared", "cells that differ from their own kind",
+             "cells that differ from moesaic", "largest share of elements"]  # fmt: skip
+    rows = []
+    for name, executor in registry().items():
+        some = [
+            x for x in pick(lines, "experts", impl=name)
+            if x.get("elements") and x["mode"] == ("eager" if executor.host_counts else "graph")
+        ]  # fmt: skip
+        if not some:
+            continue
+        own = sum(bool(x.get("bits_differ")) for x in some)
+        other = sum(bool(x.get("bits_differ_ours")) for x in some)
+        share = max((x.get("bits_differ_ours") or 0) / x["elements"] for x in some)
+        rows.append([executor.label, str(len(some)), str(own), str(other), f"{100 * share:.2g} %"])
+    return Sheet(heads, rows)
+
+
+def mean_gain(values: Sequence[float]) -> str:
+    """A geometric mean of gains, or that there is none."""
+    found = geomean(values)
+    return ABSENT if found is None else f"{found:.2f}×"
