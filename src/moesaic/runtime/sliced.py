@@ -125,12 +125,22 @@ class SlicedExperts:
         if len(self.seats) != len(groups):
             raise ValueError(f"{len(groups)} groups need as many seats, got {len(self.seats)}")
 
-    def __call__(self, hidden_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """The layer's output (T, H), with the bits of `moe`; arguments as there."""
+    def __call__(
+        self,
+        hidden_TH: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        *,
+        ids_GE: Tensor | None = None,
+    ) -> Tensor:
+        """The layer's output (T, H), with the bits of `moe`; arguments as there.
+
+        `ids_GE`: as `group_ids` gives it, on the device, instead of the groups' own for this call.
+        """
         with torch.no_grad():
             if hidden_TH.shape[0] == 0:
                 return torch.empty_like(hidden_TH)
-            ids_GTK = self._ids_GE[:, topk_ids_TK.long()]
+            ids_GTK = (self._ids_GE if ids_GE is None else ids_GE)[:, topk_ids_TK.long()]
             if hidden_TH.device.type != "cuda":
                 return self._in_turn(hidden_TH, ids_GTK, topk_weights_TK)
             return self._side_by_side(hidden_TH, ids_GTK, topk_weights_TK)
