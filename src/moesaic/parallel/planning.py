@@ -31,7 +31,7 @@ from .replication import Instances, instances, replica_counts
 from .topology import Link, Topology
 
 Ints = npt.NDArray[np.int64]
-KICKS, SMALL = 40, 1024
+KICKS, SMALL = 40, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def plan(
         raise ValueError(f"replicas must be in [0, {slots - experts}], got {replicas}")
     _check_affinity(affinity, stay, layers, experts)
     if kicks is None:
-        kicks = KICKS if slots * topology.nodes <= SMALL else 0
+        kicks = KICKS if layers * slots * topology.nodes <= SMALL else 0
     copies_LE = replica_counts(counts.sum(axis=1), wanted, ranks)
     placed: list[tuple[Layer, Layer]] = []
     times: list[tuple[Link, int, float]] = []
