@@ -3,6 +3,7 @@
 from .functional import moe, route
 from .nn import MoE
 from .packing import PackedWeights, pack
+from .runtime.profiler import profile
 from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
 
 __version__ = "0.1.0"
@@ -15,5 +16,6 @@ __all__ = [
     "Routing",
     "moe",
     "pack",
+    "profile",
     "route",
 ]

@@ -39,7 +39,12 @@ class Experts(nn.Module):
 
     On the CPU, `pack_` makes inference faster for about twice the memory. The pack is no part of
     the state_dict nor of copies; `train()`, `load_state_dict()` and `to()` drop it.
+
+    While `counters` (3, E) int32 are there, calls count into them: see `runtime.profiler`. Copies
+    count nothing.
     """
+
+    counters: Tensor | None
 
     def __init__(
         self,
@@ -52,6 +57,7 @@ class Experts(nn.Module):
         super().__init__()
         self.spec, self.impl = spec, impl
         self.packed: PackedWeights | None = None
+        self.counters = None
         for weight, shape in spec.weight_shapes().items():
             empty = torch.empty(shape, device=device, dtype=dtype)
             self.register_parameter(parameter_names(spec)[weight], nn.Parameter(empty))
@@ -104,13 +110,21 @@ class Experts(nn.Module):
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "packed": None}
+        return {**self.__dict__, "packed": None, "counters": None, "kept_counters": None}
 
     def forward(self, hidden_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Output (T, H) of `moe` on this layer's weights; raises as `moe` does."""
         plain = self.weights()
         weights = plain if self.packed is None else self.packed.of(plain)
-        return moe(hidden_TH, topk_ids_TK, topk_weights_TK, weights, self.spec, impl=self.impl)
+        return moe(
+            hidden_TH,
+            topk_ids_TK,
+            topk_weights_TK,
+            weights,
+            self.spec,
+            impl=self.impl,
+            counters=self.counters,
+        )
 
 
 class MoE(nn.Module):
@@ -151,7 +165,8 @@ class MoE(nn.Module):
     def route(self, hidden_TH: Tensor) -> Routing:
         """The routing of hidden states (T, H)."""
         bias_E = getattr(self, "e_score_correction_bias", None)
-        return route(self.gate(hidden_TH), self.router, bias_E=bias_E)
+        logits_TE = self.gate(hidden_TH)
+        return route(logits_TE, self.router, bias_E=bias_E, counters=self.experts.counters)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The layer's output, same shape (..., H) and dtype as `hidden_states`."""

@@ -1,0 +1,296 @@
+"""The profiler: watches experts while they run, a step behind, without ever waiting for them.
+
+    L layers · E experts · K top-k
+
+The data path adds to counters on the device (`counters`), `step()` ends a step with one launch, and
+`poll()`, on any thread, reads what is complete and gives a frozen `Profile`. Where exporters fail,
+or NVML, or the ring itself, the layers keep answering: the failure is logged once and counted in
+`failures`.
+
+>>> from moesaic import ExpertSpec, MoE, RouterSpec, profile
+>>> layer = MoE(
+...     RouterSpec(num_experts=4, top_k=2),
+...     ExpertSpec(num_experts=4, hidden_size=8, intermediate_size=16),
+... )
+>>> with profile(layer) as profiler:
+...     for _ in range(3):
+...         _ = layer(torch.randn(5, 8))
+...         profiler.step()
+>>> seen = profiler.poll()
+>>> seen.step, seen.steps, seen.tokens, sum(seen.layers[0].counts_E)
+(2, 3, 15, 30)
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import rates
+from .counters import ROUTED, ROWS, TILES, Counts, Ring, Sample, new_counters
+from .profile import LayerProfile, Profile
+
+log = logging.getLogger("moesaic")
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What is known of a watched layer before it runs."""
+
+    name: str
+    num_experts: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one `poll` found: the profile, and its steps one by one for those who want them."""
+
+    profile: Profile
+    samples: tuple[Sample, ...]
+
+
+Sink = Callable[[Update], None]
+
+
+class Profiler:
+    """Counters, ring and state of some layers of one device; `profile(model)` makes one.
+
+    With the functional interface, give `counters[layer]` to `route` and `moe` yourself. Use it as a
+    context manager, or call `detach` and `stop` when done. A CUDA graph captured while a layer is
+    watched counts at every replay, watched or not.
+
+    Args:
+        layers: the layers, in order.
+        device: where they run.
+        slots, every: see `counters.Ring`; `every` steps make one sample.
+        settings: smoothing, thresholds and the drift test.
+        history: steps that `history` remembers.
+        counters: (3, E) int32 each, instead of new ones.
+
+    Raises:
+        ValueError, RuntimeError: see `counters.Ring`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerInfo],
+        device: torch.device,
+        *,
+        slots: int = 64,
+        every: int = 1,
+        settings: rates.Settings | None = None,
+        history: int = 64,
+        counters: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.counters = tuple(
+            counters or (new_counters(layer.num_experts, device) for layer in layers)
+        )
+        self.settings = settings or rates.Settings()
+        self.ring = Ring(self.counters, slots=slots, every=every)
+        self.totals: list[Counts] = [np.zeros(c.shape, dtype=np.int64) for c in self.counters]
+        """(3, E) of each layer since the start: routed, rows, tiles."""
+        self.states = [rates.start(layer.num_experts) for layer in layers]
+        self.steps = 0
+        self.last: Profile | None = None
+        self.failures: Counter[str] = Counter()
+        self.sinks: dict[str, Sink] = {}
+        self._modules: list[nn.Module] = []
+        self._history: deque[tuple[Counts, ...]] = deque(maxlen=history)
+        self._time_ns = 0
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def step(self) -> None:
+        """End a step on the current stream: one launch, also inside a CUDA graph."""
+        if "publish" in self.failures:
+            return
+        try:
+            self.ring.publish()
+        except Exception as error:
+            self.failed("publish", error)
+
+    def failed(self, part: str, error: BaseException) -> None:
+        """Count a failure of a part of the observation; the first of each part is logged."""
+        self.failures[part] += 1
+        if self.failures[part] == 1:
+            text = " ".join(str(error).split()) or type(error).__name__
+            log.warning("profiler: %s failed and is not logged again: %s", part, text)
+
+    def poll(self) -> Profile | None:
+        """The profile of the steps completed since the last poll, handed to every sink; or None."""
+        with self._lock:
+            samples = tuple(self.ring.read())
+            if not samples:
+                return None
+            profile = self.last = self._take(samples)
+            update = Update(profile, samples)
+            for name, sink in tuple(self.sinks.items()):
+                try:
+                    sink(update)
+                except Exception as error:
+                    self.failed(name, error)
+        return profile
+
+    def _take(self, samples: tuple[Sample, ...]) -> Profile:
+        drifts = [state.drifts for state in self.states]
+        sums: list[Counts] = [np.zeros_like(total) for total in self.totals]
+        for sample in samples:
+            self._history.append(tuple(self._loads(counts) for counts in sample.counts))
+            for index, counts in enumerate(sample.counts):
+                sums[index] += counts
+                loads_E = self._loads(counts)
+                self.states[index] = rates.advance(
+                    self.states[index], loads_E, sample.steps, self.settings
+                )
+        for total, counts in zip(self.totals, sums, strict=True):
+            total += counts
+        last, steps = samples[-1], sum(sample.steps for sample in samples)
+        seconds = max(0, last.time_ns - self._time_ns) / 1e9 if self._time_ns else 0.0
+        self._time_ns = last.time_ns
+        self.steps += steps
+        layers = tuple(
+            self._layer(index, counts, drifts[index]) for index, counts in enumerate(sums)
+        )
+        return Profile(step=last.step, steps=steps, seconds=seconds, layers=layers)
+
+    def _layer(self, index: int, counts: Counts, drifts: int) -> LayerProfile:
+        info, state = self.layers[index], self.states[index]
+        return LayerProfile(
+            layer=index,
+            name=info.name,
+            top_k=info.top_k,
+            counts_E=tuple(self._loads(counts).tolist()),
+            ewma_E=tuple(state.load_E.tolist()),
+            routed_E=tuple(counts[ROUTED].tolist()),
+            tiles_E=tuple(counts[TILES].tolist()),
+            hot=state.hot,
+            cold=state.cold,
+            drifted=state.drifts > drifts,
+        )
+
+    @staticmethod
+    def _loads(counts: Counts) -> Counts:
+        """Rows where the experts counted, else what the router chose."""
+        rows_E: Counts = counts[ROWS]
+        return rows_E if rows_E.any() else counts[ROUTED]
+
+    def history(self, layer: int) -> tuple[tuple[int, ...], ...]:
+        """Rows of each expert of a layer in the last samples, oldest first: (W, E)."""
+        with self._lock:
+            return tuple(tuple(counts[layer].tolist()) for counts in self._history)
+
+    def start(self, interval_s: float = 0.5) -> Profiler:
+        """Poll every `interval_s` seconds on a thread of its own, until `stop`."""
+
+        def run() -> None:
+            while not self._stop.wait(interval_s):
+                try:
+                    self.poll()
+                except Exception as error:
+                    self.failed("poll", error)
+
+        if self._thread is None:
+            self._stop.clear()
+            self._thread = threading.Thread(target=run, name="moesaic-profiler", daemon=True)
+            self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End the thread and poll once more."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+    def attach(self, modules: Sequence[nn.Module]) -> None:
+        """Let each module's `counters` be those of the layer of the same place."""
+        for module, counters in zip(modules, self.counters, strict=True):
+            module.counters = counters
+            # Graphs captured from now on write there as long as the module lives.
+            module.kept_counters = counters
+            self._modules.append(module)
+
+    def detach(self) -> None:
+        """Stop counting in the modules that were attached."""
+        for module in self._modules:
+            module.counters = None  # type: ignore[assignment]
+        self._modules.clear()
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+        if self._thread is not None:
+            self.stop()
+
+
+def watched(model: nn.Module, top_k: int | None = None) -> dict[str, tuple[nn.Module, LayerInfo]]:
+    """The experts of a model that can be counted: modules with `counters` and a `spec`, by name.
+
+    Args:
+        top_k: of experts that stand alone, without a router that knows it.
+
+    Raises:
+        ValueError: there are none, or one's top_k is not known.
+    """
+    known: dict[int, int] = {}
+    for module in model.modules():
+        router, experts = getattr(module, "router", None), getattr(module, "experts", None)
+        if isinstance(experts, nn.Module) and isinstance(getattr(router, "top_k", None), int):
+            known[id(experts)] = router.top_k  # type: ignore[union-attr]
+    found: dict[str, tuple[nn.Module, LayerInfo]] = {}
+    for name, module in model.named_modules():
+        spec: Any = getattr(module, "spec", None)
+        if not hasattr(module, "counters") or not hasattr(spec, "num_experts"):
+            continue
+        k = known.get(id(module), top_k)
+        if k is None:
+            raise ValueError(f"top_k of {name or 'the experts'} is not known; give top_k=")
+        found[name] = module, LayerInfo(name or "experts", spec.num_experts, k)
+    if not found:
+        raise ValueError(
+            "the model has no layer to profile; build it of moesaic.MoE, or give counters to "
+            "route and moe (see Profiler)"
+        )
+    return found
+
+
+def profile(model: nn.Module, *, top_k: int | None = None, **options: Any) -> Profiler:
+    """Watch every MoE layer of a model, after it was moved to its device; options of `Profiler`.
+
+    Raises:
+        ValueError: see `watched` and `Profiler`.
+        RuntimeError: a layer is being profiled already.
+    """
+    found = watched(model, top_k)
+    counters: list[Tensor] = []
+    for name, (module, info) in found.items():
+        if module.counters is not None:
+            raise RuntimeError(f"{name or 'the layer'} is being profiled already; detach first")
+        device = next(module.parameters()).device
+        kept = getattr(module, "kept_counters", None)
+        fits = kept is not None and kept.device == device
+        counters.append(kept if fits else new_counters(info.num_experts, device))
+    infos = [info for _, info in found.values()]
+    profiler = Profiler(infos, counters[0].device, counters=counters, **options)
+    profiler.attach([module for module, _ in found.values()])
+    return profiler
