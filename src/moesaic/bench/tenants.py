@@ -153,22 +153,26 @@ def open_loop(
 
     `arrivals`: a mark now, on a stream that has nothing else to do.
     """
-    feeder, seen = Feeder(other), list[tuple[Mark, Mark, float]]()
+    feeder, ends = Feeder(other), list[Mark]()
+    arrived, late_ms, waiting = list[Mark](), list[float](), 0
     with _no_collection():
         feeder.top_up()
         begin = clock()
-        while len(seen) < steps and (clock() - begin < limit_s or len(seen) < 2):
-            due = begin + len(seen) * interval_ms / 1e3
-            while clock() < due:
-                feeder.top_up()
-            late_ms = (clock() - due) * 1e3
-            arrival = arrivals()
-            seen.append((arrival, line.launch(), late_ms))
+        while len(ends) < steps and (clock() - begin < limit_s or len(ends) < 2):
+            late_s = clock() - begin - len(arrived) * interval_ms / 1e3
+            if late_s >= 0 and len(arrived) < steps:
+                arrived.append(arrivals())
+                late_ms.append(late_s * 1e3)
+                waiting += 1
+            # A device queue that is full would block the host, and the other's feeding with it.
+            if waiting and (len(ends) < AHEAD or ends[-AHEAD].passed()):
+                ends.append(line.launch())
+                waiting -= 1
             feeder.top_up()
-        points = [(arrival.at_ms(), end.at_ms(), late_ms) for arrival, end, late_ms in seen]
-    latencies = tuple(end - arrival + late_ms for arrival, end, late_ms in points)
-    rate = feeder.per_s(points[0][0], points[-1][1])
-    return Trial(latencies, rate, len(latencies) >= steps)
+        times = [end.at_ms() for end in ends]
+        begins = [arrival.at_ms() for arrival in arrived[: len(ends)]]
+    latencies = tuple(b - a + late for a, b, late in zip(begins, times, late_ms, strict=False))
+    return Trial(latencies, feeder.per_s(begins[0], times[-1]), len(latencies) >= steps)
 
 
 class EventMark:

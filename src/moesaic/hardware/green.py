@@ -20,6 +20,7 @@ SMs are all that is divided: caches, memory bandwidth, copy engines and power st
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,7 @@ import torch
 
 INSTALL = "pip install 'moesaic[slices]'"
 MAX_PARTS = 64
+log = logging.getLogger("moesaic")
 
 
 class GreenUnavailable(RuntimeError):
@@ -117,6 +119,7 @@ class GreenDevice:
         self._driver = load_driver() if driver is None else driver
         self.device = device
         self._parts: dict[tuple[tuple[int, ...], bool, int], GreenSlice] = {}
+        self._fuses: bool | None = None
         for name in ("cuDeviceGetDevResource", "cuDevSmResourceSplitByCount", "cuGreenCtxCreate"):
             if not hasattr(self._driver, name):
                 raise GreenUnavailable(f"this cuda-bindings has no {name}: {INSTALL}")
@@ -216,7 +219,7 @@ class GreenDevice:
             raise ValueError(
                 f"sizes must add up to at most {step * self.cut.atoms} SMs, got {sum(sizes)}"
             )
-        full = sum(sizes) == step * self.cut.atoms and self.cut.rest_sms > 0
+        full = sum(sizes) == step * self.cut.atoms and self.rest_usable()
         largest = max(range(len(sizes)), key=lambda i: sizes[i])
         parts, first = [], 0
         for i, (size, rank) in enumerate(zip(sizes, ranks, strict=True)):
@@ -224,6 +227,18 @@ class GreenDevice:
             parts.append(self.slice(atoms, with_rest=full and i == largest, priority=rank))
             first += size // step
         return tuple(parts)
+
+    def rest_usable(self) -> bool:
+        """Whether there are SMs that fill no atom and the driver fuses them with an atom."""
+        if self._fuses is None:
+            self._fuses = False
+            if self.cut.rest_sms:
+                try:
+                    self._call("cuDevResourceGenerateDesc", [self._atoms[0], self._rest], 2)
+                    self._fuses = True
+                except GreenError as error:
+                    log.warning("%d SMs stay unused: %s", self.cut.rest_sms, error)
+        return self._fuses
 
     @property
     def parts(self) -> int:

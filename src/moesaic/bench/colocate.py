@@ -1,0 +1,219 @@
+"""The machinery of the co-location suite: seats, graphs, curves, and one trial of two tenants.
+
+Every split of the GPU gives the watched tenant the first atoms and the other one the remaining ones
+(and the SMs that fill no atom). Beside the splits there are three ways without green contexts:
+`no-control` (two ordinary streams), `stream-priority` (the watched tenant's stream and graphs at
+the highest priority) and `sm-budgets` (ordinary streams, but persistent launches held to the sizes
+of a split).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..hardware.green import GreenDevice, probe_launch
+from ..runtime.plan import Curve, MachineSlices
+from ..runtime.seats import Seat
+from .stacks import Replays, Stack, Tenant, differing, time_ms
+from .tenants import EventMark, GpuLine, Trial, closed_loop, common_event, open_loop
+
+PLAIN, PRIORITY, BUDGET, GREEN = "plain", "priority", "budget", "green"
+HIGHEST, LOWEST = -5, 0
+
+
+@dataclass
+class Pair:
+    """Two tenants on one GPU: their graphs, how the GPU can be split, what was measured alone."""
+
+    step: Stack
+    other: Stack
+    gpu: GreenDevice
+    splits: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """SMs of both parts, as read back, by the SMs asked for the watched tenant."""
+    ran_on: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """SMs on which a probe really ran, by the same."""
+    differing: int = 0
+
+    @property
+    def machine(self) -> MachineSlices:
+        """The GPU as planners see it."""
+        cut = self.gpu.cut
+        return MachineSlices(
+            total_sms=cut.total_sms, granularity=cut.atom_sms, min_sms=cut.atom_sms
+        )
+
+
+def make_pair(
+    step: Tenant, other: Tenant, device: torch.device, dtype: torch.dtype, seed: int
+) -> Pair:
+    """Weights, inputs and the split of the GPU; kernels compiled before any green context is used.
+
+    Raises:
+        GreenUnavailable, GreenError: the GPU cannot be split.
+    """
+    stacks = [
+        Stack(tenant, device, dtype, seed + i, "auto") for i, tenant in enumerate((step, other))
+    ]
+    for stack in stacks:
+        stack.warm_up()
+    return Pair(stacks[0], stacks[1], GreenDevice(device.index or 0))
+
+
+def prepare_whole(pair: Pair) -> None:
+    """Graphs on ordinary streams and on streams of the highest and the lowest priority."""
+    total = pair.gpu.cut.total_sms
+    for stack, priority in ((pair.step, HIGHEST), (pair.other, LOWEST)):
+        stack.work.prepare(Seat(total, None, PLAIN))
+        stream = torch.cuda.Stream(priority=priority)  # type: ignore[no-untyped-call]
+        stack.work.prepare(Seat(total, stream, PRIORITY))
+
+
+def prepare_split(pair: Pair, size: int) -> None:
+    """Graphs of both tenants on the two parts of a split; the parts probed, answers compared."""
+    from ..kernels.smid import sms_used
+
+    if size in pair.splits:
+        return
+    atoms = pair.gpu.cut.atom_sms * pair.gpu.cut.atoms
+    parts = pair.gpu.carve([size, atoms - size])
+    used = [probe_launch(part, sms_used) for part in parts]
+    if used[0] & used[1]:
+        raise RuntimeError(f"the parts of {size} SMs and the rest overlap on {used[0] & used[1]}")
+    pair.ran_on[size] = (len(used[0]), len(used[1]))
+    for stack, part in zip((pair.step, pair.other), parts, strict=True):
+        stack.work.prepare(Seat(part.sms, part.stream, GREEN))
+        pair.differing += differing(whole(stack).outputs, stack.work.use(part.sms, GREEN))
+    pair.splits[size] = (parts[0].sms, parts[1].sms)
+
+
+def prepare_budgets(pair: Pair, size: int) -> None:
+    """Graphs on ordinary streams whose launches are held to the sizes of a split."""
+    for stack, sms in zip((pair.step, pair.other), pair.splits[size], strict=True):
+        stack.work.prepare(Seat(sms, None, BUDGET))
+        pair.differing += differing(whole(stack).outputs, stack.work.use(sms, BUDGET))
+
+
+def whole(stack: Stack) -> Replays:
+    """A tenant's graphs on the whole GPU."""
+    sms = max(sms for sms, label in stack.work.sizes if label == PLAIN)
+    return stack.work.use(sms, PLAIN)
+
+
+def seats_of(pair: Pair, way: str, size: int | None) -> tuple[Replays, Replays]:
+    """Both tenants' graphs under a way of sharing; `size` names the split."""
+    if way in (PLAIN, PRIORITY):
+        total = pair.gpu.cut.total_sms
+        return pair.step.work.use(total, way), pair.other.work.use(total, way)
+    step_sms, other_sms = pair.splits[size or 0]
+    return pair.step.work.use(step_sms, way), pair.other.work.use(other_sms, way)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How steps come: back to back (`interval_ms` None) or at fixed arrivals."""
+
+    name: str
+    interval_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Clockwork:
+    """What all trials of a process share: the common event, and a stream with nothing to do."""
+
+    base: Any
+    idle: GpuLine
+
+    @staticmethod
+    def on(device: torch.device) -> Clockwork:
+        """The clockwork of a device."""
+        base = common_event(device)
+        return Clockwork(base, GpuLine([], torch.cuda.Stream(priority=HIGHEST), base))  # type: ignore[no-untyped-call]
+
+    def arrivals(self) -> EventMark:
+        """A mark now."""
+        return self.idle.mark()
+
+
+def trial(
+    clockwork: Clockwork,
+    loop: Loop,
+    step: Replays,
+    other: Replays | None,
+    *,
+    steps: int,
+    limit_s: float,
+) -> Trial:
+    """One run of a loop: the step's graphs, beside the other's when there are any."""
+    line = GpuLine(step.graphs, step.stream, clockwork.base)
+    rival = None if other is None else GpuLine(other.graphs, other.stream, clockwork.base)
+    torch.cuda.synchronize()
+    if loop.interval_ms is None:
+        found = closed_loop(line, rival, steps=steps, limit_s=limit_s)
+    else:
+        found = open_loop(
+            line, rival, clockwork.arrivals,
+            steps=steps, interval_ms=loop.interval_ms, limit_s=limit_s,
+        )  # fmt: skip
+    torch.cuda.synchronize()
+    return found
+
+
+def alone_per_s(clockwork: Clockwork, other: Replays, *, seconds: float) -> float:
+    """Launches per second of the other tenant, back to back with the whole GPU to itself."""
+    line = GpuLine(other.graphs, other.stream, clockwork.base)
+    found = closed_loop(line, None, steps=10**9, limit_s=seconds)
+    torch.cuda.synchronize()
+    return 1e3 * len(found.latencies_ms) / sum(found.latencies_ms)
+
+
+def measure_curves(pair: Pair, *, copy_bytes: int = 2**29) -> dict[str, Curve]:
+    """Time alone over SMs of a step, of the other's work and of a copy, over all splits prepared.
+
+    The last point of each is the whole GPU.
+    """
+    source = torch.empty(copy_bytes // 4, device=pair.step.weights[0].up.device).normal_()
+    target = torch.empty_like(source)
+    points: dict[str, dict[int, float]] = {"decode": {}, "prefill": {}, "copy": {}}
+    for size, (step_sms, other_sms) in sorted(pair.splits.items()):
+        step, other = seats_of(pair, GREEN, size)
+        points["decode"][step_sms] = time_ms(step.graphs, step.stream)
+        points["prefill"][other_sms] = time_ms(other.graphs, other.stream)
+        points["copy"][step_sms] = _copy_ms(source, target, step.stream)
+    total = pair.gpu.cut.total_sms
+    step, other = seats_of(pair, PLAIN, None)
+    points["decode"][total] = time_ms(step.graphs, step.stream)
+    points["prefill"][total] = time_ms(other.graphs, other.stream)
+    points["copy"][total] = _copy_ms(source, target, step.stream)
+    return {name: curve_of(name, found) for name, found in points.items()}
+
+
+def curve_of(work: str, points: Mapping[int, float]) -> Curve:
+    """A curve of measured points; its load counts milliseconds on the whole GPU."""
+    sms = tuple(sorted(points))
+    return Curve(work=work, sms=sms, ms=tuple(points[n] for n in sms), load=points[sms[-1]])
+
+
+def _copy_ms(source: torch.Tensor, target: torch.Tensor, stream: Any) -> float:
+    """Milliseconds of one copy on a stream, the least of three."""
+    times: list[float] = []
+    for _ in range(3):
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            start.record()
+            torch.add(source, 0.0, out=target)
+            end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)))
+    return min(times)
+
+
+def split_sizes(pair: Pair, wanted: Sequence[int] = ()) -> list[int]:
+    """The sizes of the exhaustive sweep: every one that leaves the other tenant an atom."""
+    step = pair.gpu.cut.atom_sms
+    return [n for n in range(step, step * pair.gpu.cut.atoms, step) if not wanted or n in wanted]

@@ -1,0 +1,425 @@
+"""Suite `colocation`: decode steps of one model beside prefill of another on the same GPU.
+
+A decode step is some MoE layers of one model on a few tokens, a prefill some layers of another on
+many; prefill is always queued. Loop `closed`: steps back to back. Loop `open`: a step arrives every
+two alone-times (half of the time is free), and waiting counts. Measured are: no control, stream
+priorities, SM budgets of the persistent launches alone, every split into two green contexts, and
+what each policy chooses from the curves measured alone (prefill gets all that decode does not);
+`moesaic` is the policy that keeps the promise (`runtime.tenants.protect`).
+
+Keys of a line besides the usual: `p99_ms`, `max_ms`, `steps`, `complete`, `other_share` (of the
+other's alone throughput), `slowdown_p99` (over the alone p99 of the same loop), `sms` and
+`other_sms`, `split` (SMs asked for), `policy`, `reason`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...hardware.green import GreenError, GreenUnavailable
+from ...runtime.plan import Curve, Plan, Profile, SliceGroup
+from ...runtime.policies import POLICIES
+from ...runtime.policies.guard import Guard
+from ...runtime.tenants import protect
+from ..colocate import (
+    BUDGET,
+    GREEN,
+    PLAIN,
+    PRIORITY,
+    Clockwork,
+    Loop,
+    Pair,
+    alone_per_s,
+    make_pair,
+    measure_curves,
+    prepare_budgets,
+    prepare_split,
+    prepare_whole,
+    seats_of,
+    split_sizes,
+    trial,
+    whole,
+)
+from ..results import Line, Target, at_least, at_most, make_line, stamp
+from ..stacks import Replays, Tenant
+from ..suite import Cell, Context, Suite
+from ..tenants import Trial, pooled
+from ..timing import reason
+from ..workloads import MODELS
+
+OURS, ALONE, NO_CONTROL, STREAMS, BUDGETS = (
+    "moesaic",
+    "alone",
+    "no-control",
+    "stream-priority",
+    "sm-budgets",
+)
+LOOPS = {"closed": (1.5, 0.60), "open": (1.25, 0.70)}
+"""Largest p99 over alone and least share of the other's throughput, by loop."""
+DUTY = 0.5
+STEPS = 2000
+ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A pair of tenants: decode beside prefill."""
+
+    decode: Tenant
+    prefill: Tenant
+
+    @property
+    def name(self) -> str:
+        """What the lines call it."""
+        return f"{self.decode.model.name} beside {self.prefill.model.name}"
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting(
+            Tenant(MODELS["Qwen3-30B-A3B"], tokens=8, layers=2, turns=8),
+            Tenant(MODELS["Mixtral-8x7B"], tokens=2048, layers=2, turns=1),
+        ),
+    )
+}
+
+
+def cells() -> list[Cell]:
+    """Both loops of every setting."""
+    return [
+        Cell(name, setting.decode.tokens, clock=loop)
+        for name, setting in SETTINGS.items()
+        for loop in LOOPS
+    ]
+
+
+def measured(line: Line) -> Cell | None:
+    """The cell of a line of the chosen plan."""
+    if line["impl"] != OURS or line["ms"] is None or line.get("wrong"):
+        return None
+    return Cell(line["model"], line["tokens"], line["routing"], line["dtype"], line["clock"])
+
+
+def groups_of(loop: str) -> tuple[SliceGroup, SliceGroup]:
+    """The two tenants as planners see them: decode with the loop's promise, prefill without."""
+    slo = LOOPS[loop][0]
+    return (
+        SliceGroup(name="decode", kind="tenant", curve="decode", priority=1, slo=slo),
+        SliceGroup(name="prefill", kind="tenant", curve="prefill"),
+    )
+
+
+def profile_of(loop: str, decode: Curve, history: int = 16) -> Profile:
+    """What policies see: decode busy all or half of the time, prefill always; loads in ms alone."""
+    duty = DUTY if loop == "open" else 1.0
+    step_ms = decode.ms[-1]
+    return Profile(
+        step=history,
+        groups=groups_of(loop),
+        loads_WN=((step_ms, step_ms / duty),) * history,
+        busy_WN=((duty, 1.0),) * history,
+        interval_ms=step_ms / duty if loop == "open" else None,
+    )
+
+
+def plans_of(loop: str, curves: dict[str, Curve], pair: Pair) -> dict[str, Plan]:
+    """The plan of every policy for a loop, from the curves alone; ours under its own name."""
+    profile = profile_of(loop, curves["decode"])
+    policies = dict(POLICIES) | {OURS: protect}
+    return {name: Guard(policy, curves, pair.machine)(profile) for name, policy in policies.items()}
+
+
+@dataclass
+class Bench:
+    """One setting while it is measured."""
+
+    pair: Pair
+    clockwork: Clockwork
+    fixed: Line
+    curves: dict[str, Curve]
+    other_per_s: float
+    alone: dict[str, Trial] = field(default_factory=dict)
+
+    def loop(self, name: str) -> Loop:
+        """The loop of a name; arrivals come every alone-time over the duty."""
+        interval = self.curves["decode"].ms[-1] / DUTY
+        return Loop(name, interval if name == "open" else None)
+
+    def run(
+        self, loop: str, seats: tuple[Replays, Replays | None], steps: int, limit_s: float
+    ) -> Trial:
+        """One trial."""
+        return trial(
+            self.clockwork, self.loop(loop), seats[0], seats[1], steps=steps, limit_s=limit_s
+        )
+
+    def line(self, loop: str, impl: str, found: Trial, **more: Any) -> Line:
+        """A line of what a trial gave."""
+        alone = self.alone[loop].at(0.99)
+        p99 = found.at(0.99)
+        rate = found.other_per_s
+        values: Line = {
+            "clock": loop, "impl": impl, "mode": "graph",
+            "ms": found.at(0.5), "ms_p20": found.at(0.2), "ms_p80": found.at(0.8),
+            "samples": len(found.latencies_ms), "p99_ms": p99, "max_ms": max(found.latencies_ms),
+            "steps": len(found.latencies_ms), "complete": found.complete,
+            "slowdown_p99": p99 / alone,
+            "other_per_s": rate, "other_share": None if rate is None else rate / self.other_per_s,
+        }  # fmt: skip
+        return make_line(self.fixed, **values, **more)
+
+
+def curve_lines(fixed: Line, curves: dict[str, Curve]) -> list[Line]:
+    """A line for each point of the curves measured alone."""
+    return [
+        make_line(
+            fixed, clock="curve", impl=f"{work}@{sms}", mode="graph",
+            ms=ms, sms=sms, work=work, slowdown=curve.slowdown(sms),
+        )
+        for work, curve in curves.items()
+        for sms, ms in zip(curve.sms, curve.ms, strict=True)
+    ]  # fmt: skip
+
+
+def curves_from(lines: Sequence[Line]) -> dict[str, Curve]:
+    """The curves that `curve_lines` wrote, by kind of work; of the last setting, if several."""
+    points: dict[str, dict[int, float]] = {}
+    for line in lines:
+        if line["clock"] == "curve" and line["ms"]:
+            points.setdefault(line["work"], {})[int(line["sms"])] = float(line["ms"])
+    curves = {}
+    for work, found in points.items():
+        sms = tuple(sorted(found))
+        curves[work] = Curve(
+            work=work, sms=sms, ms=tuple(found[n] for n in sms), load=found[sms[-1]]
+        )
+    return curves
+
+
+def begin(setting: Setting, cell: Cell, context: Context, stamped: Line) -> Bench:
+    """Weights, graphs of every split, curves; recorded as they come.
+
+    Raises:
+        GreenUnavailable, GreenError: the GPU cannot be split.
+    """
+    fixed = stamped | {
+        "suite": SUITE.name, "model": setting.name, "tokens": cell.tokens,
+        "routing": cell.routing, "dtype": cell.dtype,
+    }  # fmt: skip
+    dtype = getattr(torch, cell.dtype)
+    pair = make_pair(setting.decode, setting.prefill, context.device, dtype, context.seed)
+    context.say(f"compiled; {pair.gpu.cut}")
+    prepare_whole(pair)
+    for size in split_sizes(pair):
+        prepare_split(pair, size)
+    for size in (split_sizes(pair)[i] for i in (3, 5, 7)):
+        prepare_budgets(pair, size)
+    context.say(f"{len(pair.splits)} splits captured, {pair.differing} answers differ")
+    curves = measure_curves(pair)
+    clockwork = Clockwork.on(context.device)
+    per_s = alone_per_s(clockwork, whole(pair.other), seconds=1.0)
+    bench = Bench(pair, clockwork, fixed, curves, per_s)
+    context.record(curve_lines(fixed, curves))
+    slow = {n: [round(c.slowdown(s), 2) for s in c.sms] for n, c in curves.items()}
+    context.say(f"prefill alone {per_s:.1f} a second; slowdowns {slow}")
+    return bench
+
+
+def sweep(bench: Bench, loop: str, context: Context, limit_s: float) -> None:
+    """Every split once; a split on which steps pile up ends at its limit."""
+    lines = []
+    for size, (step_sms, other_sms) in sorted(bench.pair.splits.items()):
+        found = bench.run(loop, seats_of(bench.pair, GREEN, size), STEPS, limit_s)
+        ran = bench.pair.ran_on[size]
+        lines.append(
+            bench.line(
+                loop, f"split@{size}", found,
+                split=size, sms=step_sms, other_sms=other_sms, probed=list(ran),
+            )
+        )  # fmt: skip
+    context.record(lines)
+
+
+def named(bench: Bench, loop: str, context: Context, limit_s: float) -> None:
+    """No control, priorities, budgets and every policy's plan: interleaved, in rounds."""
+    plans = plans_of(loop, bench.curves, bench.pair)
+    ways: dict[tuple[str, int | None], list[Trial]] = {
+        (PLAIN, None): [],
+        (PRIORITY, None): [],
+    }
+    ways |= {(BUDGET, n): [] for n in _budget_sizes(bench.pair)}
+    for plan in plans.values():
+        ways[_way(plan)] = []
+    for _ in range(ROUNDS):
+        for way, size in ways:
+            seats = seats_of(bench.pair, way, size)
+            ways[way, size].append(bench.run(loop, seats, STEPS // ROUNDS, limit_s / ROUNDS))
+    found = {key: pooled(trials) for key, trials in ways.items()}
+    lines = [
+        bench.line(loop, NO_CONTROL, found[PLAIN, None]),
+        bench.line(loop, STREAMS, found[PRIORITY, None]),
+    ]
+    for n in _budget_sizes(bench.pair):
+        sms, other = bench.pair.splits[n]
+        more = {"split": n, "sms": sms, "other_sms": other}
+        lines.append(bench.line(loop, f"{BUDGETS}@{n}", found[BUDGET, n], **more))
+    for name, plan in plans.items():
+        size = plan.sizes.get("decode")
+        told = {"policy": plan.policy, "reason": plan.reason, "split": size}
+        if size is not None:
+            told["sms"], told["other_sms"] = bench.pair.splits[size]
+        impl = name if name == OURS else f"policy:{name}"
+        lines.append(bench.line(loop, impl, found[_way(plan)], **told))
+    context.record(lines)
+
+
+def _budget_sizes(pair: Pair) -> list[int]:
+    return [n for n, parts in pair.splits.items() if (parts[0], BUDGET) in pair.step.work.sizes]
+
+
+def _way(plan: Plan) -> tuple[str, int | None]:
+    """How a plan is carried out; not to slice is no control."""
+    return (GREEN, plan.sizes["decode"]) if plan.sliced else (PLAIN, None)
+
+
+def run(wanted: Sequence[Cell], context: Context) -> None:
+    """Measure the loops asked for, setting by setting; what fails becomes the error of our line."""
+    stamped = stamp(context.device)
+    for name in dict.fromkeys(cell.model for cell in wanted):
+        mine = [cell for cell in wanted if cell.model == name]
+        try:
+            with torch.no_grad():
+                bench = begin(SETTINGS[name], mine[0], context, stamped)
+                for cell in mine:
+                    measure(bench, cell, context)
+                bits = make_line(
+                    bench.fixed, clock="bits", impl=OURS, mode="graph",
+                    differing=bench.pair.differing, splits=len(bench.pair.splits),
+                )  # fmt: skip
+                context.record([bits])
+                bench.pair.gpu.close()
+        except (GreenUnavailable, GreenError) as error:
+            context.record([_failed(cell, stamped, reason(error)) for cell in mine])
+            context.say(reason(error))
+
+
+def measure(bench: Bench, cell: Cell, context: Context) -> None:
+    """Alone, named ways, sweep: one loop."""
+    loop = cell.clock
+    limit_s = max(1.0, 0.08 * context.budget_s)
+    alone = bench.run(loop, (whole(bench.pair.step), None), STEPS, limit_s)
+    bench.alone[loop] = alone
+    context.record([bench.line(loop, ALONE, alone, sms=bench.pair.gpu.cut.total_sms)])
+    named(bench, loop, context, limit_s)
+    sweep(bench, loop, context, 0.4 * limit_s)
+    again = pooled([alone, bench.run(loop, (whole(bench.pair.step), None), STEPS, limit_s)])
+    context.record([bench.line(loop, ALONE, again, sms=bench.pair.gpu.cut.total_sms)])
+    context.say(f"{loop} loop: " + told(context.recorder.lines, loop))
+
+
+def told(lines: Sequence[Line], loop: str) -> str:
+    """One loop's result for the person who waits."""
+    parts = [
+        f"{x['impl']} {x['slowdown_p99']:.2f}x"
+        + ("" if x.get("other_share") is None else f" / {x['other_share']:.2f}")
+        for x in lines
+        if x["clock"] == loop and x["ms"] is not None
+    ]
+    return ", ".join(parts)
+
+
+def _failed(cell: Cell, stamped: Line, text: str) -> Line:
+    fixed = stamped | {"suite": SUITE.name, "model": cell.model, "tokens": cell.tokens}
+    return make_line(
+        fixed, clock=cell.clock, routing=cell.routing, dtype=cell.dtype,
+        impl=OURS, mode="graph", error=text,
+    )  # fmt: skip
+
+
+def points(lines: Sequence[Line], cell: Cell) -> dict[str, tuple[float, float]]:
+    """(p99 over alone, the other's share) of every way that was measured in a loop."""
+    return {
+        x["impl"]: (x["slowdown_p99"], x["other_share"])
+        for x in lines
+        if (x["model"], x["tokens"], x["clock"]) == (cell.model, cell.tokens, cell.clock)
+        and x["ms"] is not None
+        and x.get("other_share") is not None
+    }
+
+
+def score(point: tuple[float, float], slo: float) -> tuple[bool, float]:
+    """How good a point is: the other's share where the promise is kept, else how near it comes."""
+    return (True, point[1]) if point[0] <= slo else (False, -point[0])
+
+
+def of_best(points_: dict[str, tuple[float, float]], slo: float) -> float | None:
+    """The chosen plan over the best point of the sweep; 0 where only the sweep keeps the promise.
+
+    Both keep it: the ratio of shares. Neither does: the ratio of the slowdowns.
+    """
+    swept = [point for impl, point in points_.items() if impl.startswith("split@")]
+    if OURS not in points_ or not swept:
+        return None
+    ours, best = points_[OURS], max(swept, key=lambda point: score(point, slo))
+    kept, best_kept = ours[0] <= slo, best[0] <= slo
+    if kept and best_kept:
+        return ours[1] / best[1]
+    if kept or best_kept:
+        return float(kept)
+    return best[0] / ours[0]
+
+
+def dominated(points_: dict[str, tuple[float, float]], impl: str) -> float | None:
+    """1 where some split has no larger p99 and no smaller share than `impl`, else 0."""
+    if impl not in points_:
+        return None
+    p99, share = points_[impl]
+    swept = [point for name, point in points_.items() if name.startswith(("split@", OURS))]
+    return float(any(a <= p99 and b >= share for a, b in swept)) if swept else None
+
+
+def summarize(lines: Sequence[Line]) -> list[Target]:
+    """The promises of each loop, the front, the sweep, and that no answer differs."""
+    targets = []
+    for cell in cells():
+        slo, share = LOOPS[cell.clock]
+        found, what = points(lines, cell), f"{cell.clock} loop"
+        ours = found.get(OURS, (None, None))
+        steps = [
+            x["steps"] for x in lines
+            if x["clock"] == cell.clock and x["model"] == cell.model and x["impl"] in REQUIRED_STEPS
+            and x["ms"] is not None
+        ]  # fmt: skip
+        targets += [
+            at_most(f"{what}: decode p99 over alone", ours[0], slo),
+            at_least(f"{what}: share of the other's throughput", ours[1], share),
+            at_least(f"{what}: chosen plan over the sweep's best", of_best(found, slo), 0.9),
+            at_least(f"{what}: {NO_CONTROL} inside the front", dominated(found, NO_CONTROL), 1),
+            at_least(f"{what}: {STREAMS} inside the front", dominated(found, STREAMS), 1),
+            at_least(f"{what}: fewest steps of a way", min(steps, default=None), STEPS),
+        ]
+    bits = [x["differing"] for x in lines if x["clock"] == "bits"]
+    targets.append(at_most("answers whose bits differ from the whole GPU's", _sum(bits), 0))
+    return targets
+
+
+def _sum(values: Sequence[int]) -> float | None:
+    return float(sum(values)) if values else None
+
+
+REQUIRED_STEPS = (ALONE, NO_CONTROL, STREAMS, OURS, *(f"policy:{name}" for name in POLICIES))
+
+SUITE = Suite(
+    name="colocation",
+    about="decode of one model beside prefill of another: no control, priorities, slices",
+    cells=cells,
+    run=run,
+    summarize=summarize,
+    budget_s=110.0,
+    measured=measured,
+)

@@ -1,0 +1,142 @@
+"""Suite colocation: what the lines must show, computed from lines; policies choose from curves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moesaic.bench.report import by_clock, overview, sheet
+from moesaic.bench.results import make_line
+from moesaic.bench.suite import Context
+from moesaic.bench.suites import colocation
+from moesaic.bench.suites.colocation import (
+    ALONE,
+    GREEN,
+    LOOPS,
+    NO_CONTROL,
+    OURS,
+    PLAIN,
+    STREAMS,
+    SUITE,
+    Bench,
+    cells,
+    curve_lines,
+    curves_from,
+    plans_of,
+)
+from moesaic.bench.tenants import Trial
+from moesaic.runtime.plan import Curve, MachineSlices
+
+STAMPED = dict.fromkeys(("device", "torch", "triton", "commit", "date"), "x")
+SIZES = (8, 16, 32, 48, 64, 96, 128, 132)
+CURVES = {
+    "decode": Curve(
+        work="decode", sms=SIZES, ms=(1.6, 0.8, 0.45, 0.33, 0.28, 0.26, 0.25, 0.25), load=0.25
+    ),
+    "prefill": Curve(work="prefill", sms=SIZES, ms=(60, 30, 15, 10, 7.6, 5.2, 4.0, 3.9), load=3.9),
+    "copy": Curve(work="copy", sms=SIZES, ms=(6, 3, 1.9, 1.4, 1.2, 1.1, 1.0, 1.0)),
+}
+
+
+class FakeContext(Context):
+    def __init__(self) -> None:
+        self.kept: dict[Any, Any] = {}
+        self.recorder = SimpleNamespace(lines=[])
+        self.budget_s = 60.0
+
+    def record(self, lines: Any) -> None:
+        for line in lines:
+            self.kept[line["clock"], line["impl"]] = line
+        self.recorder.lines = list(self.kept.values())
+
+    def say(self, text: str) -> None:
+        assert text
+
+
+def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> list[Any]:
+    """The lines of a run whose trials follow the curves; without control steps wait ten times."""
+    splits = {n: (n, 128 - n) for n in range(8, 128, 8)}
+    work = SimpleNamespace(sizes=((132, PLAIN),), use=lambda sms, label: (sms, label))
+    pair: Any = SimpleNamespace(
+        splits=splits,
+        ran_on=splits,
+        differing=0,
+        machine=MachineSlices(),
+        step=SimpleNamespace(work=work),
+        other=SimpleNamespace(work=work),
+        gpu=SimpleNamespace(cut=SimpleNamespace(total_sms=132)),
+    )
+
+    def trial(clockwork, loop, step, other, *, steps, limit_s):
+        if other is None:
+            return Trial((0.25,) * steps, None, True)
+        if step[1] != GREEN:
+            return Trial((2.5,) * steps, 250.0, True)
+        slow = CURVES["decode"].slowdown(step[0]) * interference
+        return Trial((0.25 * slow,) * steps, 256 / CURVES["prefill"].slowdown(other[0]), True)
+
+    monkeypatch.setattr(colocation, "trial", trial)
+    fixed = STAMPED | {
+        "suite": "colocation",
+        "model": cells()[0].model,
+        "tokens": 8,
+        "routing": "uniform",
+        "dtype": "bfloat16",
+    }
+    bench = Bench(pair, None, fixed, CURVES, 256.0)  # type: ignore[arg-type]
+    context = FakeContext()
+    context.record(curve_lines(fixed, CURVES))
+    for cell in cells():
+        colocation.measure(bench, cell, context)
+    context.record([make_line(fixed, clock="bits", impl=OURS, mode="graph", differing=0)])
+    return context.recorder.lines
+
+
+def test_the_targets_come_from_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = simulated(monkeypatch)
+    targets = {t.name: t for t in SUITE.summarize(lines)}
+    assert len(targets) == 13
+    assert targets["closed loop: decode p99 over alone"].met
+    assert targets["closed loop: chosen plan over the sweep's best"].value >= 0.9
+    assert targets["closed loop: no-control inside the front"].met is False  # 0.98 of the other
+    assert targets["closed loop: fewest steps of a way"].value == 2000
+    impls = {x["impl"] for x in lines if x["clock"] == "open"}
+    assert {ALONE, OURS, NO_CONTROL, STREAMS, "policy:adaptive", "split@40"} <= impls
+    for some in by_clock(lines).values():
+        sheet(some), overview(some)
+
+
+def test_a_wrong_bit_a_broken_promise_and_missing_lines_show(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not any(t.met for t in SUITE.summarize([]))
+    lines = simulated(monkeypatch, interference=1.8)
+    bits = next(x for x in lines if x["clock"] == "bits")
+    bits["differing"] = 1
+    targets = {t.name: t for t in SUITE.summarize(lines)}
+    assert not targets["answers whose bits differ from the whole GPU's"].met
+    assert not targets["open loop: decode p99 over alone"].met
+    wasteful = [x for x in lines if x["impl"] != OURS or x["clock"] != "closed"]
+    worse = next(x for x in lines if x["impl"] == "split@8" and x["clock"] == "closed")
+    wasteful.append(worse | {"impl": OURS})
+    found = {t.name: t.value for t in SUITE.summarize(wasteful)}
+    assert found["closed loop: chosen plan over the sweep's best"] < 0.9
+
+
+def test_curves_survive_their_lines() -> None:
+    fixed = STAMPED | {"suite": "colocation", "model": "m", "tokens": 8}
+    again = curves_from(curve_lines(fixed, CURVES))
+    assert again["decode"] == CURVES["decode"] and again["prefill"] == CURVES["prefill"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_every_policy_gives_a_plan_that_fits(loop: str) -> None:
+    pair: Any = SimpleNamespace(machine=MachineSlices())
+    plans = plans_of(loop, CURVES, pair)
+    assert {OURS, "none", "static", "dynamic", "proportional", "adaptive"} <= set(plans)
+    assert not plans["none"].sliced
+    ours = plans[OURS]
+    assert CURVES["decode"].slowdown(ours.sizes["decode"]) <= 0.9 * LOOPS[loop][0]
+    assert sum(ours.sizes.values()) == 128
