@@ -27,7 +27,6 @@ UNITS = tl.constexpr(1 << 10)
 STRIDE = tl.constexpr(32)  # words from one flag to the next: flags share no cache line
 NAN_WORD = tl.constexpr(0x7FC07FC0)  # NaN as fp32, and as two of bf16 or fp16
 ALIGN = 128
-WIDE_ROWS = 1024
 
 
 def _aligned(size: int) -> int:
@@ -74,24 +73,24 @@ class Tile(NamedTuple):
 
 
 def plan_push(rows: int, words: int, ranks: int, programs: int) -> Tile:
-    """Tiles for `rows` candidates a peer on at most `programs` programs (one an SM)."""
+    """Tiles for `rows` candidates a peer on at most `programs` programs (one an SM).
+
+    Four shapes: parts of single rows, half rows, rows, and rows gathered from many candidates.
+    """
     own = max(1, programs // (2 * ranks)) if ranks > 1 else programs
-    blocks = max(1, (programs - own) // max(1, ranks - 1))
-    blocks = min(blocks, UNITS.value)
+    blocks = min((programs - own) // max(1, ranks - 1), UNITS.value)
     block = min(512, triton.next_power_of_2(words))
-    if rows > max(WIDE_ROWS, 16 * blocks):
-        chunk = min(256, max(32, _floor_pow2(rows // (4 * blocks))))
-        return Tile(blocks, own, chunk, 16, triton.cdiv(words, block) * block, block, 16)
-    chunk = min(16, max(_floor_pow2(rows // blocks), min(4, triton.next_power_of_2(rows))))
-    slices = min(triton.cdiv(words, block), max(1, blocks // triton.cdiv(rows, chunk)))
-    width = triton.cdiv(triton.cdiv(words, slices), block) * block
+    whole = triton.cdiv(words, block) * block
+    if rows > 2048:
+        return Tile(max(1, blocks), own, 256, 16, whole, block, 16)
+    if rows > 256:
+        chunk, width = 16, whole
+    elif rows > 8:
+        chunk, width = 8, triton.cdiv(whole // block, 2) * block
+    else:
+        chunk, width = 4, block
     items = triton.cdiv(rows, chunk) * triton.cdiv(words, width)
-    warps = min(8, max(1, chunk * block // 128))
-    return Tile(min(blocks, items), min(own, items), chunk, chunk, width, block, warps)
-
-
-def _floor_pow2(value: int) -> int:
-    return 1 << max(0, value.bit_length() - 1)
+    return Tile(max(1, min(blocks, items)), min(own, items), chunk, chunk, width, block, 8)
 
 
 class Window(NamedTuple):

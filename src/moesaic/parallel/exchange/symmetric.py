@@ -85,7 +85,7 @@ class SymmetricExchange:
 
         self.seat, self.group, self.top_k = seat, group, top_k
         self.row, self.back = row, back
-        self.device = seat.place_E.device
+        self.device = seat.place_E.device  # of a tensor, so that a GPU has its index
         self.num_sms = num_sms or max(sm_count(self.device), seat.ranks)
         if self.num_sms < seat.ranks:
             raise ValueError(f"num_sms must be at least one a rank, {seat.ranks}, got {num_sms}")
@@ -165,6 +165,11 @@ class SymmetricExchange:
     ) -> Turn:
         from ...kernels.push import push_tokens
 
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            raise RuntimeError(
+                f"the exchange is on {self.device}, the current device is another; "
+                f"call torch.cuda.set_device({self.device.index}) first"
+            )
         bound = self.capacity if bound is None else min(bound, self.capacity)
         tokens = hidden_TH.shape[0]
         if tokens > bound or topk_ids_TK.shape != (tokens, self.top_k):
