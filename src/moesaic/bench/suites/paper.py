@@ -14,7 +14,7 @@ out, so that a run can be made in pieces with ``--missing``.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ from ..paper.windows import Watch, work_of
 from ..results import Line, make_line, stamp
 from ..suite import Cell, Context, Suite
 from ..timing import Call, DeviceLost, Sampler, check_device, eager_sampler, reason
-from ..workloads import MODELS
+from ..workloads import MODELS, Model
 from .triton import machine_of, told
 
 NAME = "paper"
@@ -55,10 +55,10 @@ def executors_of(cell: Cell) -> list[tuple[Executor, str]]:
     return chosen + [(x, "graph") for x in everyone.values() if not x.host_counts]
 
 
-def estimate_s(cell: Cell, gpu: bool = True) -> float:
+def estimate_s(cell: Cell, gpu: bool = True, models: Callable[[str], Model] = model_of) -> float:
     """Seconds that a cell takes."""
     if not gpu and cell.clock != "launch":
-        model = model_of(cell.model)
+        model = models(cell.model)
         flops = expert_flops(model.spec(), cell.tokens * model.top_k)
         return 0.5 + 8 * len(registry()) * flops / CPU_FLOPS_PER_S
     if cell.clock != "energy":
@@ -75,6 +75,7 @@ class Bench:
     watch: Watch
     stamped: Line
     executors: list[Executor]
+    models: Callable[[str], Model]
     loaded: dict[str, Loaded] = field(default_factory=dict)
 
     @property
@@ -89,7 +90,7 @@ class Bench:
         for name in [n for n in self.loaded if n not in MODELS]:
             del self.loaded[name]
             gc.collect()
-        model, dtype = model_of(cell.model), getattr(torch, cell.dtype)
+        model, dtype = self.models(cell.model), getattr(torch, cell.dtype)
         made = load(model, dtype, self.candidates, self.machine, self.context.seed)
         self.loaded[cell.model] = made
         return made
@@ -198,7 +199,7 @@ MEASURES = {
 }
 
 
-def open_bench(context: Context, wanted: Sequence[Cell]) -> Bench:
+def open_bench(context: Context, wanted: Sequence[Cell], models: Callable[[str], Model]) -> Bench:
     """The machine's ceilings recorded, its idle power measured where windows are wanted."""
     stamped = stamp(context.device)
     machine = machine_of(context, stamped, NAME)
@@ -208,10 +209,12 @@ def open_bench(context: Context, wanted: Sequence[Cell]) -> Bench:
     absent = [name for name, _ in LADDER if name not in registry()]
     if absent:
         context.say(f"no executor yet, not measured: {', '.join(absent)}")
-    return Bench(context, machine, watch, stamped, list(registry().values()))
+    return Bench(context, machine, watch, stamped, list(registry().values()), models)
 
 
-def run(wanted: Sequence[Cell], context: Context) -> None:
+def run(
+    wanted: Sequence[Cell], context: Context, *, models: Callable[[str], Model] = model_of
+) -> None:
     """Measure cells in their order while their estimates fit into the budget of the context.
 
     A cell that fails is recorded with its error; one that does not fit is named and left out.
@@ -219,7 +222,7 @@ def run(wanted: Sequence[Cell], context: Context) -> None:
     Raises:
         DeviceLost: the GPU answers no more.
     """
-    bench = open_bench(context, wanted)
+    bench = open_bench(context, wanted, models)
     compiled = [cell for cell in wanted if cell.clock in LAYERS]
     if context.device.type == "cuda" and compiled:
         problems = compile_beside(compiled)
@@ -227,7 +230,7 @@ def run(wanted: Sequence[Cell], context: Context) -> None:
     left_out: list[Cell] = []
     gpu = context.device.type == "cuda"
     for number, cell in enumerate(wanted):
-        if context.elapsed_s() + estimate_s(cell, gpu) > context.budget_s:
+        if context.elapsed_s() + estimate_s(cell, gpu, models) > context.budget_s:
             left_out.append(cell)
             continue
         try:
