@@ -182,7 +182,7 @@ class Linked:
 
 
 def _deviation(state: Linked, context_C: Array) -> Array:
-    if not state.seen:
+    if not state.seen or not len(state.level_C):
         return np.zeros_like(state.level_C)
     scale = float(state.level_C.mean()) or 1.0
     return np.nan_to_num((context_C - state.level_C) / scale, posinf=0.0, neginf=0.0)
@@ -292,3 +292,21 @@ def learned() -> Predictor:
     """What `adaptive` uses: all the others, mixed on line."""
     baselines = [last(), *(ewma(speed) for speed in SPEEDS)]
     return mixed([*baselines, trend(), linked(10.0, 0.1), linked(100.0, 0.1)], name="learned")
+
+
+def each(predictor: Predictor) -> Predictor:
+    """The predictor for every number by itself: for numbers that behave differently."""
+
+    def predict(state: tuple[Any, ...], context_C: Array) -> Array:
+        return np.concatenate([predictor.predict(held, context_C) for held in state])
+
+    def update(state: tuple[Any, ...], values_N: Array, context_C: Array) -> tuple[Any, ...]:
+        pairs = zip(state, values_N, strict=True)
+        return tuple(predictor.update(held, value[None], context_C) for held, value in pairs)
+
+    return Predictor(
+        predictor.name,
+        lambda size, width: tuple(predictor.start(1, width) for _ in range(size)),
+        predict,
+        update,
+    )

@@ -1,90 +1,134 @@
-"""`adaptive`: predicts the next step's work, and cuts the GPU for it where that pays.
+"""`adaptive`: foresees the next step's work, and cuts the GPU for it where that pays.
 
-Of not slicing, the sizes under which the slowest group ends soonest, and the plan in force, it
-takes what is predicted to be fastest; and it leaves the plan in force until another is faster by
-more than `MARGIN`, so that noise in the loads does not make plans alternate.
+Several ways to foresee (`forecast.Way`) each propose a plan: not to slice, or the sizes with the
+least mean time over what may come (`search.Table`). The policy follows the way whose proposals
+would have cost least of late, so it is not bound to a learned predictor where a plain one serves
+better. It leaves the plan in force until the proposal is faster by more than `MARGIN`, so that
+noise in the loads does not make plans alternate.
 
-The predictor is `learned`, which holds the plain ones as members and follows whoever errs least.
-`by` makes the same policy with another predictor, for comparison.
+`by` makes the same policy with other ways, for comparison.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..plan import Curves, MachineSlices, Plan, Policy, Profile
-from ..predictors import Predictor, learned
-from .forecast import Forecast, forecast
-from .sizing import plan_ms, shares, shortest
+from ..predictors import Array, each, ewma, last, learned
+from .forecast import Learned, Way, expect, learn, possible, start
+from .search import Table
+from .sizing import shares
 
 MARGIN = 0.02
+FORGET = 0.98
+"""Of what the proposals cost, from one step to the next."""
+WAYS = (
+    Way("learned", each(learned())),
+    Way("learned by counts", each(learned()), learned()),
+    Way("last", last()),
+    Way("ewma0.3", ewma(0.3)),
+    Way("ewma0.1", ewma(0.1)),
+)
 
 
 @dataclass(frozen=True)
 class Held:
-    """State: what was learned, and the plan in force."""
+    """State: what each way learned, what it proposed, what its proposals cost, the plan in force.
 
-    learned: Forecast
-    plan: Plan
+    A proposal or plan is the sizes, () for the whole GPU. `of`: the groups that this is about.
+    """
 
-
-def decide(
-    name: str,
-    profile: Profile,
-    loads_N: tuple[float, ...],
-    curves: Curves,
-    machine: MachineSlices,
-    *,
-    before: Plan | None = None,
-    margin: float = MARGIN,
-) -> Plan:
-    """The fastest plan for these loads, or `before` unless that is slower by more than `margin`."""
-    plans = [Plan(policy=name, reason="predicted to be fastest on the whole GPU")]
-    sizes_N = shortest(profile.groups, loads_N, curves, machine)
-    if sizes_N is not None:
-        cut = shares(profile.groups, sizes_N)
-        plans.append(Plan(policy=name, reason="predicted to be fastest", shares=cut))
-    times = [plan_ms(profile, loads_N, plan, curves, machine) for plan in plans]
-    best = min(range(len(plans)), key=times.__getitem__)
-    reason, cut, time = plans[best].reason, plans[best].shares, times[best]
-    if before is not None and before.problem(profile, machine) is None:
-        kept_ms = plan_ms(profile, loads_N, before, curves, machine)
-        if kept_ms <= time * (1 + margin):
-            reason, cut, time = f"kept, within {margin:.0%} of the fastest", before.shares, kept_ms
-    return Plan(policy=name, reason=reason, shares=cut, predicted_ms=time)
+    step: int
+    of: tuple[tuple[str, tuple[int, ...]], ...]
+    ways: tuple[Learned, ...]
+    proposed: tuple[tuple[int, ...], ...] | None
+    cost_W: Array
+    force: tuple[int, ...] | None
 
 
-def by(
-    predictor: Predictor,
-    *,
-    counts: bool = True,
-    margin: float = MARGIN,
-    name: str | None = None,
-) -> Policy:
-    """The adaptive policy with `predictor` for work, and with `counts` for experts' rows too."""
-    called = name or f"adaptive:{predictor.name}"
+def _cost(table: Table, sizes: tuple[int, ...], loads_KN: Array) -> float:
+    """Mean milliseconds over some loads under sizes, () for the whole GPU."""
+    if not sizes:
+        return float(table.whole_ms(loads_KN).mean())
+    places_1N = np.array([[table.machine.sizes.index(size) for size in sizes]])
+    return float(table.sliced_ms(places_1N, loads_KN).mean())
+
+
+def _propose(table: Table, loads_KN: Array) -> tuple[int, ...]:
+    """The sizes with the least mean time, () where the whole GPU is no slower."""
+    sizes = table.best(loads_KN) or ()
+    return sizes if sizes and _cost(table, sizes, loads_KN) < _cost(table, (), loads_KN) else ()
+
+
+def _begin(profile: Profile, ways: Sequence[Way]) -> Held:
+    return Held(
+        step=profile.step - len(profile.loads_WN),
+        of=tuple((group.name, group.experts) for group in profile.groups),
+        ways=tuple(start(way, profile) for way in ways),
+        proposed=None,
+        cost_W=np.zeros(len(ways)),
+        force=None,
+    )
+
+
+def _catch_up(held: Held, profile: Profile, ways: Sequence[Way], table: Table) -> Held:
+    """What was learned from the rows that are new; costs of proposals made for the first."""
+    history = len(profile.loads_WN)
+    first = history - min(history, max(0, profile.step - held.step))
+    states, cost_W = held.ways, held.cost_W
+    if held.proposed is not None and first < history:
+        came_1N = np.asarray(profile.loads_WN[first], dtype=np.float64)[None]
+        if np.isfinite(came_1N).all():
+            spent = [_cost(table, sizes, came_1N) for sizes in held.proposed]
+            cost_W = FORGET * cost_W + np.array(spent)
+    for row in range(first, history):
+        states = tuple(learn(w, s, profile, row) for w, s in zip(ways, states, strict=True))
+    return Held(profile.step, held.of, states, None, cost_W, held.force)
+
+
+def _choose(held: Held, profile: Profile, ways: Sequence[Way], table: Table) -> tuple[Held, int]:
+    """Every way's proposal for the step to come, and the place of the way to follow."""
+    row = len(profile.loads_WN)
+    states = tuple(expect(w, s, profile, row) for w, s in zip(ways, held.ways, strict=True))
+    proposed = tuple(_propose(table, possible(state)) for state in states)
+    after = Held(held.step, held.of, states, proposed, held.cost_W, held.force)
+    return after, int(held.cost_W.argmin())
+
+
+def by(ways: Sequence[Way], *, margin: float = MARGIN, name: str = "adaptive") -> Policy:
+    """The adaptive policy with these ways to foresee."""
 
     def policy(profile: Profile, curves: Curves, machine: MachineSlices, state: Any) -> Plan:
         if not profile.loads_WN:
-            return Plan(policy=called, reason="no loads were recorded yet")
+            return Plan(policy=name, reason="no loads were recorded yet", state=state)
+        of = tuple((group.name, group.experts) for group in profile.groups)
         held = state if isinstance(state, Held) else None
-        loads_N, known = forecast(
-            profile, held.learned if held else None, predictor, predictor if counts else None
-        )
-        plan = decide(
-            called, profile, loads_N, curves, machine,
-            before=held.plan if held else None, margin=margin,
-        )  # fmt: skip
+        if held is None or held.of != of:
+            held = _begin(profile, ways)
+        table = Table.of(profile.groups, curves, machine)
+        held, place = _choose(_catch_up(held, profile, ways, table), profile, ways, table)
+        loads_KN, proposal = possible(held.ways[place]), (held.proposed or ())[place]
+        time = _cost(table, proposal, loads_KN)
+        reason = f"fastest as {ways[place].name} foresees it"
+        if held.force is not None and held.force != proposal:
+            kept = _cost(table, held.force, loads_KN)
+            if kept <= time * (1 + margin):
+                proposal, time = held.force, kept
+                reason = f"kept, within {margin:.0%} of what {ways[place].name} proposes"
+        after = Held(held.step, of, held.ways, held.proposed, held.cost_W, proposal)
         return Plan(
-            policy=called,
-            reason=plan.reason,
-            shares=plan.shares,
-            predicted_ms=plan.predicted_ms,
-            state=Held(known, plan),
+            policy=name,
+            reason=reason if proposal else f"whole GPU: {reason}",
+            shares=shares(profile.groups, proposal) if proposal else (),
+            predicted_ms=time,
+            state=after,
         )
 
     return policy
 
 
-adaptive = by(learned(), name="adaptive")
+adaptive = by(WAYS)

@@ -1,11 +1,11 @@
-"""What each group will have to do in the next step, learned from what the profiles showed.
+"""One way to foresee the work of the next step, and what following it would have cost.
 
-    N groups · E experts · C numbers of context
+    N groups · E experts · C numbers of context · K recent errors · F = 4 features
 
-Two ways lead there. The direct one predicts the groups' recorded work from its own past. The other
-predicts the rows of every expert (with the context: what other layers counted), and *slice time*, a
+A *way* predicts the groups' recorded work from its own past; or it predicts the rows of every
+expert (with the context: what other layers counted) and from them the work, by *slice times*: a
 regression fitted on line from a group's predicted rows to its work, which thereby also learns how
-far predictions of rows mislead. Per group, whichever erred less of late is used.
+far predictions of rows mislead.
 """
 
 from __future__ import annotations
@@ -18,53 +18,56 @@ import numpy as np
 from ..plan import Profile, SliceGroup
 from ..predictors import NO_CONTEXT, Array, Predictor
 
-FORGET = 0.97
-"""Of the errors that decide between the two ways."""
-FORGET_TIME, RIDGE_TIME = 0.998, 1e-3
+ERRORS = 64
+"""Recent errors that are kept: what a plan is prepared for."""
+FORGET_TIME, RIDGE_TIME, FEATURES = 0.998, 1e-3, 4
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """State: both predictors, the regression's sums per group, errors, and what was expected.
+class Way:
+    """A predictor of the groups' work and, where given, of experts' rows and so of their groups'.
 
-    `named`: the groups by name and experts for which this was learned; `step`: the last one seen.
+    Groups without experts, and profiles without counts, always go by `loads`.
     """
 
-    step: int
-    named: tuple[tuple[str, tuple[int, ...]], ...]
-    direct: Any
+    name: str
+    loads: Predictor
+    counts: Predictor | None = None
+
+
+@dataclass(frozen=True)
+class Learned:
+    """State of a way: the predictors', the regression's sums, what it expected, recent errors."""
+
+    loads: Any
     counts: Any
     gram_NFF: Array
     moment_NF: Array
-    errors_2N: Array
+    errors_KN: Array
+    expected_N: Array | None = None
     features_NF: Array | None = None
-    expected_2N: Array | None = None
 
 
-def _names(groups: tuple[SliceGroup, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((group.name, group.experts) for group in groups)
-
-
-def start(profile: Profile, direct: Predictor, counts: Predictor | None) -> Forecast:
-    """Nothing learned yet; every row of the profile is news."""
+def start(way: Way, profile: Profile) -> Learned:
+    """Nothing learned yet."""
     size = len(profile.groups)
-    experts = len(profile.counts_WE[0]) if profile.counts_WE else 0
     width = len(profile.context_VC[0]) if profile.context_VC else 0
-    return Forecast(
-        step=profile.step - len(profile.loads_WN),
-        named=_names(profile.groups),
-        direct=direct.start(size, 0),
-        counts=counts.start(experts, width) if counts and experts else None,
-        gram_NFF=np.tile(RIDGE_TIME * np.eye(4), (size, 1, 1)),
-        moment_NF=np.zeros((size, 4)),
-        errors_2N=np.zeros((2, size)),
+    counted = way.counts is not None and len(profile.counts_WE) == len(profile.loads_WN) > 0
+    return Learned(
+        loads=way.loads.start(size, 0),
+        counts=way.counts.start(len(profile.counts_WE[0]), width)
+        if way.counts and counted
+        else None,
+        gram_NFF=np.tile(RIDGE_TIME * np.eye(FEATURES), (size, 1, 1)),
+        moment_NF=np.zeros((size, FEATURES)),
+        errors_KN=np.zeros((0, size)),
     )
 
 
 def _features(groups: tuple[SliceGroup, ...], counts_E: Array) -> Array:
-    """(N, 4): one, and rows, active experts and squared rows of each group, per mean expert."""
+    """(N, F): one, and rows, active experts and squared rows of each group, per mean expert."""
     mean = float(counts_E.mean()) or 1.0
-    found = np.ones((len(groups), 4))
+    found = np.ones((len(groups), FEATURES))
     for n, group in enumerate(groups):
         rows = counts_E[list(group.experts)] / mean
         found[n, 1:] = rows.sum(), (rows > 0).sum(), (rows * rows).sum()
@@ -78,80 +81,56 @@ def _context(profile: Profile, row: int) -> Array:
     return np.asarray(profile.context_VC[row], dtype=np.float64)
 
 
-def _expect(
-    state: Forecast, profile: Profile, row: int, direct: Predictor, counts: Predictor | None
-) -> tuple[Array, Array | None]:
-    """Both ways' work (2, N) for a row that is not looked at, and the features behind the second.
-
-    Where there are no counts, or a group has no experts, the second way is the first.
-    """
-    guess_N = direct.predict(state.direct, NO_CONTEXT)
-    if counts is None or state.counts is None:
-        return np.stack([guess_N, guess_N]), None
-    rows_E = counts.predict(state.counts, _context(profile, row))
+def expect(way: Way, state: Learned, profile: Profile, row: int) -> Learned:
+    """The state with what is expected of a row of the history; row W is the step to come."""
+    guess_N = way.loads.predict(state.loads, NO_CONTEXT)
+    if way.counts is None or state.counts is None:
+        return replace(state, expected_N=guess_N)
+    rows_E = way.counts.predict(state.counts, _context(profile, row))
     features_NF = _features(profile.groups, rows_E)
-    mapped_N = guess_N.copy()
-    for n, group in enumerate(profile.groups):
-        if group.experts:
-            weights_F = np.linalg.solve(state.gram_NFF[n], state.moment_NF[n])
-            mapped_N[n] = max(0.0, float(features_NF[n] @ weights_F))
-    return np.stack([guess_N, mapped_N]), features_NF
+    weights_NF = np.linalg.solve(state.gram_NFF, state.moment_NF[:, :, None])[:, :, 0]
+    mapped_N = np.maximum((features_NF * weights_NF).sum(axis=1), 0.0)
+    manned_N = np.array([bool(group.experts) for group in profile.groups])
+    expected_N = np.where(manned_N, mapped_N, guess_N)
+    return replace(state, expected_N=expected_N, features_NF=features_NF)
 
 
-def _learn(
-    state: Forecast, profile: Profile, row: int, direct: Predictor, counts: Predictor | None
-) -> Forecast:
-    """The state after one row of history."""
+def learn(way: Way, state: Learned, profile: Profile, row: int) -> Learned:
+    """The state after a row of the history; a row that is not finite is passed over."""
     loads_N = np.asarray(profile.loads_WN[row], dtype=np.float64)
-    expected_2N, features_NF = state.expected_2N, state.features_NF
-    if expected_2N is None:
-        expected_2N, features_NF = _expect(state, profile, row, direct, counts)
-    gram_NFF, moment_NF, errors_2N = state.gram_NFF, state.moment_NF, state.errors_2N
-    if np.isfinite(loads_N).all():
-        errors_2N = FORGET * errors_2N + np.abs(expected_2N - loads_N)
-        if features_NF is not None:
-            squares_NFF = features_NF[:, :, None] * features_NF[:, None, :]
-            gram_NFF = FORGET_TIME * gram_NFF + squares_NFF
-            moment_NF = FORGET_TIME * moment_NF + features_NF * loads_N[:, None]
-    after = state.counts
-    if counts is not None and state.counts is not None:
-        rows_E = np.asarray(profile.counts_WE[row - len(profile.loads_WN)], dtype=np.float64)
-        after = counts.update(state.counts, rows_E, _context(profile, row))
-    return replace(
-        state,
-        step=state.step + 1,
-        direct=direct.update(state.direct, loads_N, NO_CONTEXT),
-        counts=after,
+    if not np.isfinite(loads_N).all():
+        return replace(state, expected_N=None, features_NF=None)
+    if state.expected_N is None:
+        state = expect(way, state, profile, row)
+    assert state.expected_N is not None, "expect sets it"
+    gram_NFF, moment_NF, counts = state.gram_NFF, state.moment_NF, state.counts
+    if state.features_NF is not None:
+        squares_NFF = state.features_NF[:, :, None] * state.features_NF[:, None, :]
+        gram_NFF = FORGET_TIME * gram_NFF + squares_NFF
+        moment_NF = FORGET_TIME * moment_NF + state.features_NF * loads_N[:, None]
+    if way.counts is not None and counts is not None:
+        rows_E = np.asarray(profile.counts_WE[row], dtype=np.float64)
+        counts = way.counts.update(counts, rows_E, _context(profile, row))
+    error_N = loads_N - state.expected_N
+    return Learned(
+        loads=way.loads.update(state.loads, loads_N, NO_CONTEXT),
+        counts=counts,
         gram_NFF=gram_NFF,
         moment_NF=moment_NF,
-        errors_2N=errors_2N,
-        features_NF=None,
-        expected_2N=None,
+        errors_KN=np.concatenate([state.errors_KN, error_N[None]])[-ERRORS:],
     )
 
 
-def forecast(
-    profile: Profile, state: Forecast | None, direct: Predictor, counts: Predictor | None
-) -> tuple[tuple[float, ...], Forecast]:
-    """The work of each group in the next step, and the state for the next call.
-
-    `counts` None: only the direct way. Learning starts afresh when the groups have changed.
+def possible(state: Learned) -> Array:
+    """Loads (K, N) that may come: what is expected, shifted by each recent error, 0 at least.
 
     Raises:
-        ValueError: the profile has no loads, or the prediction is not finite.
+        ValueError: the prediction is not finite.
     """
-    if not profile.loads_WN:
-        raise ValueError("a forecast needs loads_WN, got none")
-    if state is None or state.named != _names(profile.groups):
-        state = start(profile, direct, counts)
-    history = len(profile.loads_WN)
-    missed = min(history, max(0, profile.step - state.step))
-    for row in range(history - missed, history):
-        state = _learn(state, profile, row, direct, counts)
-    expected_2N, features_NF = _expect(state, profile, history, direct, counts)
-    first_N = state.errors_2N[0] <= state.errors_2N[1]
-    loads_N = np.where(first_N, expected_2N[0], expected_2N[1])
-    if not np.isfinite(loads_N).all():
-        raise ValueError(f"the predicted loads are {loads_N.tolist()}")
-    known = replace(state, step=profile.step, features_NF=features_NF, expected_2N=expected_2N)
-    return tuple(map(float, loads_N)), known
+    assert state.expected_N is not None, "call expect first"
+    if not np.isfinite(state.expected_N).all():
+        raise ValueError(f"the predicted loads are {state.expected_N.tolist()}")
+    if not len(state.errors_KN):
+        return state.expected_N[None]
+    loads_KN: Array = np.maximum(state.expected_N + state.errors_KN, 0.0)
+    return loads_KN
