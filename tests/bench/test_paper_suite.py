@@ -52,7 +52,7 @@ def whole(loop: float = 2.0, ours: float = 0.1, joules: float = 0.2, bits: int =
                 )
         elif cell.clock == "stage":
             found += [
-                line(cell, f"{who}-{stage}", "graph", ms=0.1, gbps=1000.0)
+                line(cell, f"{who}-{stage}", "graph", ms=0.1, bytes=100_000_000)
                 for who in ("torch", "moesaic")
                 for stage in ("routing", "experts", "aggregation")
             ]

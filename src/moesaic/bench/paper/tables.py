@@ -25,10 +25,12 @@ THEIR_NAMES = {LOOP: "loop", "fastermoe-style": "fastermoe", "tutel-style": "tut
 def percent(share: float | None) -> str:
     """A share in per cent.
 
-    >>> percent(0.7312), percent(None)
-    ('73 %', 'not measured')
+    >>> percent(0.7312), percent(0.00491), percent(None)
+    ('73 %', '0.49 %', 'not measured')
     """
-    return ABSENT if share is None else f"{100 * share:.0f} %"
+    if share is None:
+        return ABSENT
+    return f"{100 * share:.2g} %" if 0 < share < 0.1 else f"{100 * share:.0f} %"
 
 
 def number(value: float | None) -> str:
@@ -205,11 +207,11 @@ def bandwidth(lines: Sequence[Line]) -> Sheet:
     for layer in layers().values():
         some = pick(lines, "stage", model=layer.model.name)
         for tokens in sorted({x["tokens"] for x in some}):
-            for stage in STAGES:
-                at = [x for x in some if x["tokens"] == tokens]
-                pair = [fastest(at, f"{impl}-{stage}") for impl in ("torch", OURS)]
-                rates = [value_of(x, "gbps") for x in pair]
-                times = [None if (ms := value_of(x, "ms")) is None else 1e3 * ms for x in pair]
+            at = [x for x in some if x["tokens"] == tokens]
+            for stage in (*STAGES, "overall"):
+                sums = [stage_sum(at, impl, stage) for impl in ("torch", OURS)]
+                times = [1e3 * found[0] if found else None for found in sums]
+                rates = [found[1] / found[0] / 1e6 if found else None for found in sums]
                 shares = [rate / peak if rate and peak else None for rate in rates]
                 said = claims()["bandwidth"][stage]
                 rows.append(
@@ -217,6 +219,16 @@ def bandwidth(lines: Sequence[Line]) -> Sheet:
                      *map(percent, shares), percent(said["loop"]), percent(said["ours"])]
                 )  # fmt: skip
     return Sheet(heads, rows)
+
+
+def stage_sum(lines: Sequence[Line], impl: str, stage: str) -> tuple[float, float] | None:
+    """Milliseconds and bytes of a stage in its better mode, or of all stages together."""
+    stages = STAGES if stage == "overall" else (stage,)
+    found = [fastest(lines, f"{impl}-{one}") for one in stages]
+    if any(x is None for x in found):
+        return None
+    present = [x for x in found if x is not None]
+    return sum(x["ms"] for x in present), sum(x["bytes"] for x in present)
 
 
 def fastest(lines: Sequence[Line], impl: str) -> Line | None:

@@ -34,13 +34,13 @@ from ..paper.windows import Watch, work_of
 from ..results import Line, make_line, stamp
 from ..suite import Cell, Context, Suite
 from ..timing import Call, DeviceLost, Sampler, check_device, eager_sampler, reason
-from ..workloads import MODELS, Model
+from ..workloads import MODELS, Inputs, Model
 from .triton import machine_of, told
 
 NAME = "paper"
 # Seconds of one cell on an H200, kernels compiled: set-up of every executor, samples, windows.
-ESTIMATE_S = {"experts": 2.0, "break-even": 1.2, "stage": 0.7, "launch": 0.5}
-WINDOW_OVERHEAD_S = 0.4
+ESTIMATE_S = {"experts": 1.6, "break-even": 0.95, "stage": 0.7, "launch": 0.5}
+WINDOW_OVERHEAD_S = 0.2
 CPU_FLOPS_PER_S = 5e10
 SAMPLING_S = {"experts": 0.6, "break-even": 0.3}
 
@@ -101,12 +101,17 @@ class Bench:
         return self.stamped | place | {"suite": NAME, "clock": cell.clock, "dtype": cell.dtype}
 
 
-def warmed_sampler(calls: Sequence[Call]) -> Sampler:
-    """A sampler of few calls, after as many rotations as `warm_rotations` of the function asks."""
+def warm_up(calls: Sequence[Call]) -> None:
+    """As many rotations of the calls as `warm_rotations` of their function asks."""
     first = calls[0]
     asked = getattr(first.func, "warm_rotations", 0) if isinstance(first, partial) else 0
     for call in list(calls) * asked:
         call()
+
+
+def warmed_sampler(calls: Sequence[Call]) -> Sampler:
+    """A sampler of few calls, after the warm-up."""
+    warm_up(calls)
     return eager_sampler(calls, target_ms=3.0, whole=False)
 
 
@@ -145,30 +150,46 @@ def layer_lines(bench: Bench, cell: Cell, seed: int) -> list[Line]:
 
 def energy_lines(bench: Bench, cell: Cell, seed: int) -> list[Line]:
     """A window of each executor that gets one."""
-    loaded, seconds = bench.take(cell), float(grid()["energy"]["window_s"])
+    loaded = bench.take(cell)
     lines = []
     with torch.no_grad():
         inputs = make_work(loaded, cell, bench.machine, seed, checked=1).inputs
         for executor, mode in executors_of(cell):
-            if mode not in bench.machine.modes:
-                continue
-            values: dict[str, Any] = {"impl": executor.name, "mode": mode}
-            try:
-                if executor.name in loaded.errors:
-                    raise RuntimeError(loaded.errors[executor.name])
-                forwards = loaded.forwards[executor.name]
-                calls = [
-                    partial(forwards[i % len(forwards)], *executor.inputs(one))
-                    for i, one in enumerate(inputs)
-                ]
-                values |= bench.watch.measure(work_of(calls, cell.tokens, mode), seconds)
-            except Exception as error:
-                values["error"] = reason(error)
-                check_device(values["error"])
-            if "tokens_per_s" in values:
-                values["ms"] = 1e3 * cell.tokens / values["tokens_per_s"]
-            lines.append(make_line(bench.fixed(cell), **values))
+            if mode in bench.machine.modes:
+                before = states(bench, loaded).get(executor.name, {})
+                values = window(bench, loaded, cell, executor, mode, inputs)
+                values |= since(before, states(bench, loaded).get(executor.name, {}))
+                lines.append(make_line(bench.fixed(cell), **values))
     return lines
+
+
+def window(
+    bench: Bench,
+    loaded: Loaded,
+    cell: Cell,
+    executor: Executor,
+    mode: str,
+    inputs: Sequence[Inputs],
+) -> dict[str, Any]:
+    """The values of one window, or its error."""
+    values: dict[str, Any] = {"impl": executor.name, "mode": mode}
+    try:
+        if executor.name in loaded.errors:
+            raise RuntimeError(loaded.errors[executor.name])
+        forwards = loaded.forwards[executor.name]
+        calls: list[Call] = [
+            partial(forwards[i % len(forwards)], *executor.inputs(one))
+            for i, one in enumerate(inputs)
+        ]
+        warm_up(calls)
+        seconds = float(grid()["energy"]["window_s"])
+        values |= bench.watch.measure(work_of(calls, cell.tokens, mode), seconds)
+    except Exception as error:
+        values["error"] = reason(error)
+        check_device(values["error"])
+    if "tokens_per_s" in values:
+        values["ms"] = 1e3 * cell.tokens / values["tokens_per_s"]
+    return values
 
 
 def stage_lines(bench: Bench, cell: Cell, seed: int) -> list[Line]:

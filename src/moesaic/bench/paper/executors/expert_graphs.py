@@ -104,7 +104,9 @@ def state(forward: Forward) -> dict[str, int | float]:
     values: dict[str, int | float] = {name: getattr(counts, name) for name in names}
     weights = sum(t.nbytes for expert in forward.layer.experts for t in expert.buffers())
     sizes = {"held_bytes": counts.held_bytes, "buffer_bytes": counts.buffer_bytes}
-    return values | sizes | {"weight_bytes": weights}
+    reasons = {"barred": counts.why_eager.get("barred", 0)}
+    reasons["few_rows"] = counts.why_eager.get("token count", 0)
+    return values | sizes | reasons | {"weight_bytes": weights}
 
 
 EXECUTOR = Executor(
