@@ -17,8 +17,8 @@ from typing import Any
 from ..results import Line
 from .break_even import COMPONENTS, gains
 from .configuration import break_even_name, claims, grid, layers
-from .executor import LOOP, OURS
-from .tables import RUNGS, head_of, one, pick, value_of, variants
+from .executor import LOOP, OURS, registry
+from .tables import RUNGS, Variant, head_of, one, pick, value_of, variants
 
 Draw = Callable[[Any, Sequence[Line]], bool]
 WIDTH, HEIGHT = 4.2, 3.4
@@ -53,15 +53,15 @@ def canvas(panels: int, title: str, draw: Callable[[Sequence[Any]], bool], colum
     return out.getvalue()
 
 
-def colours(lines: Sequence[Line]) -> dict[tuple[str, str], str]:
-    """A colour for each executor and mode, the same in every figure of these lines."""
-    return {variant: f"C{n % 10}" for n, variant in enumerate(variants(lines))}
+def colour_of(variant: Variant) -> str:
+    """A colour for each executor, the same in every figure; modes differ by the line."""
+    names = list(registry())
+    return f"C{names.index(variant[0]) % 10}" if variant[0] in names else "black"
 
 
 def throughput(lines: Sequence[Line]) -> str:
     """Tokens per second over batch, a panel a layer; the paper's own numbers as crosses."""
     some = [x for x in pick(lines, "experts") if value_of(x, "ms")]
-    colour = colours(some)
 
     def draw(axes: Sequence[Any]) -> bool:
         for axis, layer in zip(axes, layers().values(), strict=True):
@@ -74,7 +74,7 @@ def throughput(lines: Sequence[Line]) -> str:
                 )
                 strong = variant == (OURS, "graph")
                 axis.plot(
-                    *zip(*points, strict=True), marker="o", markersize=3, color=colour[variant],
+                    *zip(*points, strict=True), marker="o", markersize=3, color=colour_of(variant),
                     label=head_of(variant), linewidth=2.2 if strong else 1.1,
                     linestyle="-" if variant[1] == "graph" else "--",
                 )  # fmt: skip
@@ -96,7 +96,6 @@ def activity_over_time(lines: Sequence[Line]) -> str:
     """SM activity of each executor over its window, at the batch of the ablation."""
     tokens = grid()["energy"]["every_executor_at"]
     some = [x for x in pick(lines, "energy", tokens=tokens) if x.get("series")]
-    colour = colours(some)
 
     def draw(axes: Sequence[Any]) -> bool:
         for axis, layer in zip(axes, layers().values(), strict=True):
@@ -105,7 +104,7 @@ def activity_over_time(lines: Sequence[Line]) -> str:
                 axis.plot(
                     [point[0] for point in x["series"]],
                     [100 * point[1] for point in x["series"]],
-                    color=colour[variant], label=head_of(variant),
+                    color=colour_of(variant), label=head_of(variant),
                     linestyle="-" if variant[1] == "graph" else "--",
                 )  # fmt: skip
             for who, share in claims()["sm_activity"].items():
@@ -126,7 +125,7 @@ def energy(lines: Sequence[Line]) -> str:
 
     def draw(axes: Sequence[Any]) -> bool:
         for axis, layer in zip(axes, layers().values(), strict=True):
-            for number, variant in enumerate(((LOOP, "eager"), (OURS, "graph"))):
+            for variant in ((LOOP, "eager"), (OURS, "graph")):
                 points = sorted(
                     (x["tokens"], x["j_per_1000_tokens"])
                     for x in some
@@ -134,7 +133,7 @@ def energy(lines: Sequence[Line]) -> str:
                 )
                 if points:
                     axis.plot(
-                        *zip(*points, strict=True), marker="o", color=f"C{3 * number}",
+                        *zip(*points, strict=True), marker="o", color=colour_of(variant),
                         label=head_of(variant),
                     )  # fmt: skip
             for who, joules in claims()["energy"][layer.model.name].items():
@@ -196,7 +195,9 @@ def break_even(lines: Sequence[Line]) -> str:
             for y, row in enumerate(table):
                 for x, gain in enumerate(row):
                     if gain:
-                        axis.text(x, y, f"{gain:.2g}", ha="center", va="center", fontsize=8)
+                        ink = "white" if abs(logs[y][x]) > 2 else "black"
+                        text = f"{gain:.2g}" if gain < 10 else f"{gain:.0f}"
+                        axis.text(x, y, text, ha="center", va="center", fontsize=8, color=ink)
             axis.set_xticks(range(len(b["top_k"])), b["top_k"])
             axis.set_yticks(range(len(b["num_experts"])), b["num_experts"])
             axis.set(xlabel="K", ylabel="E")
