@@ -169,21 +169,28 @@ class CudaCapturer:
         return outputs
 
     def record(self, call: Call, sms: int | None) -> CudaRecording:
-        """Capture a call into the shared pool."""
-        outer = torch.cuda.current_stream(self.device)
+        """Capture a call into the shared pool.
+
+        `torch.cuda.graph` would empty the allocator's cache at each capture, which the calls
+        between two captures would pay for.
+        """
+        side, outer = self._stream(sms), torch.cuda.current_stream(self.device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        side.wait_stream(outer)
         try:
-            with torch.cuda.graph(
-                graph,
-                pool=self._pool,
-                stream=self._stream(sms),
-                capture_error_mode="thread_local",
-            ):
-                outputs = call()
-        except Exception as error:
-            torch.cuda.set_stream(outer)  # a capture that fails leaves its own stream current
+            with torch.cuda.stream(side):
+                # Only this thread is kept from what a capture forbids.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    outputs = call()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        except RuntimeError as error:
             with contextlib.suppress(RuntimeError):
                 graph.reset()
             kind = OutOfMemory if is_out_of_memory(error) else CaptureFailed

@@ -69,15 +69,16 @@ class ExpertGraphs:
             self._caches[expert](given_SH[start:end], out=rows_SH[start:end])
         return combine_rows(rows_SH, rows.position_TK, topk_weights_TK)
 
-    def counts(self) -> GraphCounts:
-        """Captured, replayed and eager calls of all experts; bytes of graphs and buffers.
-
-        Raises:
-            RuntimeError: before the first call.
-        """
+    @property
+    def store(self) -> GraphStore:
+        """Where the graphs of all experts live; made at the first call."""
         if self._store is None:
-            raise RuntimeError("there are no counts before the first call")
-        return self._store.counts()
+            raise RuntimeError("there is no store before the first call")
+        return self._store
+
+    def counts(self) -> GraphCounts:
+        """Captured, replayed and eager calls of all experts; bytes of graphs and buffers."""
+        return self.store.counts()
 
     def buffer_share(self) -> float:
         """Bytes held for graphs over the bytes of the experts' weights (the paper says ~10 %)."""
