@@ -1,0 +1,202 @@
+"""What is asked of a deployment, and which deployments to compare: the workload file.
+
+    T tokens of a GPU in one step · G GPUs
+
+A step of ``decode`` gives every sequence of a batch one token; a step of ``prefill`` takes the
+tokens of whole prompts. With `arrival`, requests queue for both (docs/planner.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..trace import read_trace
+from .documents import Block, parse, read
+from .routing import Counts, parse_routing
+
+FAMILIES = ("one-per-gpu", "literal", "ep", "tp-pp", "tp-ep-dp", "disaggregated")
+ENGINES = ("moesaic", "node-sums")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The strategies to try. `field_lines` says where the file asks for them, for messages."""
+
+    families: tuple[str, ...] = FAMILIES
+    ep: tuple[int, ...] = ()
+    tp: tuple[int, ...] = (1, 2, 4, 8)
+    pp: tuple[int, ...] = (1, 2, 4, 8)
+    replicas: tuple[int, ...] = (0, 32)
+    micro_batches: tuple[int, ...] = (1, 2)
+    overlap: tuple[bool, ...] = (False, True)
+    where: str = "the command line"
+    asked_ep: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """Requests: `rate` a second for `seconds`, evenly random, or times read from a file."""
+
+    rate: float
+    seconds: float
+    times: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One workload.
+
+    Args:
+        phase: what a step does.
+        sequences: per GPU in decode (the batch), of the whole deployment when `total`.
+        prompt, output: tokens of a sequence.
+        context: cached tokens of a sequence in a decode step.
+        prefill_tokens: tokens of a GPU in a prefill step.
+        routing: the distribution, or the name of the trace.
+        trace: counts (steps, layers, experts) recorded.
+        locality: how far sources disagree.
+        wire_bytes: of a number dispatched (1 for fp8); combine always carries 2.
+        engine: `moesaic` returns a row per (token, slot); `node-sums` adds them up in each node.
+        forwarded: rows enter a node by the rail of their source.
+        tpot_ms, ttft_ms: limits a recommendation must keep.
+    """
+
+    phase: Literal["decode", "prefill"] = "decode"
+    sequences: int = 64
+    total: bool = False
+    prompt: int = 2048
+    output: int = 512
+    context: int = 2304
+    prefill_tokens: int = 8192
+    routing: str = "lognormal:0.4"
+    trace: Counts | None = None
+    locality: float = 5.0
+    wire_bytes: float = 2.0
+    engine: str = "moesaic"
+    forwarded: bool = False
+    exchange_sms: int = 0
+    tpot_ms: float | None = None
+    ttft_ms: float | None = None
+    arrival: Arrival | None = None
+    space: Space = Space()
+    seed: int = 0
+
+
+def load_workload(path: str | Path | None, *, num_experts: int, layers: int) -> Workload:
+    """A workload from a file; None gives the default one.
+
+    Args:
+        path: the file.
+        num_experts, layers: of the model, which a trace must fit.
+
+    Raises:
+        OSError: the file, or a trace it names, is missing.
+        ValueError: a field that is unknown or impossible; names the line.
+    """
+    block = parse("phase: decode", "default workload") if path is None else read(path)
+    folder = Path() if path is None else Path(path).parent
+    return workload_from(block, folder, num_experts=num_experts, layers=layers)
+
+
+def workload_from(block: Block, folder: Path, *, num_experts: int, layers: int) -> Workload:
+    """The workload that a document describes."""
+    base = Workload()
+    phase = block.text("phase", "decode", among=("decode", "prefill"))
+    routing = block.text("routing", base.routing)
+    trace = _trace(block, folder, num_experts, layers)
+    if trace is None:
+        try:
+            parse_routing(routing)
+        except ValueError as error:
+            raise ValueError(f"{block.where('routing')}: {error}") from error
+    prompt, output = block.integer("prompt", base.prompt), block.integer("output", base.output)
+    found = Workload(
+        phase=phase,
+        sequences=block.integer("sequences", base.sequences),
+        total=block.text("sequences_of", "gpu", among=("gpu", "deployment")) == "deployment",
+        prompt=prompt,
+        output=output,
+        context=block.integer("context", prompt + output // 2),
+        prefill_tokens=block.integer("prefill_tokens", max(base.prefill_tokens, prompt)),
+        routing=routing,
+        trace=trace,
+        locality=block.number("locality", base.locality),
+        wire_bytes=block.number("wire_bytes", base.wire_bytes, low=0.5, high=4),
+        engine=block.text("engine", base.engine, among=ENGINES),
+        forwarded=block.boolean("forwarded", phase == "prefill"),
+        exchange_sms=block.integer("exchange_sms", base.exchange_sms, low=0, high=128),
+        tpot_ms=block.number("tpot_ms", None, above=True),
+        ttft_ms=block.number("ttft_ms", None, above=True),
+        arrival=_arrival(block.block("arrival"), folder),
+        space=_space(block.block("strategies"), num_experts),
+        seed=block.integer("seed", 0, low=0),
+    )
+    block.done()
+    return found
+
+
+def _trace(block: Block, folder: Path, experts: int, layers: int) -> Counts | None:
+    """(steps, layers, E) recorded counts; another model's trace is refused."""
+    name = block.text("trace", None)
+    if name is None:
+        return None
+    try:
+        trace = read_trace(folder / name, num_experts=experts)
+    except ValueError as error:
+        raise ValueError(f"{block.where('trace')}: {error}") from error
+    if trace.info.layers != layers:
+        raise block.wrong("trace", f"of {layers} MoE layers, as the model has", trace.info.layers)
+    steps = 1 + max(row.step for row in trace.rows)
+    counts = np.zeros((steps, layers, experts), np.int64)
+    for row in trace.rows:
+        counts[row.step, row.layer] = row.counts_E
+    return counts
+
+
+def _arrival(block: Block | None, folder: Path) -> Arrival | None:
+    if block is None:
+        return None
+    name = block.text("times", None)
+    times: tuple[float, ...] = ()
+    if name is not None:
+        try:
+            lines = (folder / name).read_text("utf-8").split()
+            times = tuple(sorted(float(line) for line in lines))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{block.where('times')}: {name} must be a file of seconds, one a line ({error})"
+            ) from error
+        if not times or times[0] < 0:
+            raise block.wrong("times", "a file of at least one second of 0 or more", name)
+    seconds = block.number("seconds", times[-1] if times else 60.0, above=True)
+    default = len(times) / seconds if times else None
+    rate = block.number("rate", *(() if default is None else (default,)), above=True)
+    block.done()
+    return Arrival(rate=rate, seconds=seconds, times=times)
+
+
+def _space(block: Block | None, experts: int) -> Space:
+    if block is None:
+        return Space()
+    base = Space()
+    overlap = block.texts("overlap", ("false", "true"), among=("true", "false"))
+    found = Space(
+        families=block.texts("families", FAMILIES, among=FAMILIES),
+        ep=block.integers("ep", ()),
+        tp=block.integers("tp", base.tp),
+        pp=block.integers("pp", base.pp),
+        replicas=block.integers("replicas", base.replicas, low=0),
+        micro_batches=block.integers("micro_batches", base.micro_batches),
+        overlap=tuple(word == "true" for word in overlap),
+        where=f"{block.source}:{block.line}",
+        asked_ep="ep" in block,
+    )
+    for size in found.ep:
+        if size < experts and experts % size:
+            raise block.wrong("ep", f"divisors of the model's {experts} experts", size)
+    block.done()
+    return found
