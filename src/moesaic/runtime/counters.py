@@ -54,6 +54,12 @@ class Sample:
     counts: tuple[Counts, ...]
 
 
+def loads_of(counts: Counts) -> Counts:
+    """(E,) rows where the experts counted, else what the router chose."""
+    rows_E: Counts = counts[ROWS]
+    return rows_E if rows_E.any() else counts[ROUTED]
+
+
 class Ring:
     """Slots of host memory that the device fills step by step.
 

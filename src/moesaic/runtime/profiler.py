@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rates
-from .counters import ROUTED, ROWS, TILES, Counts, Ring, Sample, new_counters
+from .counters import ROUTED, TILES, Counts, Ring, Sample, loads_of, new_counters
 from .profile import LayerProfile, Profile
 
 log = logging.getLogger("moesaic")
@@ -147,10 +147,10 @@ class Profiler:
         drifts = [state.drifts for state in self.states]
         sums: list[Counts] = [np.zeros_like(total) for total in self.totals]
         for sample in samples:
-            self._history.append(tuple(self._loads(counts) for counts in sample.counts))
+            self._history.append(tuple(loads_of(counts) for counts in sample.counts))
             for index, counts in enumerate(sample.counts):
                 sums[index] += counts
-                loads_E = self._loads(counts)
+                loads_E = loads_of(counts)
                 self.states[index] = rates.advance(
                     self.states[index], loads_E, sample.steps, self.settings
                 )
@@ -171,7 +171,7 @@ class Profiler:
             layer=index,
             name=info.name,
             top_k=info.top_k,
-            counts_E=tuple(self._loads(counts).tolist()),
+            counts_E=tuple(loads_of(counts).tolist()),
             ewma_E=tuple(state.load_E.tolist()),
             routed_E=tuple(counts[ROUTED].tolist()),
             tiles_E=tuple(counts[TILES].tolist()),
@@ -179,12 +179,6 @@ class Profiler:
             cold=state.cold,
             drifted=state.drifts > drifts,
         )
-
-    @staticmethod
-    def _loads(counts: Counts) -> Counts:
-        """Rows where the experts counted, else what the router chose."""
-        rows_E: Counts = counts[ROWS]
-        return rows_E if rows_E.any() else counts[ROUTED]
 
     def history(self, layer: int) -> tuple[tuple[int, ...], ...]:
         """Rows of each expert of a layer in the last samples, oldest first: (W, E)."""
