@@ -130,6 +130,7 @@ def bench(
     missing: Annotated[bool, typer.Option("--missing", help="Unmeasured cells only.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    gpus: Annotated[int | None, typer.Option(help="One process a GPU, by torchrun.")] = None,
 ) -> None:
     """Measurements, with the best of other implementations beside ours."""
     with edge():
@@ -147,6 +148,7 @@ def bench(
             missing=missing,
             device=device,
             seed=seed,
+            gpus=gpus,
         )
         raise typer.Exit(code)
 

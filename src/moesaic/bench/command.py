@@ -6,6 +6,7 @@ Tables go to stdout, progress to stderr; the last line of stdout is one compact 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .ranks import Silent, launched, own_rank, relaunch, world_size
 from .report import Sheet, by_clock, overview, sheet, targets_sheet
 from .results import Line, Recorder, check_results, device_slug, line_key
 from .suite import Cell, Context, Suite, registry
@@ -166,8 +168,11 @@ def main(
     missing: bool = False,
     device: str | None = None,
     seed: int = 0,
+    gpus: int | None = None,
 ) -> int:
     """The command; gives the exit code.
+
+    Under torchrun every rank runs it and rank 0 alone writes; `gpus` starts torchrun.
 
     Raises:
         ValueError, RuntimeError: an option does not fit, or the machine; results cannot be written.
@@ -177,11 +182,17 @@ def main(
     if list_only or suite is None:
         return list_suites()
     chosen = find(suite)
+    if gpus is not None and not launched():
+        relaunch(gpus, sys.argv[1:])
     place = find_device(chosen, device)
-    recorder = Recorder(out, device_slug(place), chosen.name, chosen.summarize)
+    slug = device_slug(place) + (f"-x{world_size()}" if world_size() > 1 else "")
+    recorder = Recorder(out, slug, chosen.name, chosen.summarize)
     cells = selected(
         chosen, only=only, tokens=tokens, routing=routing,
         measured=recorder.lines if missing else None,
     )  # fmt: skip
     budget = chosen.budget_s if budget_s is None else budget_s
+    if own_rank():
+        chosen.run(cells, Context(place, Silent(recorder), budget, seed))
+        return 0
     return run(chosen, cells, Context(place, recorder, budget, seed))

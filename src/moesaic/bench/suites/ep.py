@@ -1,0 +1,182 @@
+"""Suite `ep`: expert parallelism on the GPUs of one host, exchange alone and whole layers.
+
+`exchange`: every rank has so many rows and one expert, every row goes to one rank (K = 1). Clock
+`dispatch` is from rows and ids to rows at their experts, `combine` the way back, each chained in
+one CUDA graph and divided; the slowest rank counts. Routings: `even`, the same number to every
+rank; `uniform`, drawn; `zipf1`, drawn with rank r wanted as 1 / r. `moesaic` uses all SMs,
+`moesaic-32sm` at most 32. `nccl` is `all_to_all_single` with splits known beforehand and rows
+sorted beforehand, in a graph: less work than a dispatch. `nccl-counts` exchanges its counts and
+reads them first, as variable splits ask for; no graph can hold that.
+
+`layer-epG`: routing given, from tokens to outputs, on the first G ranks, whose tokens together are
+`tokens`; the same total over more ranks is strong scaling, the same number a rank weak scaling.
+`moesaic` is the symmetric exchange in a graph, `moesaic-nccl` the one by collectives, eager. Bits
+of both are compared with one GPU that has all the experts.
+
+    T rows a rank · H width · E experts · K top-k · G ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...types import ExpertSpec
+from ..results import Line, Target, at_least, at_most, geomean
+from ..suite import Cell, Context, Suite
+
+NAME = "ep"
+WIDTHS = {"rows-7168": 7168, "rows-2048": 2048}
+ROWS = (4, 128, 512, 8192, 65536, 1, 32, 2048, 32768)
+LARGE = 8192
+RANKS = (1, 2, 4)
+PER_RANK = 8192
+OURS, FEW, NCCL, COUNTED = "moesaic", "moesaic-32sm", "nccl", "nccl-counts"
+OURS_NCCL = "moesaic-nccl"
+# Microseconds at so many rows a peer on 4 GPUs, width 7168.
+LATENCY_US = {1: 6.0, 32: 10.0, 128: 22.0}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer to spread: its experts and K."""
+
+    spec: ExpertSpec
+    top_k: int
+
+
+def _deepseek(experts: int) -> Layer:
+    spec = ExpertSpec(num_experts=experts, hidden_size=7168, intermediate_size=2048)
+    return Layer(spec, 8)
+
+
+def _wide(top_k: int) -> Layer:
+    spec = ExpertSpec(
+        num_experts=16, hidden_size=8192, intermediate_size=32768, gated=False, activation="gelu"
+    )
+    return Layer(spec, top_k)
+
+
+LAYERS = {
+    "deepseek-v3-256": _deepseek(256),
+    "wide-16-k2": _wide(2),
+    "deepseek-v3-16": _deepseek(16),
+    "wide-16-k1": _wide(1),
+    "deepseek-v3-64": _deepseek(64),
+}
+
+
+def cells() -> list[Cell]:
+    """Exchanges of width 7168 first, then layers by model, then the other exchanges."""
+    main = [Cell("rows-7168", t, "even", clock="exchange") for t in ROWS]
+    totals = [(ranks, PER_RANK) for ranks in RANKS]
+    totals += [(ranks, ranks * PER_RANK) for ranks in RANKS[1:]]
+    totals += [(ranks, 128 * RANKS[-1]) for ranks in RANKS]
+    layers = [
+        Cell(model, total, "uniform", clock=f"layer-ep{ranks}")
+        for model in LAYERS
+        for ranks, total in totals
+    ]
+    rest = [
+        Cell(width, t, routing, clock="exchange")
+        for width in WIDTHS
+        for routing in ("uniform", "zipf1", "even")
+        for t in ROWS
+        if (width, routing) != ("rows-7168", "even")
+    ]
+    return main + layers + rest
+
+
+def runnable(ranks: int) -> list[Cell]:
+    """The cells that so many ranks can measure."""
+    layers = tuple(f"layer-ep{r}" for r in RANKS if r <= ranks)
+    clocks = layers if ranks == 1 else ("exchange", *layers)
+    return [cell for cell in cells() if cell.clock in clocks]
+
+
+def run(wanted: Sequence[Cell], context: Context) -> None:
+    """Measure the cells that fit the number of ranks, while time is left."""
+    from ..exchanges import measure_all
+
+    measure_all(wanted, context, suite=NAME, widths=WIDTHS, layers=LAYERS)
+
+
+def measured(line: Line) -> Cell | None:
+    """The cell of a right time of moesaic under a graph."""
+    if line["impl"] != OURS or line["mode"] != "graph" or not line["ms"] or line.get("wrong"):
+        return None
+    clock = "exchange" if line["clock"] in ("dispatch", "combine") else line["clock"]
+    return Cell(line["model"], line["tokens"], line["routing"], line["dtype"], clock)
+
+
+def _speeds(lines: Sequence[Line], impl: str) -> list[float]:
+    return [
+        x["gbps"]
+        for x in lines
+        if x["impl"] == impl
+        and x["clock"] in ("dispatch", "combine")
+        and x["model"] == "rows-7168"
+        and x["routing"] == "even"
+        and x["tokens"] >= LARGE
+        and x["gbps"]
+        and not x.get("wrong")
+    ]
+
+
+def _ratios(lines: Sequence[Line], rival: str) -> list[float]:
+    """Time of a rival over that of moesaic wherever both have a right one, exchanges only."""
+    ms = {
+        (x["clock"], x["model"], x["tokens"], x["routing"], x["impl"]): x["ms"]
+        for x in lines
+        if x["clock"] in ("dispatch", "combine") and x["ms"] and not x.get("wrong")
+    }
+    return [
+        ms[(*key, rival)] / value
+        for (*key, impl), value in ms.items()
+        if impl == OURS and (*key, rival) in ms
+    ]
+
+
+def summarize(lines: Sequence[Line]) -> list[Target]:
+    """Bandwidth of large exchanges, latency of small ones on 4 GPUs, wrong lines, speed-ups."""
+    ranks = max((x.get("ranks") or 1 for x in lines), default=1)
+    wrong = [x for x in lines if x["impl"].startswith(OURS) and (x.get("wrong") or x.get("error"))]
+    done = {measured(x) for x in lines} & set(runnable(ranks))
+    targets = [
+        at_most("moesaic lines wrong or failed", float(len(wrong)), 0.0),
+        at_least("cells with a right time", float(len(done)), float(len(runnable(ranks)))),
+    ]
+    if ranks == 1:
+        return targets
+    for impl, goal in ((OURS, 340.0), (FEW, 300.0)):
+        slowest = min(_speeds(lines, impl), default=None)
+        targets.append(at_least(f"slowest GB/s of {impl}, {LARGE} rows and more", slowest, goal))
+    if ranks == 4:
+        for peer, goal in LATENCY_US.items():
+            for clock in ("dispatch", "combine"):
+                us = [
+                    1e3 * x["ms"]
+                    for x in lines
+                    if (x["clock"], x["impl"], x["model"]) == (clock, OURS, "rows-7168")
+                    and (x["routing"], x["tokens"]) == ("even", peer * ranks)
+                    and x["ms"]
+                ]
+                targets.append(
+                    at_most(f"us of {clock}, {peer} rows a peer", min(us, default=None), goal)
+                )
+    for rival in (NCCL, COUNTED):
+        targets.append(
+            at_least(f"geomean speed-up over {rival}", geomean(_ratios(lines, rival)), 1.0)
+        )
+    return targets
+
+
+SUITE = Suite(
+    name=NAME,
+    about="expert parallelism: exchange alone against NCCL, whole layers, scaling (--gpus N)",
+    cells=cells,
+    run=run,
+    summarize=summarize,
+    budget_s=140.0,
+    measured=measured,
+)

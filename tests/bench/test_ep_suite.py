@@ -1,0 +1,106 @@
+"""Suite `ep`: what it measures is checked, what it claims comes from its lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moesaic.bench import ranks
+from moesaic.bench.results import REQUIRED, Recorder, make_line
+from moesaic.bench.suites import ep
+from moesaic.bench.timing import percentile
+
+WORKER = Path(__file__).parent / "ep_bench_worker.py"
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+
+def run_two(folder: Path, **environment: str) -> list[dict]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(WORKER), str(folder)],
+        env=os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_two_processes_measure_and_one_writes(tmp_path) -> None:
+    lines = run_two(tmp_path)
+    found = {(x["clock"], x["impl"], x["mode"]) for x in lines}
+    assert {("dispatch", i, "graph") for i in ("moesaic", "moesaic-32sm", "nccl")} <= found
+    assert {("combine", "nccl-counts", "eager"), ("layer-ep1", "moesaic", "graph")} <= found
+    assert {("layer-ep2", "moesaic", "graph"), ("layer-ep2", "moesaic-nccl", "eager")} <= found
+    assert all(x["ms"] > 0 and not x.get("wrong") and x["ranks"] for x in lines)
+    assert not any(x["clock"] == "layer-ep4" for x in lines), "there are two ranks"
+    assert Recorder(tmp_path, "cpu-x2", "ep", ep.summarize).lines == lines
+
+
+def test_rows_that_come_back_changed_are_wrong(tmp_path) -> None:
+    lines = run_two(tmp_path, SABOTAGE="1")
+    exchanged = [x for x in lines if x["clock"] in ("dispatch", "combine")]
+    assert {x["wrong"] for x in exchanged if x["impl"].startswith("moesaic")} == {True}
+    assert ep.summarize(lines)[0].met is False
+
+
+def line(clock: str, tokens: int, impl: str, ms: float, gbps: float = 350.0, **more):
+    fixed = dict.fromkeys(REQUIRED) | {"suite": "ep", "model": "rows-7168", "routing": "even"}
+    fixed |= {"dtype": "bfloat16", "mode": "graph"}
+    return make_line(
+        fixed, clock=clock, tokens=tokens, impl=impl, ms=ms, gbps=gbps, ranks=4, **more
+    )
+
+
+def test_targets_come_from_the_lines() -> None:
+    lines = [line("dispatch", 8192, "moesaic", 1.0), line("dispatch", 8192, "nccl", 3.0)]
+    lines += [line("combine", 65536, "moesaic", 9.0, gbps=345.0)]
+    lines += [line("dispatch", 4, "moesaic", 0.0055), line("dispatch", 128, "moesaic", 0.011)]
+    lines += [line("combine", 8192, "moesaic-32sm", 1.0, gbps=299.0)]
+    told = {t.name: t for t in ep.summarize(lines)}
+    assert told["slowest GB/s of moesaic, 8192 rows and more"].value == 345.0
+    assert told["slowest GB/s of moesaic, 8192 rows and more"].met
+    assert not told["slowest GB/s of moesaic-32sm, 8192 rows and more"].met
+    assert told["us of dispatch, 1 rows a peer"].met
+    assert not told["us of dispatch, 32 rows a peer"].met
+    assert told["us of combine, 1 rows a peer"].value is None
+    assert told["geomean speed-up over nccl"].value == 3.0
+    wrong = line("dispatch", 8192, "moesaic", 0.1, gbps=9999.0, wrong=True)
+    told = {t.name: t for t in ep.summarize([*lines[1:], wrong])}
+    assert told["slowest GB/s of moesaic, 8192 rows and more"].value == 345.0
+    assert not told["moesaic lines wrong or failed"].met
+    alone = line("layer-ep1", 8192, "moesaic", 1.0) | {"ranks": 1, "model": "wide-16-k1"}
+    told = {t.name: t for t in ep.summarize([alone | {"routing": "uniform"}])}
+    assert len(told) == 2 and told["cells with a right time"].value == 1.0
+
+
+def test_a_line_names_its_cell() -> None:
+    every = ep.cells()
+    assert len(set(every)) == len(every)
+    cell = ep.measured(line("combine", 8192, "moesaic", 1.0))
+    assert cell in every
+    assert ep.measured(line("combine", 8192, "moesaic", 1.0, wrong=True)) is None
+    assert ep.measured(line("combine", 8192, "nccl", 1.0)) is None
+
+
+def test_samples_are_taken_in_the_same_order_everywhere() -> None:
+    def order(seed: int) -> list[str]:
+        seen: list[str] = []
+        samplers = {n: (lambda n=n: float(seen.append(n) or len(seen))) for n in "abc"}
+        ranks.take_turns(samplers, rounds=4, seed=seed)
+        return seen
+
+    assert order(1) == order(1) != order(2)
+    timed = ranks.take_turns({"a": lambda: 2.0}, rounds=3, seed=0)
+    assert timed["a"].samples == 3 and timed["a"].median == percentile([2.0], 0.5)
+
+
+def test_gpus_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        ranks.relaunch(0, [])
