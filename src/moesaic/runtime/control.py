@@ -1,0 +1,141 @@
+"""The control path in one object: profile in, plan out, books kept, graphs chosen; never a capture.
+
+Between two steps `replan` asks the policy (through a `Guard`), enters the plan into the slice
+manager and moves every group's work to the seat of its new slices. All of it happens or none of it:
+whatever fails, the last good plan stays in force, the layer goes on with the same bits, the kind of
+the fault is logged once and counted. During a step nothing moves; a profile that comes then is
+planned for when the step ends.
+
+    control = Control(policy, curves, machine, {"hot": hot_work, "cold": cold_work})
+    while True:
+        with control.step():
+            ...                       # replay hot_work.current and cold_work.current
+        control.replan(profile)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from .plan import Allocation, Curves, MachineSlices, Plan, Policy, Profile
+from .policies.guard import Guard
+from .seats import SeatedWork
+from .slices import SliceError, SliceManager
+
+log = logging.getLogger("moesaic")
+WHOLE = Plan(policy="none", reason="there is no plan yet")
+
+
+def label_of(slices: tuple[int, ...]) -> str:
+    """What names the seat of these slices: "0-3" or "0,2"; "" for the whole GPU.
+
+    >>> label_of((4, 5, 6)), label_of((1, 3)), label_of(())
+    ('4-6', '1,3', '')
+    """
+    if not slices:
+        return ""
+    if len(slices) > 1 and slices == tuple(range(slices[0], slices[-1] + 1)):
+        return f"{slices[0]}-{slices[-1]}"
+    return ",".join(map(str, slices))
+
+
+class Control:
+    """Re-plans between steps and keeps the last good plan.
+
+    Args:
+        policy, curves, machine: as in `plan.Policy`.
+        works: each group's graphs, prepared for the whole GPU (``Seat(total_sms)``) and for every
+            seat that a plan may give it (``Seat(sms, stream, label_of(slices))``).
+        manager: the books; a new one when None.
+
+    `plan` is in force; `faults` counts what went wrong, by kind; `deferred` profiles that came
+    during a step.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        curves: Curves,
+        machine: MachineSlices,
+        works: Mapping[str, SeatedWork[Any]],
+        manager: SliceManager | None = None,
+    ) -> None:
+        self.machine, self.works = machine, dict(works)
+        self.manager = manager or SliceManager(machine)
+        self.plan = WHOLE
+        self.deferred = 0
+        self._guard = Guard(policy, curves, machine)
+        self._faults: Counter[str] = Counter()
+        self._stepping = False
+        self._waiting: Profile | None = None
+        for work in self.works.values():
+            work.use(machine.total_sms)
+
+    @property
+    def faults(self) -> Counter[str]:
+        """Faults by kind, those of the policy included."""
+        return self._faults + Counter(self._guard.faults)
+
+    @contextmanager
+    def step(self) -> Iterator[Plan]:
+        """The plan of one step; nothing moves until the block ends.
+
+        Raises:
+            RuntimeError: a step is running already.
+        """
+        if self._stepping:
+            raise RuntimeError("a step is running already; steps of one control do not nest")
+        self._stepping = True
+        try:
+            with self.manager.step():
+                yield self.plan
+        finally:
+            self._stepping = False
+            waiting, self._waiting = self._waiting, None
+            if waiting is not None:
+                self.replan(waiting)
+
+    def replan(self, profile: Profile) -> Plan:
+        """The plan for the next step, in force at once, or after the running step; never raises."""
+        if self._stepping:
+            self._waiting = profile
+            self.deferred += 1
+            return self.plan
+        plan = self._guard(profile)
+        if plan.shares == self.plan.shares:
+            self.plan = plan
+            return plan
+        before = self.manager.allocations
+        try:
+            held = {a.group: a for a in self.manager.apply(plan, profile.groups)}
+        except SliceError as error:
+            return self._fault("SliceError", error)
+        try:
+            self._move(held)
+        except KeyError as error:
+            self.manager.restore(before)
+            self._move(before)
+            return self._fault("no graph", error)
+        self.plan = plan
+        return plan
+
+    def _move(self, held: Mapping[str, Allocation]) -> None:
+        """Choose every group's graph: that of its slices, or of the whole GPU without any."""
+        for name, work in self.works.items():
+            if name in held:
+                work.use(held[name].sms, label_of(held[name].slices))
+            else:
+                work.use(self.machine.total_sms)
+
+    def _fault(self, kind: str, error: Exception) -> Plan:
+        if kind not in self._faults:
+            log.warning(
+                "a plan could not be carried out (%s); the last good one stays in force (%s: %s)",
+                error, self.plan.policy, self.plan.reason,
+            )  # fmt: skip
+        self._faults[kind] += 1
+        return self.plan
