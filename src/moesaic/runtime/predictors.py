@@ -288,25 +288,9 @@ def mixed(members: Sequence[Predictor], *, name: str = "mixed") -> Predictor:
     return Predictor(name, start, predict, update)
 
 
-def learned() -> Predictor:
-    """What `adaptive` uses: all the others, mixed on line."""
-    baselines = [last(), *(ewma(speed) for speed in SPEEDS)]
-    return mixed([*baselines, trend(), linked(10.0, 0.1), linked(100.0, 0.1)], name="learned")
-
-
-def each(predictor: Predictor) -> Predictor:
-    """The predictor for every number by itself: for numbers that behave differently."""
-
-    def predict(state: tuple[Any, ...], context_C: Array) -> Array:
-        return np.concatenate([predictor.predict(held, context_C) for held in state])
-
-    def update(state: tuple[Any, ...], values_N: Array, context_C: Array) -> tuple[Any, ...]:
-        pairs = zip(state, values_N, strict=True)
-        return tuple(predictor.update(held, value[None], context_C) for held, value in pairs)
-
-    return Predictor(
-        predictor.name,
-        lambda size, width: tuple(predictor.start(1, width) for _ in range(size)),
-        predict,
-        update,
-    )
+def learned(*, context: bool = True) -> Predictor:
+    """The plain ones and `trend`, with `context` also `linked`, mixed on line."""
+    members = [last(), *(ewma(speed) for speed in SPEEDS), trend()]
+    if context:
+        members += [linked(10.0, 0.1), linked(100.0, 0.1)]
+    return mixed(members, name="learned")

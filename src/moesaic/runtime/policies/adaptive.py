@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..plan import Curves, MachineSlices, Plan, Policy, Profile
-from ..predictors import Array, each, ewma, last, learned
+from ..predictors import Array, ewma, last, learned
 from .forecast import Learned, Way, expect, learn, possible, start
 from .search import Table
 from .sizing import shares
@@ -27,8 +27,8 @@ MARGIN = 0.02
 FORGET = 0.98
 """Of what the proposals cost, from one step to the next."""
 WAYS = (
-    Way("learned", each(learned())),
-    Way("learned by counts", each(learned()), learned()),
+    Way("learned", learned(context=False)),
+    Way("learned by counts", learned(context=False), learned()),
     Way("last", last()),
     Way("ewma0.3", ewma(0.3)),
     Way("ewma0.1", ewma(0.1)),
