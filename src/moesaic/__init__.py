@@ -1,7 +1,7 @@
 """moesaic: Mixture-of-Experts layers, fast, exact and observable."""
 
 from .functional import moe, route
-from .nn import MoE
+from .nn import MoE, attach, detach
 from .packing import PackedWeights, pack
 from .runtime.profiler import profile
 from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
@@ -14,6 +14,8 @@ __all__ = [
     "PackedWeights",
     "RouterSpec",
     "Routing",
+    "attach",
+    "detach",
     "moe",
     "pack",
     "profile",

@@ -15,6 +15,7 @@ torch.Size([2, 5, 64])
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -174,3 +175,23 @@ class MoE(nn.Module):
         routing = self.route(hidden_TH)
         out_TH: Tensor = self.experts(hidden_TH, routing.topk_ids_TK, routing.topk_weights_TK)
         return out_TH.view_as(hidden_states)
+
+
+def attach(model: nn.Module, **options: Any) -> Any:
+    """Run a loaded transformers model through moesaic: `integrations.attach.attach`, which has the
+    options, the result and the errors.
+
+    Raises:
+        ImportError: transformers is missing.
+    """
+    return _attaching().attach(model, **options)
+
+
+def detach(model: nn.Module) -> None:
+    """Put back what `attach` changed: `integrations.attach.detach`."""
+    _attaching().detach(model)
+
+
+def _attaching() -> Any:
+    # transformers is needed by those who attach, and by nobody else.
+    return import_module(".integrations.attach", __package__)
