@@ -11,9 +11,11 @@ from layer_cases import ROUTINGS, draw, draw_ids, draw_layer
 from moesaic.bench.layers import Loaded
 from moesaic.bench.paper.bits import compare_bits
 from moesaic.bench.paper.executor import OURS, combine_slots, registry
+from moesaic.bench.paper.slicing import plan_groups
 from moesaic.bench.paper.triton_rows import map_entries
 from moesaic.bench.suite import Cell
 from moesaic.bench.workloads import Inputs, Model
+from moesaic.functional import moe
 from moesaic.kernels.batching import batch_rows_ref
 from moesaic.kernels.experts import experts_triton
 from moesaic.reference import moe_reference
@@ -59,6 +61,28 @@ def test_executors_of_our_kernels_have_the_bits_of_the_static_batch(
         executor = registry()[name]
         assert executor.ours and executor.exact is executor.build
         assert torch.equal(executor.build(MODEL, weights)(*inputs), want), name
+
+
+def test_a_plan_halves_the_load_and_shares_the_sms_by_it() -> None:
+    plan = plan_groups([5, 40, 7, 8], sms=132)
+    assert plan.groups == ((1,), (0, 2, 3)) and plan.budgets == (92, 40)
+    for loads in ([64, 0], [1, 1], [0, 0, 0], [3] * 64):
+        plan = plan_groups(loads, sms=132)
+        assert sorted(e for group in plan.groups for e in group) == list(range(len(loads)))
+        assert all(plan.groups) and all(n >= 8 and n % 8 == 0 for n in plan.sms)
+        assert sum(plan.budgets) == 132
+    with pytest.raises(ValueError, match="two experts or more, got 1"):
+        plan_groups([4], sms=132)
+
+
+@pytest.mark.parametrize("routing", [r for r in ROUTINGS if r != "sentinel"])
+def test_slices_have_the_bits_of_the_layer(routing: str) -> None:
+    inputs, weights = exact_inputs(routing)
+    sliced = registry()["slices"].build(MODEL, weights)
+    want = moe(*inputs, weights, MODEL.spec())
+    assert torch.equal(sliced(*inputs), want)
+    other, _ = exact_inputs("uniform")
+    assert torch.equal(sliced(*other), moe(*other, weights, MODEL.spec()))
 
 
 def test_map_entries_cover_every_tile_once() -> None:
@@ -122,6 +146,6 @@ def test_the_registry_is_ordered_and_kernels_need_a_gpu() -> None:
     assert list(found) == sorted(found, key=lambda name: (found[name].order, name))
     assert {"loop", "torch-grouped-mm", OURS, *PLAIN, *KERNELS} <= set(found)
     _, weights = exact_inputs("uniform")
-    for name in KERNELS:
+    for name in (*KERNELS, "slices", "slices-streams"):
         with pytest.raises(RuntimeError, match="needs a cuda device, got cpu"):
             found[name].candidate().build(MODEL, weights)

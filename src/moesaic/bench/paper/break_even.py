@@ -55,8 +55,12 @@ COMPONENTS = (
         "one launch for all experts, against one launch an expert, both under a graph",
     ),
     Component(
-        "dynamic slicing", ("slices", "eager"), ("expert-graphs", "eager"),
-        "shares of the GPU by load, against none",
+        "dynamic slicing", ("slices", "graph"), (OURS, "graph"),
+        "a hot and a cold group on shares of the SMs by load, against all experts on all SMs",
+    ),
+    Component(
+        "streams for slices", ("slices-streams", "graph"), ("slices", "graph"),
+        "the groups side by side on streams of their slices, against one after the other",
     ),
     Component(
         OVER_LOOP, (OURS, "graph"), (LOOP, "eager"),
