@@ -169,6 +169,21 @@ def report(
 
 
 @app.command()
+def top(
+    source: Annotated[
+        str, typer.Argument(help="A Prometheus endpoint (http://...) or a file of JSON lines.")
+    ] = "http://127.0.0.1:9464/metrics",
+    interval: Annotated[float, typer.Option("--interval-s", help="Seconds between looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Show it once.")] = False,
+) -> None:
+    """A live view of the experts of a job that is being profiled."""
+    with edge():
+        from .integrations import top as room
+
+        raise typer.Exit(room.main(source, interval_s=interval, once=once))
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:

@@ -64,6 +64,24 @@ def read_profiles(path: str | os.PathLike[str]) -> Iterator[Profile]:
                 raise ValueError(f"{path}:{number}: {error}") from error
 
 
+def last_profile(path: str | os.PathLike[str]) -> Profile | None:
+    """The last whole profile of a file of JSON lines, reading no more of it than needed; or None.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: its last whole line is no profile.
+    """
+    with Path(path).open("rb") as file:
+        left = file.seek(0, os.SEEK_END)
+        tail = b""
+        while left and tail.count(b"\n") < 2:
+            size = min(left, 1 << 20)
+            left = file.seek(left - size)
+            tail = file.read(size) + tail
+    lines = tail[: tail.rfind(b"\n") + 1].splitlines()
+    return Profile.from_json(lines[-1].decode()) if lines else None
+
+
 class RoutingTrace:
     """Writes every step into a routing trace, layer by layer: see `trace.TraceWriter`.
 

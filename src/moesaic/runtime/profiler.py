@@ -101,7 +101,7 @@ class Profiler:
         self.totals: list[Counts] = [np.zeros(c.shape, dtype=np.int64) for c in self.counters]
         """(3, E) of each layer since the start: routed, rows, tiles."""
         self.states = [rates.start(layer.num_experts) for layer in layers]
-        self.steps = 0
+        self.steps, self.seconds = 0, 0.0
         self.last: Profile | None = None
         self.failures: Counter[str] = Counter()
         self.sinks: dict[str, Sink] = {}
@@ -160,6 +160,7 @@ class Profiler:
         seconds = max(0, last.time_ns - self._time_ns) / 1e9 if self._time_ns else 0.0
         self._time_ns = last.time_ns
         self.steps += steps
+        self.seconds += seconds
         layers = tuple(
             self._layer(index, counts, drifts[index]) for index, counts in enumerate(sums)
         )
