@@ -22,7 +22,7 @@ from moesaic.reference import moe_reference
 
 MODEL = Model("tiny", 5, 2, 24, 40, kind="relu3", family="paper")
 PLAIN = ("fastermoe-style", "tutel-style", "torch-grouped-mm", "expert-streams", "loop")
-KERNELS = ("triton-experts", "expert-graphs")
+KERNELS = ("triton-experts", "expert-graphs", "fused-expert")
 
 
 def exact_inputs(routing: str, tokens: int = 37) -> tuple[Inputs, object]:

@@ -39,6 +39,10 @@ COMPONENTS = (
         "a launch per expert and layer by moesaic's kernels, against the sequential loop",
     ),
     Component(
+        "the fused three-layer kernel", ("fused-expert", "graph"), (OURS, "graph"),
+        "all layers in one launch, against the static batch's launch a layer",
+    ),
+    Component(
         "a graph per expert", ("expert-graphs", "eager"), ("triton-experts", "eager"),
         "the paper's graph manager, against the same kernels launched one by one",
     ),

@@ -36,6 +36,14 @@ def config_of(model: Model, weights: ExpertWeights, hidden_TH: Tensor, ids_TK: T
     return config
 
 
+def compute_capability(device: torch.device) -> int:
+    """80, 90, ...; 90 for Triton's interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
 def heights_of(config: Config) -> tuple[int, ...]:
     """The tile heights that a task map for `mlp_rows` must have."""
     from ...kernels.tune import FUSED_ROWS
@@ -61,7 +69,6 @@ def mlp_rows(
         buffers: (S, I), (S, I), (S, H), dtype of x; `new_buffers` makes them.
     """
     from ...kernels.expert_mlp import expert_mlp
-    from ...kernels.experts import _device
     from ...kernels.grouped_mm import Epilogue, grouped_mm
 
     w = weights
@@ -71,8 +78,8 @@ def mlp_rows(
     if config.fused:
         biases = (w.up_bias, w.mid_bias, w.down_bias)
         return expert_mlp(
-            x, w.up, w.mid, w.down, sort, tasks, top_k=max(1, top_k), arch=_device(x.device)[0],
-            biases=biases, out=out_SH,
+            x, w.up, w.mid, w.down, sort, tasks, top_k=max(1, top_k), biases=biases, out=out_SH,
+            arch=compute_capability(x.device),
         )  # fmt: skip
     relu, heights = Epilogue("relu"), config.heights
     grouped_mm(
