@@ -36,7 +36,7 @@ def assign_gpus(
             off = off_IP[members] - here
             gpu = _one_each(here, off, total_I[members], topology)
         else:
-            gpu = _several_each(total_I[members], expert_I[members], gpus, room)
+            gpu = pack_gpus(total_I[members], expert_I[members], gpus, room)
         rank_I[members] = node * gpus + gpu
     return rank_I
 
@@ -75,8 +75,8 @@ def _shared_nics(cost: Floats, away_I: Floats, nics: npt.NDArray[np.int_]) -> In
     return gpu
 
 
-def _several_each(total: Floats, expert: Ints, gpus: int, room: int) -> Ints:
-    """Largest first to the least loaded GPU; replicas of one expert on distinct GPUs.
+def pack_gpus(total: Floats, expert: Ints, gpus: int, room: int) -> Ints:
+    """(I,) GPUs: largest first to the least loaded; replicas of one expert on distinct GPUs.
 
     Where replicas share the node the GPUs are filled in rounds, experts one after the other, which
     always finds distinct ones.

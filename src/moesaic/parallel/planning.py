@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .gpus import assign_gpus
+from .gpus import assign_gpus, pack_gpus
 from .links import Floats, busiest, check_counts, link_times
 from .nodes import node_problem, solve
 from .placement import Layer, Placement, even_starts
@@ -137,6 +137,8 @@ def plan(
             own = arriving(own, table, affinity[number - 1], counts[number - 1], stay)
         found = instances(own, copies_LE[number])
         rank_I = _place(found, own, topology, row_bytes, room, rounds, kicks, number)
+        if room > 1:
+            rank_I = _better(found, own, topology, row_bytes, rank_I, room)
         placed.append(_by_expert(found, rank_I, experts))
         table = _table(found, rank_I, ranks, experts)
         times.append(busiest(link_times(table, own, topology, row_bytes)))
@@ -172,6 +174,27 @@ def _place(
         problem = node_problem(rows_IG, found.expert_I, topology, row_bytes, node_room)
         node_I = solve(problem, rounds=rounds, kicks=kicks, seed=seed)
     return assign_gpus(rows_IG, found.expert_I, node_I, topology, room)
+
+
+def _better(
+    found: Instances,
+    counts_GE: Floats,
+    topology: Topology,
+    row_bytes: float,
+    rank_I: Ints,
+    room: int,
+) -> Ints:
+    """These ranks, or packing by load over all GPUs at once where that is faster: with several
+    instances a GPU the fullest GPU may matter more than the fullest node."""
+    loads = found.rows_IG(counts_GE).sum(axis=1)
+    packed = pack_gpus(loads, found.expert_I, topology.ranks, room)
+    ranks, experts = counts_GE.shape
+
+    def seconds(chosen: Ints) -> float:
+        table = _table(found, chosen, ranks, experts)
+        return busiest(link_times(table, counts_GE, topology, row_bytes))[2]
+
+    return packed if seconds(packed) < seconds(rank_I) else rank_I
 
 
 def _by_expert(found: Instances, rank_I: Ints, experts: int) -> tuple[Layer, Layer]:

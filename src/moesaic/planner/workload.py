@@ -196,7 +196,8 @@ def _space(block: Block | None, experts: int) -> Space:
         asked_ep="ep" in block,
     )
     for size in found.ep:
-        if size < experts and experts % size:
-            raise block.wrong("ep", f"divisors of the model's {experts} experts", size)
+        if size < experts and all((experts + more) % size for more in found.replicas):
+            slots = " or ".join(str(experts + more) for more in found.replicas)
+            raise block.wrong("ep", f"a divisor of {slots} (experts and replicas)", size)
     block.done()
     return found

@@ -1,0 +1,280 @@
+"""From a strategy to what it will do: one step simulated, and everything told about it.
+
+    G GPUs · T tokens of a home GPU in a step
+
+`predict` is pure: equal arguments give equal predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .cluster import Cluster
+from .costs import SMS, LayerCost, Sampler, attention_s, gemm_s, mlp_s, moe_layer_costs, reduce_s
+from .kernels import ROOFLINE, KernelTable
+from .memory import Memory, memory
+from .model import Model
+from .simulate import Task, TimeLine, pipeline_s, run
+from .strategies import Strategy
+from .workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a deployment does.
+
+    Args:
+        gpus: GPUs in use, over all copies.
+        step_s: one decode step, or one prefill step.
+        tokens_per_s: of the whole deployment.
+        breakdown: seconds of a step by operation, as if nothing overlapped.
+        utilisation: busy share of ``compute``, ``nvlink``, ``network``.
+        bubble: idle share of compute; hidden: share of the exchange that lies under compute.
+        balancedness: mean over maximum of rows a rank.
+        joules_per_token, usd_per_million: the latter None without a price.
+        binding: what a step waits for most.
+        line: the time line of one stage.
+    """
+
+    strategy: Strategy
+    phase: str
+    copies: int
+    gpus: int
+    sequences: float
+    step_s: float
+    tokens_per_s: float
+    per_gpu: float
+    per_node: float
+    memory: Memory
+    breakdown: dict[str, float]
+    utilisation: dict[str, float]
+    bubble: float
+    hidden: float
+    balancedness: float
+    joules_per_token: float
+    usd_per_million: float | None
+    binding: str
+    line: TimeLine
+
+    @property
+    def fits(self) -> bool:
+        """Whether every GPU has the memory."""
+        return self.memory.fits
+
+
+def step_tokens(workload: Workload, strategy: Strategy, copies: int) -> tuple[int, float]:
+    """Tokens of a home GPU in a micro-batch, and sequences of a home GPU."""
+    homes = copies * strategy.homes * (strategy.stages if strategy.family == "literal" else 1)
+    per_home = workload.sequences / homes if workload.total else float(workload.sequences)
+    if workload.phase == "prefill":
+        tokens = workload.prefill_tokens
+        if workload.total:
+            tokens = max(1, round(per_home * workload.prompt))
+        return max(1, round(tokens / strategy.micro_batches)), tokens / workload.prompt
+    if not workload.total:
+        # A batch is given per GPU of the copy, so that strategies of unlike shapes do like work.
+        per_home = workload.sequences * strategy.gpus / strategy.homes
+    return max(1, round(per_home / strategy.micro_batches)), per_home
+
+
+def predict(
+    model: Model,
+    cluster: Cluster,
+    workload: Workload,
+    strategy: Strategy,
+    *,
+    sampler: Sampler | None = None,
+    table: KernelTable = ROOFLINE,
+) -> Prediction:
+    """Simulate one step of a strategy.
+
+    Raises:
+        ValueError: a copy needs more GPUs than the cluster has.
+    """
+    copies = cluster.gpus // strategy.gpus
+    if not copies:
+        raise ValueError(f"{strategy.name} needs {strategy.gpus} GPUs, {cluster.gpus} are there")
+    sampler = sampler or Sampler(model, cluster, workload)
+    tokens, sequences = step_tokens(workload, strategy, copies)
+    decode = workload.phase == "decode"
+    context = workload.context if decode else workload.prompt / 2
+    costs = moe_layer_costs(model, cluster, workload, strategy, tokens, context, sampler, table)
+    chain = _chain(model, cluster, workload, strategy, tokens, context, costs)
+    step_s, line = _step(cluster, model, strategy, tokens, chain, decode)
+    micro_tokens = tokens * strategy.homes * copies
+    done = micro_tokens * strategy.micro_batches
+    breakdown = _breakdown(chain, strategy, step_s, line)
+    mem = memory(model, cluster.gpu, strategy, workload, tokens, sequences)
+    gpus = copies * strategy.gpus
+    compute = line.busy.get("compute", 0.0) + line.busy.get("attention", 0.0)
+    stages = strategy.stages
+    share = _busy_share(strategy, line, step_s, stages)
+    nvlink = sum(c.nvlink_s for c in costs) / len(costs) * model.moe_layers
+    nic = sum(c.nic_s for c in costs) / len(costs) * model.moe_layers
+    scale = strategy.micro_batches / stages / step_s
+    watts = cluster.gpu.idle_watts + share * (cluster.gpu.watts - cluster.gpu.idle_watts)
+    rate = done / step_s
+    price = cluster.usd_per_gpu_hour
+    return Prediction(
+        strategy=strategy,
+        phase=workload.phase,
+        copies=copies,
+        gpus=gpus,
+        sequences=sequences,
+        step_s=step_s,
+        tokens_per_s=rate,
+        per_gpu=rate / gpus,
+        per_node=rate / gpus * cluster.gpus_per_node,
+        memory=mem,
+        breakdown=breakdown,
+        utilisation={"compute": share, "nvlink": min(1.0, nvlink * scale),
+                     "network": min(1.0, nic * scale)},
+        bubble=1.0 - share,
+        hidden=line.hidden() if strategy.overlap else 0.0,
+        balancedness=sum(c.balancedness for c in costs) / len(costs),
+        joules_per_token=watts * gpus / rate,
+        usd_per_million=None if price is None else price * gpus / 3600 / rate * 1e6,
+        binding=_binding(breakdown, costs, mem, compute),
+        line=line,
+    )  # fmt: skip
+
+
+def _busy_share(strategy: Strategy, line: TimeLine, step_s: float, stages: int) -> float:
+    """Mean busy share of compute of all GPUs of a copy."""
+    lines = strategy.micro_batches / max(1, _chains_of(strategy))
+    experts = line.busy.get("compute", 0.0) * lines / step_s
+    if not strategy.attention:
+        return min(1.0, experts)
+    attend = line.busy.get("attention", 0.0) * lines / step_s
+    total = strategy.attention + strategy.ranks
+    return min(1.0, (attend * strategy.attention + experts * strategy.ranks) / total)
+
+
+def _chains_of(strategy: Strategy) -> int:
+    """Micro-batches that are on one stage's time line."""
+    if strategy.stages == 1:
+        return strategy.micro_batches
+    return 2 if strategy.overlap and strategy.micro_batches >= 2 * strategy.stages else 1
+
+
+def _chain(
+    model: Model, cluster: Cluster, workload: Workload, strategy: Strategy, tokens: int,
+    context: float, costs: Sequence[LayerCost],
+) -> list[list[Task]]:  # fmt: skip
+    """The tasks of every layer of one micro-batch."""
+    gpu, decode = cluster.gpu, workload.phase == "decode"
+    where = "attention" if strategy.attention else "compute"
+    slower = 1.0
+    if strategy.overlap and workload.exchange_sms:
+        slower = SMS / (SMS - workload.exchange_sms)
+    attend = attention_s(model, gpu, tokens, context, strategy.tp, decode=decode)
+    reduce = reduce_s(cluster, 2.0 * tokens * strategy.tp * model.hidden, strategy.tp)
+    dense = mlp_s(model, gpu, tokens, model.mlp_elements(model.dense_intermediate), strategy.tp)
+    layers: list[list[Task]] = []
+    for number in range(model.layers):
+        tasks = [Task("attention", where, attend * slower, layer=number)]
+        if reduce:
+            tasks.append(Task("all-reduce", "network", reduce, joint=True, layer=number))
+        if number < model.dense_layers:
+            tasks.append(Task("dense", where, dense, layer=number))
+            if reduce:
+                tasks.append(Task("all-reduce", "network", reduce, joint=True, layer=number))
+        else:
+            tasks += _moe_tasks(costs[number % len(costs)], where, slower, number)
+        layers.append(tasks)
+    return layers
+
+
+def _moe_tasks(cost: LayerCost, where: str, slower: float, layer: int) -> list[Task]:
+    tasks = [Task("gate", where, cost.gate_s, layer=layer)]
+    if cost.dispatch_s:
+        tasks.append(Task("dispatch", "network", cost.dispatch_s, joint=True, layer=layer))
+    if cost.shared_s:
+        tasks.append(Task("shared", where, cost.shared_s, layer=layer))
+    tasks.append(Task("experts", "compute", cost.experts_G * slower, layer=layer))
+    if cost.combine_s:
+        tasks.append(Task("combine", "network", cost.combine_s, joint=True, layer=layer))
+    return tasks
+
+
+def _step(
+    cluster: Cluster, model: Model, strategy: Strategy, tokens: int, layers: list[list[Task]],
+    decode: bool,
+) -> tuple[float, TimeLine]:  # fmt: skip
+    """Seconds of a step, and the time line of its first (or only) stage."""
+    head = gemm_s(cluster.gpu, 2.0 * tokens * model.hidden * model.vocab if decode else 0.0,
+                  2.0 * model.hidden * model.vocab / strategy.tp, 2, 2)  # fmt: skip
+    last = [Task("head", "compute", head)]
+    if strategy.stages == 1:
+        chain = [task for tasks in layers for task in tasks] + last
+        line = run([chain] * strategy.micro_batches, overlap=strategy.overlap,
+                   gpus=strategy.ranks)  # fmt: skip
+        return line.seconds, line
+    per = -(-len(layers) // strategy.stages)
+    together = _chains_of(strategy)
+    lines: dict[tuple[float, ...], TimeLine] = {}
+    stage_s, first = [], None
+    for stage in range(0, len(layers), per):
+        chain = [task for tasks in layers[stage : stage + per] for task in tasks]
+        key = tuple(float(_longest(task)) for task in chain)
+        if key not in lines:
+            lines[key] = run([chain] * together, overlap=strategy.overlap, gpus=strategy.ranks)
+        stage_s.append(lines[key].seconds / together)
+        first = lines[key]
+    stage_s[-1] += head
+    assert first is not None
+    # Stages lie on nodes of their own where a stage fills one; a GPU hands on its own tokens.
+    num_bytes, hop = 2.0 * tokens * model.hidden, cluster.nvlink_latency_s
+    if cluster.network is not None and strategy.ranks >= cluster.gpus_per_node:
+        share = cluster.network.nics / cluster.gpus_per_node
+        hop = num_bytes / (cluster.network.bytes_per_s * share) + cluster.network.latency_s
+    else:
+        hop += num_bytes / cluster.nvlink_bytes_per_s
+    return pipeline_s(stage_s, hop, strategy.micro_batches, steady=decode), first
+
+
+def _longest(task: Task) -> float:
+    return float(task.seconds if isinstance(task.seconds, float) else task.seconds.max())
+
+
+def _breakdown(
+    layers: list[list[Task]], strategy: Strategy, step_s: float, line: TimeLine
+) -> dict[str, float]:
+    """Seconds by operation of one micro-batch's whole way, times the micro-batches of a stage."""
+    times: dict[str, float] = {}
+    repeats = strategy.micro_batches / strategy.stages
+    for tasks in layers:
+        for task in tasks:
+            times[task.name] = times.get(task.name, 0.0) + _longest(task) * repeats
+    return times
+
+
+def _binding(
+    breakdown: dict[str, float], costs: Sequence[LayerCost], mem: Memory, compute: float
+) -> str:
+    """One word for what a step waits for most."""
+    if not mem.fits:
+        return "memory"
+    groups = {
+        "exchange": breakdown.get("dispatch", 0.0) + breakdown.get("combine", 0.0),
+        "attention": breakdown.get("attention", 0.0) + breakdown.get("all-reduce", 0.0),
+        "experts": breakdown.get("experts", 0.0) + breakdown.get("shared", 0.0),
+        "dense layers": breakdown.get("dense", 0.0),
+    }
+    found = max(groups, key=groups.__getitem__)
+    if found == "exchange":
+        return f"exchange over {costs[0].binding}"
+    worst = min(c.balancedness for c in costs)
+    return f"experts, fullest rank {1 / worst:.1f}x the mean" if found == "experts" else found
+
+
+def first_token_s(
+    model: Model, cluster: Cluster, workload: Workload, strategy: Strategy,
+    *, sampler: Sampler | None = None, table: KernelTable = ROOFLINE,
+) -> float:  # fmt: skip
+    """Seconds to a first token on an idle deployment: one prefill step of a prompt a GPU."""
+    one = replace(
+        workload, phase="prefill", prefill_tokens=workload.prompt, total=False, forwarded=True
+    )
+    return predict(model, cluster, one, strategy, sampler=sampler, table=table).step_s

@@ -1,0 +1,249 @@
+"""Every strategy predicted, on all cores, and what to make of them.
+
+Strategies of one shape share their sampled counts and placement, so they go to one worker together.
+The order of the result depends on the predictions alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+
+from .cluster import Cluster
+from .costs import Sampler
+from .kernels import ROOFLINE, KernelTable
+from .model import Model
+from .predict import Prediction, predict
+from .routing import parse_routing
+from .strategies import Strategy, enumerate_strategies
+from .workload import Workload
+
+OURS = ("one-per-gpu", "literal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """All that a prediction depends on but the strategy."""
+
+    model: Model
+    cluster: Cluster
+    workload: Workload
+    table: KernelTable = ROOFLINE
+    sampled_layers: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What one change of the cluster or the workload would do.
+
+    Args:
+        what: the change in words.
+        gain: the recommended strategy's throughput after it over before.
+        best: the strategy that would be best then.
+    """
+
+    what: str
+    gain: float
+    best: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The recommendation.
+
+    Args:
+        best: what to deploy; None where nothing is good enough.
+        sentence: why, or why not.
+        one_per_gpu: how one expert per GPU compares.
+        changes: what would change the verdict.
+    """
+
+    best: Prediction | None
+    sentence: str
+    one_per_gpu: str
+    changes: tuple[Change, ...] = ()
+
+
+def _together(strategies: Sequence[Strategy]) -> list[list[Strategy]]:
+    """Strategies that share counts and placement, the costliest groups first."""
+    groups: dict[tuple[int, int, int], list[Strategy]] = {}
+    for s in strategies:
+        groups.setdefault((s.ranks, s.homes, s.replicas), []).append(s)
+    return sorted(groups.values(), key=lambda g: (-g[0].homes * len(g), g[0].name))
+
+
+def predict_group(question: Question, strategies: Sequence[Strategy]) -> list[Prediction]:
+    """The predictions of strategies that share a shape."""
+    q = question
+    sampler = Sampler(q.model, q.cluster, q.workload, q.sampled_layers)
+    return [
+        predict(q.model, q.cluster, q.workload, s, sampler=sampler, table=q.table)
+        for s in strategies
+    ]
+
+
+def predict_all(
+    question: Question,
+    strategies: Sequence[Strategy],
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Prediction]:
+    """Predict every strategy, best throughput per GPU first.
+
+    Args:
+        question: model, cluster and workload.
+        strategies: what to predict.
+        workers: processes; None takes every core, 1 stays in this process.
+        progress: called with how many are done, and of how many.
+    """
+    groups = _together(strategies)
+    count = workers or os.cpu_count() or 1
+    found: list[Prediction] = []
+
+    def add(more: list[Prediction]) -> None:
+        found.extend(more)
+        if progress is not None:
+            progress(len(found), len(strategies))
+
+    if count == 1 or len(groups) == 1:
+        for group in groups:
+            add(predict_group(question, group))
+    else:
+        import multiprocessing
+
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(count, len(groups)), mp_context=context) as pool:
+            jobs = [pool.submit(predict_group, question, group) for group in groups]
+            for job in as_completed(jobs):
+                add(job.result())
+    return sorted(found, key=lambda p: (-p.per_gpu, p.strategy.name))
+
+
+def search(
+    question: Question,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Prediction]:
+    """Predict the whole strategy space of the workload, see `predict_all`.
+
+    Raises:
+        ValueError: the space is empty.
+    """
+    space = question.workload.space
+    strategies = enumerate_strategies(question.model, question.cluster, space)
+    return predict_all(question, strategies, workers=workers, progress=progress)
+
+
+def keeps_limits(p: Prediction, workload: Workload) -> bool:
+    """Whether it fits memory and its steps are short enough."""
+    limit = workload.tpot_ms if p.phase == "decode" else workload.ttft_ms
+    return p.fits and (limit is None or p.step_s * 1e3 <= limit)
+
+
+def pareto(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Those that no other beats in both throughput per GPU and step time, fastest step first."""
+    front: list[Prediction] = []
+    for p in sorted(predictions, key=lambda p: (p.step_s, -p.per_gpu)):
+        if not front or p.per_gpu > front[-1].per_gpu:
+            front.append(p)
+    return front
+
+
+def judge(predictions: Sequence[Prediction], workload: Workload) -> Verdict:
+    """Recommend the most throughput per GPU within the limits, or say that nothing is within."""
+    good = [p for p in predictions if keeps_limits(p, workload)]
+    if not good:
+        fits = [p for p in predictions if p.fits]
+        limit = workload.tpot_ms if workload.phase == "decode" else workload.ttft_ms
+        if fits:
+            fastest = min(fits, key=lambda p: p.step_s)
+            why = (
+                f"no strategy keeps {limit:g} ms: the fastest, {fastest.strategy.name}, takes "
+                f"{fastest.step_s * 1e3:.1f} ms a step; it waits for {fastest.binding}"
+            )
+        else:
+            nearest = min(predictions, key=lambda p: p.memory.total)
+            why = f"nothing fits: {nearest.strategy.name} needs {nearest.memory.why()}"
+        return Verdict(best=None, sentence=f"Don't: {why}.", one_per_gpu=_one_per_gpu(predictions))
+    best = max(good, key=lambda p: p.per_gpu)
+    return Verdict(
+        best=best,
+        sentence=(
+            f"{best.strategy.name}: {best.per_gpu:.0f} tokens/s per GPU, "
+            f"{best.step_s * 1e3:.1f} ms a step; it waits for {best.binding}."
+        ),
+        one_per_gpu=_one_per_gpu(good),
+    )
+
+
+def _one_per_gpu(predictions: Sequence[Prediction]) -> str:
+    """How the best strategy with one expert a GPU compares with the best without."""
+    ours = [p for p in predictions if p.strategy.family in OURS]
+    others = [p for p in predictions if p.strategy.family not in OURS]
+    if not ours:
+        return "One expert per GPU: not possible here (too few GPUs, or over memory or limits)."
+    mine = max(ours, key=lambda p: p.per_gpu)
+    if not others:
+        return (
+            f"One expert per GPU is the only kind that is within the limits: {mine.strategy.name}."
+        )
+    rival = max(others, key=lambda p: p.per_gpu)
+    ratio = mine.per_gpu / rival.per_gpu
+    quick = min(ours, key=lambda p: p.step_s).step_s / min(others, key=lambda p: p.step_s).step_s
+    if ratio >= 1:
+        return (
+            f"One expert per GPU pays: {mine.strategy.name} gives {ratio:.2f} times the throughput "
+            f"per GPU of {rival.strategy.name}."
+        )
+    return (
+        f"Don't use one expert per GPU for throughput: {mine.strategy.name} gives {ratio:.2f} times "
+        f"that of {rival.strategy.name} per GPU (balancedness {mine.balancedness:.2f}, waits for "
+        f"{mine.binding}). Its fastest step takes {quick:.2f} times the fastest of the others."
+    )
+
+
+def explain(question: Question, predictions: Sequence[Prediction], verdict: Verdict) -> Verdict:
+    """The verdict with what each doubled resource, and even routing, would do to it."""
+    if verdict.best is None:
+        return verdict
+    leaders: dict[str, Strategy] = {}
+    for p in predictions:
+        if keeps_limits(p, question.workload):
+            leaders.setdefault(p.strategy.family, p.strategy)
+    changes = []
+    for what, changed in _changed(question):
+        again = [p for s in leaders.values() for p in predict_group(changed, [s])]
+        same = next(p for p in again if p.strategy == verdict.best.strategy)
+        best = max(again, key=lambda p: p.per_gpu * keeps_limits(p, changed.workload))
+        changes.append(Change(what=what, gain=same.per_gpu / verdict.best.per_gpu,
+                              best=best.strategy.name))  # fmt: skip
+    return replace(verdict, changes=tuple(changes))
+
+
+def _changed(q: Question) -> list[tuple[str, Question]]:
+    c, gpu = q.cluster, q.cluster.gpu
+    found = [
+        ("memory bandwidth x2", replace(c, gpu=replace(gpu, bytes_per_s=2 * gpu.bytes_per_s))),
+        (
+            "flops x2",
+            replace(c, gpu=replace(gpu, flops=2 * gpu.flops, fp8_flops=2 * gpu.fp8_flops)),
+        ),
+        ("NVLink x2", replace(c, nvlink_bytes_per_s=2 * c.nvlink_bytes_per_s)),
+    ]
+    if c.network is not None and c.nodes > 1:
+        twice = replace(c.network, bytes_per_s=2 * c.network.bytes_per_s)
+        found.append(("network bandwidth x2", replace(c, network=twice)))
+        near = replace(c.network, latency_s=c.network.latency_s / 2, step_s=c.network.step_s / 2)
+        found.append(("network latency / 2", replace(c, network=near)))
+    changed = [(what, replace(q, cluster=cluster)) for what, cluster in found]
+    if q.workload.trace is not None or parse_routing(q.workload.routing)[0] != "uniform":
+        even = replace(q.workload, routing="uniform", trace=None)
+        changed.append(("even routing", replace(q, workload=even)))
+    double = replace(q.workload, sequences=2 * q.workload.sequences,
+                     prefill_tokens=2 * q.workload.prefill_tokens)  # fmt: skip
+    changed.append(("twice the batch", replace(q, workload=double)))
+    return changed

@@ -1,0 +1,155 @@
+"""A time line of one step: which micro-batch occupies which resource when.
+
+    G GPUs of a stage · M micro-batches
+
+A micro-batch is a chain of tasks. A task takes one resource of every GPU (``compute``, ``network``,
+or, with attention on GPUs of its own, ``attention``), each GPU for its own time; a task marked
+`joint` ends for all GPUs when the last one is done, as an exchange does. A resource does one task
+at a time; of the tasks that could start, the one that can start first does, then the one furthest
+behind. Nothing is random.
+
+>>> ab = [Task("a", "compute", 1.0), Task("x", "network", 2.0, joint=True)]
+>>> line = run([ab, ab], overlap=True)
+>>> line.seconds, line.busy["network"]
+(5.0, 4.0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One operation of a micro-batch: a number, or one per GPU, of seconds."""
+
+    name: str
+    resource: str
+    seconds: float | Floats
+    joint: bool = False
+    layer: int = -1
+
+
+@dataclass(frozen=True)
+class Span:
+    """A task on the time line, on the GPU where it ends last."""
+
+    name: str
+    resource: str
+    layer: int
+    micro_batch: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class TimeLine:
+    """A simulated step: its length, its spans, and per resource the mean busy time of a GPU."""
+
+    seconds: float
+    spans: tuple[Span, ...]
+    busy: dict[str, float]
+
+    def bubble(self, resource: str = "compute") -> float:
+        """The share of the step in which a GPU's resource does nothing, on average."""
+        return 1.0 - self.busy.get(resource, 0.0) / self.seconds if self.seconds else 0.0
+
+    def hidden(self) -> float:
+        """The share of the network's time that lies under compute."""
+        network = [s for s in self.spans if s.resource == "network"]
+        compute = [s for s in self.spans if s.resource != "network"]
+        total = sum(s.end - s.start for s in network)
+        if not total:
+            return 1.0
+        return _overlap(network, compute) / total
+
+
+def _overlap(some: Sequence[Span], others: Sequence[Span]) -> float:
+    """Seconds of `some` during which any of `others` runs."""
+    merged: list[list[float]] = []
+    for span in sorted(others, key=lambda s: s.start):
+        if merged and span.start <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], span.end)
+        else:
+            merged.append([span.start, span.end])
+    if not merged:
+        return 0.0
+    low, high = np.array(merged).T
+    total = 0.0
+    for span in some:
+        total += float(np.clip(np.minimum(high, span.end) - np.maximum(low, span.start), 0, None)
+                       .sum())  # fmt: skip
+    return total
+
+
+def run(chains: Sequence[Sequence[Task]], *, overlap: bool, gpus: int = 1) -> TimeLine:
+    """Simulate micro-batches that start together.
+
+    Args:
+        chains: per micro-batch its tasks in order.
+        overlap: whether different resources may work at the same time; otherwise every task
+            waits for the one before, whatever it takes.
+        gpus: G of the per-GPU arrays.
+    """
+    ready = [np.zeros(gpus) for _ in chains]
+    at = [0] * len(chains)
+    free: dict[str, Floats] = {}
+    busy: dict[str, Floats] = {}
+    spans: list[Span] = []
+    while True:
+        best: tuple[float, int, int] | None = None
+        for number, chain in enumerate(chains):
+            if at[number] < len(chain):
+                task = chain[at[number]]
+                resource = task.resource if overlap else "all"
+                idle = free.get(resource)
+                start = ready[number] if idle is None else np.maximum(ready[number], idle)
+                key = (float(start.max()), at[number], number)
+                if best is None or key < best:
+                    best = key
+        if best is None:
+            break
+        number = best[2]
+        task = chains[number][at[number]]
+        resource = task.resource if overlap else "all"
+        start = np.maximum(ready[number], free.get(resource, np.zeros(gpus)))
+        end = start + task.seconds
+        busy[task.resource] = busy.get(task.resource, np.zeros(gpus)) + task.seconds
+        last = int(end.argmax())
+        spans.append(
+            Span(task.name, task.resource, task.layer, number, float(start[last]), float(end[last]))
+        )
+        if task.joint:
+            end = np.full(gpus, end.max())
+        ready[number] = free[resource] = end
+        at[number] += 1
+    seconds = float(max((r.max() for r in ready), default=0.0))
+    return TimeLine(seconds, tuple(spans), {k: float(v.mean()) for k, v in busy.items()})
+
+
+def pipeline_s(
+    stage_s: Sequence[float], hop_s: float, micro_batches: int, *, steady: bool
+) -> float:
+    """Seconds of a step through a pipeline of stages.
+
+    Args:
+        stage_s: of one micro-batch in each stage.
+        hop_s: from a stage to the next.
+        micro_batches: M.
+        steady: steps follow one another, as in decode: a micro-batch's next step waits only for
+            its own last one, so filling and draining cost nothing when M fills the stages.
+    """
+    stages = np.asarray(stage_s, np.float64)
+    if len(stages) == 1:
+        return float(stages[0]) * micro_batches
+    round_trip = float(stages.sum()) + hop_s * len(stages)
+    if steady:
+        return max(round_trip, micro_batches * float(stages.max()))
+    # The last micro-batch waits at the slowest stage behind all others.
+    return round_trip + (micro_batches - 1) * float(stages.max())
