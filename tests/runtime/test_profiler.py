@@ -148,6 +148,31 @@ def test_experts_alone_need_top_k_and_a_dense_model_is_refused() -> None:
 
 
 @torch.no_grad()
+def test_attached_models_of_transformers_are_counted() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        num_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="attach"):
+        moesaic.profile(model)
+    moesaic.attach(model)
+    words = torch.randint(0, 64, (1, 7))
+    plain = model(words).logits
+    with moesaic.profile(model) as profiler:
+        assert torch.equal(model(words).logits, plain)
+        profiler.step()
+        profile = profiler.poll()
+    assert profile is not None and [layer.tokens for layer in profile.layers] == [7, 7]
+    assert profile.layers[1].name == "model.layers.1.mlp.experts"
+    model(words)
+    assert [int(c[ROWS].sum()) for c in profiler.counters] == [14, 14]
+
+
+@torch.no_grad()
 def test_failures_are_logged_once_and_counted_and_nothing_stops(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ from . import rates
 from .counters import ROUTED, TILES, Counts, Ring, Sample, loads_of, new_counters
 from .profile import LayerProfile, Profile
 
+ATTACHED = "_moesaic"  # where `moesaic.attach` leaves what it knows of a layer
 log = logging.getLogger("moesaic")
 
 
@@ -239,7 +240,10 @@ class Profiler:
 
 
 def watched(model: nn.Module, top_k: int | None = None) -> dict[str, tuple[nn.Module, LayerInfo]]:
-    """The experts of a model that can be counted: modules with `counters` and a `spec`, by name.
+    """The experts of a model that can be counted, by name.
+
+    They are modules with `counters` and a `spec`, such as those of `moesaic.MoE`, and those of
+    transformers after `moesaic.attach`.
 
     Args:
         top_k: of experts that stand alone, without a router that knows it.
@@ -254,17 +258,19 @@ def watched(model: nn.Module, top_k: int | None = None) -> dict[str, tuple[nn.Mo
             known[id(experts)] = router.top_k  # type: ignore[union-attr]
     found: dict[str, tuple[nn.Module, LayerInfo]] = {}
     for name, module in model.named_modules():
-        spec: Any = getattr(module, "spec", None)
-        if not hasattr(module, "counters") or not hasattr(spec, "num_experts"):
+        layer: Any = vars(module).get(ATTACHED, module)
+        spec: Any = getattr(layer, "spec", None)
+        countable = layer is not module or hasattr(module, "counters")
+        if not countable or not hasattr(spec, "num_experts"):
             continue
-        k = known.get(id(module), top_k)
+        k = known.get(id(module), getattr(layer, "top_k", None) or top_k)
         if k is None:
             raise ValueError(f"top_k of {name or 'the experts'} is not known; give top_k=")
         found[name] = module, LayerInfo(name or "experts", spec.num_experts, k)
     if not found:
         raise ValueError(
-            "the model has no layer to profile; build it of moesaic.MoE, or give counters to "
-            "route and moe (see Profiler)"
+            "the model has no layer to profile; build it of moesaic.MoE, call moesaic.attach "
+            "first, or give counters to route and moe (see Profiler)"
         )
     return found
 
@@ -279,12 +285,13 @@ def profile(model: nn.Module, *, top_k: int | None = None, **options: Any) -> Pr
     found = watched(model, top_k)
     counters: list[Tensor] = []
     for name, (module, info) in found.items():
-        if module.counters is not None:
+        if getattr(module, "counters", None) is not None:
             raise RuntimeError(f"{name or 'the layer'} is being profiled already; detach first")
         device = next(module.parameters()).device
         kept = getattr(module, "kept_counters", None)
-        fits = kept is not None and kept.device == device
-        counters.append(kept if fits else new_counters(info.num_experts, device))
+        if not isinstance(kept, Tensor) or kept.device != device:
+            kept = new_counters(info.num_experts, device)
+        counters.append(kept)
     infos = [info for _, info in found.values()]
     profiler = Profiler(infos, counters[0].device, counters=counters, **options)
     profiler.attach([module for module, _ in found.values()])
