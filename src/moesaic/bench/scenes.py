@@ -4,10 +4,10 @@
 
 The experts are given the widths of Mixtral-8x7B's, in bf16: an expert takes the longer of the time
 to read its weights and the time of its products (`cost`), each at the ceilings named here. The half
-of the experts that had more rows during the warm-up is *hot* and slows down on fewer SMs as a
-matrix product does, the other half is *cold* and slows down as a copy does. Scene `layer` adds a
-shared expert that every token passes, scene `tenant` another tenant's memory-bound work, which
-comes and goes.
+of the experts that had more rows during the warm-up is *hot*, the other half *cold*. A group whose
+experts then were mostly bound by their products slows down on fewer SMs as a matrix product does,
+else as a copy does. Scene `layer` adds a shared expert that every token passes, scene `tenant`
+another tenant's products, which come and go.
 """
 
 from __future__ import annotations
@@ -77,6 +77,13 @@ def expert_ms(rows: Counts) -> NDArray[np.float64]:
     return np.where(rows > 0, np.maximum(READ_MS, ROW_MS * rows), 0.0)
 
 
+def bound_by(rows: Counts) -> str:
+    """`gemm` where the products of experts with these rows take longer than reading their weights,
+    else `copy`.
+    """
+    return "gemm" if ROW_MS * float(rows.mean()) > READ_MS else "copy"
+
+
 def context_of(counts_nLE: Counts, layer: int, *, layers_before: bool) -> NDArray[np.float64]:
     """What is known before each step (n, C): all counts of the step before; with `layers_before`,
     those of the layers before this one are of the same step.
@@ -110,15 +117,16 @@ def scene(
     hot, cold = (tuple(sorted(map(int, part))) for part in (order_E[:half], order_E[half:]))
     time_nE = expert_ms(rows_nE)
     groups = [
-        SliceGroup(name="hot", kind="hot", curve="gemm", experts=hot),
-        SliceGroup(name="cold", kind="cold", curve="copy", experts=cold),
+        SliceGroup(name="hot", kind="hot", curve=bound_by(rows_nE[:WINDOW, hot]), experts=hot),
+        SliceGroup(name="cold", kind="cold", curve=bound_by(rows_nE[:WINDOW, cold]), experts=cold),
     ]
     work = [time_nE[:, hot].sum(axis=1), time_nE[:, cold].sum(axis=1)]
     if kind == "layer":
-        groups.append(SliceGroup(name="shared", kind="shared", curve="gemm"))
-        work.append(expert_ms(rows_nE.sum(axis=1) // TOP_K))
+        tokens_n = rows_nE.sum(axis=1) // TOP_K
+        groups.append(SliceGroup(name="shared", kind="shared", curve=bound_by(tokens_n[:WINDOW])))
+        work.append(expert_ms(tokens_n))
     elif kind == "tenant":
-        groups.append(SliceGroup(name="tenant", kind="tenant", curve="copy"))
+        groups.append(SliceGroup(name="tenant", kind="tenant", curve="gemm"))
         half_ms = 0.5 * float(time_nE.sum(axis=1).mean())
         work.append(tenant_ms(half_ms, steps=len(rows_nE), seed=layer))
     else:

@@ -1,0 +1,291 @@
+"""The GPU part of suite `policies`: time(SMs) curves of grouped products, and plans as they run.
+
+    T tokens · E experts · K top-k · N groups
+
+One layer of `scenes.WIDTHS` and a shared expert, which is expert E of the same launch, chosen by
+every token: so a plan's groups (hot, cold, shared) are groups of experts, each on a green context
+of its own, and not slicing is the ordinary layer. The routing of each step is made from the counts
+that were recorded. Every answer is compared bit for bit with the unsliced layer's.
+
+Clock `curve`: hot experts with their rows (`gemm`: bound by products) and cold experts with an
+eighth of theirs (`copy`: bound by reading weights), each alone on every size. Clock `measured`: the
+mean over the steps of the median of some replays, under each policy's plan for that step; plans are
+from the curves just measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..hardware.green import GreenDevice, GreenError, GreenUnavailable
+from ..runtime.plan import Curves, MachineSlices, Plan, Profile
+from ..runtime.policies import POLICIES
+from ..runtime.policies.replay import WINDOW, oracle, replay
+from ..runtime.policies.sizing import plan_ms
+from ..runtime.seats import Seat
+from ..runtime.sliced import SlicedExperts, run_budgeted
+from ..types import ExpertWeights
+from .results import Line, make_line
+from .scenes import TOP_K, WIDTHS, Scene, counts_of, curve, scene
+from .stacks import time_ms
+from .suite import Cell, Context
+from .timing import reason, summary
+from .workloads import make_weights
+
+LAYER = 4
+STEPS = 8
+REPLAYS = 7
+MOST_PLANS = 16
+SPEC = replace(WIDTHS, num_experts=WIDTHS.num_experts + 1)
+SHARED = WIDTHS.num_experts
+
+
+def ids_from(counts_E: Sequence[int], *, shared: bool = True) -> Tensor:
+    """Expert ids (T, K) int32 with these counts, K different ones a token, and the shared expert.
+
+    Raises:
+        ValueError: the counts do not sum to a multiple of K, or an expert has more than T.
+
+    >>> ids_from([2, 1, 1], shared=False).tolist()
+    [[0, 1], [0, 2]]
+    """
+    flat = torch.repeat_interleave(torch.arange(len(counts_E)), torch.tensor(list(counts_E)))
+    tokens = len(flat) // TOP_K
+    if len(flat) % TOP_K or max(counts_E) > tokens:
+        raise ValueError(f"counts must sum to {TOP_K} T and be at most T, got {list(counts_E)}")
+    ids_TK = flat.view(TOP_K, tokens).T
+    if shared:
+        ids_TK = torch.cat([ids_TK, torch.full((tokens, 1), SHARED)], dim=1)
+    return ids_TK.to(torch.int32).contiguous()
+
+
+@dataclass
+class Layer:
+    """The layer on a device: weights, an input for the longest step, the GPU's atoms."""
+
+    weights: ExpertWeights
+    hidden_TH: Tensor
+    share_TK: Tensor
+    gpu: GreenDevice
+
+    @property
+    def machine(self) -> MachineSlices:
+        """The GPU as policies see it."""
+        cut = self.gpu.cut
+        return MachineSlices(
+            total_sms=cut.total_sms, granularity=cut.atom_sms, min_sms=cut.atom_sms
+        )
+
+
+@dataclass
+class Replayable:
+    """A captured call: its graph, static ids, output and stream."""
+
+    graph: Any
+    ids_TK: Tensor
+    out_TH: Tensor
+    stream: Any
+
+
+def make_layer(tokens: int, device: torch.device, seed: int) -> Layer:
+    """Weights and inputs; raises GreenUnavailable or GreenError where there are no slices."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = make_weights(SPEC, dtype=torch.bfloat16, generator=generator)
+    shape = (tokens, SPEC.hidden_size)
+    hidden_TH = torch.randn(shape, generator=generator, device=device).to(torch.bfloat16)
+    logits_TK = torch.randn(tokens, TOP_K + 1, generator=generator, device=device)
+    return Layer(weights, hidden_TH, logits_TK.softmax(-1), GreenDevice(device.index or 0))
+
+
+def capture(layer: Layer, ids_TK: Tensor, call: Any, stream: Any) -> Replayable:
+    """A graph of `call(hidden, ids, weights)`, captured on a stream after two plain calls."""
+    ids_TK = ids_TK.to(layer.hidden_TH.device).clone()
+    tokens, top_k = ids_TK.shape
+    args = (layer.hidden_TH[:tokens], ids_TK, layer.share_TK[:tokens, :top_k].contiguous())
+    for _ in range(2):
+        call(*args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            out_TH = call(*args)
+        finally:
+            graph.capture_end()
+    return Replayable(graph, ids_TK, out_TH, stream)
+
+
+def alone_ms(layer: Layer, ids_TK: Tensor, sms: int) -> float:
+    """Milliseconds of these rows alone on a part of so many SMs; the whole GPU for all of them."""
+    whole = sms == layer.machine.total_sms
+    if whole:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    else:
+        stream = layer.gpu.slice(range(sms // layer.machine.granularity)).stream
+
+    def call(hidden_TH: Tensor, ids_TK: Tensor, share_TK: Tensor) -> Tensor:
+        return run_budgeted(
+            hidden_TH, ids_TK, share_TK, layer.weights, SPEC, num_sms=None if whole else sms
+        )
+
+    made = capture(layer, ids_TK, call, stream)
+    return time_ms([made.graph], stream, repeats=5)
+
+
+def curve_rows(view: Scene) -> dict[str, list[int]]:
+    """Rows per expert of both works: hot ones with the warm-up's mean, cold with an eighth."""
+    mean_E = np.mean([step.counts_E for step in view.steps[:WINDOW]], axis=0)
+    rows: dict[str, list[int]] = {}
+    for work, group, part in (("gemm", 0, 1.0), ("copy", 1, 0.125)):
+        counts = [0] * SPEC.num_experts
+        for expert in view.groups[group].experts:
+            counts[expert] = 2 * max(1, round(part * mean_E[expert] / 2))
+        rows[work] = counts
+    return rows
+
+
+def measure_curves(layer: Layer, view: Scene) -> tuple[Curves, list[Line]]:
+    """Curves over every size, and bare lines of their points."""
+    machine = layer.machine
+    sizes = [*machine.sizes, machine.total_sms]
+    found, lines = {}, []
+    for work, counts in curve_rows(view).items():
+        ids_TK = ids_from(counts, shared=False)
+        ms = [alone_ms(layer, ids_TK, sms) for sms in sizes]
+        found[work] = curve(work, sizes, ms)
+        rows = sum(counts)
+        lines += [
+            {"clock": "curve", "impl": f"{work}@{sms}", "work": work, "sms": sms, "ms": t,
+             "rows": rows, "slowdown": t / ms[-1]}
+            for sms, t in zip(sizes, ms, strict=True)
+        ]  # fmt: skip
+    return found, lines
+
+
+def plans_of(view: Scene, curves: Curves, machine: MachineSlices) -> dict[str, list[Plan]]:
+    """The plans of every policy, and of the oracle, for the steps to be measured."""
+    chosen = np.linspace(0, len(view.steps) - WINDOW - 1, STEPS).astype(int)
+    found = {
+        name: replay(policy, view.groups, view.steps, curves, machine)
+        for name, policy in POLICIES.items()
+    }
+    found["oracle"] = oracle(view.groups, view.steps, curves, machine)
+    return {name: [done.plans[i] for i in chosen] for name, done in found.items()}
+
+
+def sizes_of(plan: Plan, view: Scene) -> tuple[int, ...]:
+    """SMs of each group in order, () for the whole GPU."""
+    return tuple(plan.sizes[group.name] for group in view.groups) if plan.sliced else ()
+
+
+def members(view: Scene) -> list[tuple[int, ...]]:
+    """Experts of each group; the shared expert is a group of its own."""
+    return [group.experts or (SHARED,) for group in view.groups]
+
+
+def capture_plan(layer: Layer, view: Scene, sizes: tuple[int, ...], ids_TK: Tensor) -> Replayable:
+    """The layer under sizes: groups on parts of their own; () is one launch over the whole GPU."""
+    if not sizes:
+
+        def whole(hidden_TH: Tensor, ids_TK: Tensor, share_TK: Tensor) -> Tensor:
+            return run_budgeted(hidden_TH, ids_TK, share_TK, layer.weights, SPEC)
+
+        return capture(layer, ids_TK, whole, torch.cuda.Stream())  # type: ignore[no-untyped-call]
+    seats = [Seat(part.sms, part.stream) for part in layer.gpu.carve(sizes)]
+    sliced = SlicedExperts(layer.weights, SPEC, members(view), seats)
+    return capture(layer, ids_TK, sliced, torch.cuda.Stream())  # type: ignore[no-untyped-call]
+
+
+def sample(made: Replayable, ids_TK: Tensor) -> float:
+    """Milliseconds of one replay with these ids."""
+    with torch.cuda.stream(made.stream):
+        made.ids_TK.copy_(ids_TK)
+    return time_ms([made.graph], made.stream, repeats=1)
+
+
+def measure_steps(
+    layer: Layer, view: Scene, plans: dict[str, list[Plan]], context: Context
+) -> tuple[dict[str, list[float]], int]:
+    """Median milliseconds of each policy's steps, interleaved, and how many answers differed."""
+    chosen = np.linspace(WINDOW, len(view.steps) - 1, STEPS).astype(int)
+    ids = [ids_from(view.steps[i].counts_E) for i in chosen]
+    wanted = list(dict.fromkeys(sizes_of(p, view) for row in plans.values() for p in row))
+    wanted = [(), *(sizes for sizes in wanted if sizes)][:MOST_PLANS]
+    made = {sizes: capture_plan(layer, view, sizes, ids[0]) for sizes in wanted}
+    context.say(f"{len(made)} plans captured: {wanted}")
+    different, found = 0, dict[str, list[float]]()
+    for at, ids_TK in enumerate(ids):
+        ids_TK = ids_TK.to(layer.hidden_TH.device)
+        mine = {name: sizes_of(row[at], view) for name, row in plans.items()}
+        needed = [sizes for sizes in dict.fromkeys([(), *mine.values()]) if sizes in made]
+        times: dict[tuple[int, ...], list[float]] = {sizes: [] for sizes in needed}
+        for _ in range(REPLAYS):
+            for sizes in needed:
+                times[sizes].append(sample(made[sizes], ids_TK))
+        different += sum(
+            not torch.equal(made[sizes].out_TH, made[()].out_TH) for sizes in needed if sizes
+        )
+        for name, sizes in mine.items():
+            if sizes in times:
+                found.setdefault(name, []).append(summary(times[sizes]).median)
+    return found, different
+
+
+def measure(cells: Sequence[Cell], context: Context, stamped: Line, suite: str) -> None:
+    """Curves and measured plans of each cell; what fails becomes the error of its lines."""
+    for cell in cells:
+        fixed = stamped | {
+            "suite": suite, "model": cell.model, "tokens": cell.tokens, "routing": cell.routing,
+            "dtype": cell.dtype, "mode": "graph",
+        }  # fmt: skip
+        try:
+            with torch.no_grad():
+                measure_cell(cell, fixed, context)
+        except (GreenUnavailable, GreenError, RuntimeError) as error:
+            context.say(reason(error))
+            failed = make_line(fixed, clock="measured", impl="adaptive", error=reason(error))
+            context.record([failed])
+
+
+def measure_cell(cell: Cell, fixed: Line, context: Context) -> None:
+    """One trace: curves, plans from them, times of the plans beside what was predicted."""
+    times = cell.tokens // (int(counts_of(cell.model)[0, 0].sum()) // TOP_K)
+    view = scene(cell.model, LAYER, cell.routing, times=times)
+    layer = make_layer(cell.tokens, context.device, context.seed)
+    context.say(f"layer made; {layer.gpu.cut}")
+    warm = run_budgeted(
+        layer.hidden_TH, ids_from(view.steps[0].counts_E).to(context.device), layer.share_TK,
+        layer.weights, SPEC,
+    )  # fmt: skip
+    context.say(f"compiled, answers {tuple(warm.shape)}")
+    curves, points = measure_curves(layer, view)
+    context.record([make_line(fixed, **point) for point in points])
+    context.say("curves: " + str({w: [round(t, 2) for t in c.ms] for w, c in curves.items()}))
+    plans = plans_of(view, curves, layer.machine)
+    found, different = measure_steps(layer, view, plans, context)
+    chosen = np.linspace(WINDOW, len(view.steps) - 1, STEPS).astype(int)
+    profile = Profile(step=0, groups=view.groups)
+    lines = []
+    for name, ms in sorted(found.items(), key=lambda pair: pair[0] == "adaptive"):
+        expected = [
+            plan_ms(profile, view.steps[i].loads_N, plan, curves, layer.machine)
+            for i, plan in zip(chosen, plans[name], strict=True)
+        ]
+        spread = summary(ms)
+        lines.append(
+            make_line(
+                fixed, clock="measured", impl=name, ms=float(np.mean(ms)), ms_p20=spread.p20,
+                ms_p80=spread.p80, samples=len(ms), predicted_ms=float(np.mean(expected)),
+                plans=[list(sizes_of(plan, view)) for plan in plans[name]],
+                wrong=f"{different} answers differ" if different else None,
+            )
+        )  # fmt: skip
+    context.record(lines)
+    context.say("; ".join(f"{x['impl']} {x['ms']:.3f} ({x['predicted_ms']:.3f})" for x in lines))
+    layer.gpu.close()
