@@ -193,10 +193,18 @@ class EnergyMeter:
         return self._attempt(lambda: self._end(begun, self._clock()))
 
     def sustain(
-        self, call: Callable[[], object], *, seconds: float = 2.0, batch_s: float = 0.01
+        self,
+        call: Callable[[], object],
+        *,
+        seconds: float = 2.0,
+        settle_s: float = 0.2,
+        batch_s: float = 0.01,
     ) -> Sustained:
         """The reading of calls made without a gap for `seconds`, from one step of the counter to
-        another, so that neither edges nor steps blur it; batches of calls last `batch_s`.
+        another, so that neither edges nor steps blur it.
+
+        The calls have then run for `settle_s`, so that clocks and power are those of the work;
+        batches of calls last `batch_s`.
 
         Raises:
             ValueError: `seconds` is under `MIN_WINDOW_S`.
@@ -207,7 +215,7 @@ class EnergyMeter:
             return Sustained(source, 0)
         batch = self._batch(call, batch_s)
         try:
-            return self._between_steps(source, call, batch, seconds, self._device.mark)
+            return self._between_steps(source, call, batch, (settle_s, seconds), self._device.mark)
         except NotAvailable as error:
             return Sustained(Unavailable(str(error)), 0)
         finally:
@@ -231,13 +239,14 @@ class EnergyMeter:
         source: Source,
         call: Callable[[], object],
         batch: int,
-        seconds: float,
+        lengths: tuple[float, float],
         mark: Callable[[], Callable[[], None]],
     ) -> Sustained:
         """Calls in batches, two of them in flight, until a step of the counter ends the window."""
         flying: deque[Callable[[], None]] = deque()
         done, began, done_then = 0, math.nan, 0
         reading, stepped = source.counter(), self._clock()
+        started, (settle_s, seconds) = stepped, lengths
         while True:
             for _ in range(batch):
                 call()
@@ -251,14 +260,17 @@ class EnergyMeter:
                     raise NotAvailable(f"the energy counter stood still for {LONGEST_STEP_S} s")
                 continue
             reading, stepped = latest, now
+            if now - started < settle_s:
+                continue
             if math.isnan(began):
                 source.begin()
                 began, done_then = now, done
             elif now - began >= seconds:
                 return Sustained(self._energy(source.end(), now - began), done - done_then)
 
-    def idle(self, seconds: float = 2.0) -> Reading:
-        """The reading of doing nothing; its power is subtracted in later readings' `net_joules`.
+    def idle(self, seconds: float = 2.0, *, settle_s: float = 0.5) -> Reading:
+        """The reading of doing nothing, once nothing was done for `settle_s`; its power is
+        subtracted in later readings' `net_joules`.
 
         Raises:
             ValueError: `seconds` is under `MIN_WINDOW_S`.
@@ -270,7 +282,8 @@ class EnergyMeter:
             source: Source = self.source  # type: ignore[assignment]
             nap = partial(self._sleep, 0.005)
             # No marks: an event would wake the device.
-            return self._between_steps(source, nap, 1, seconds, EAGER_DEVICE.mark).reading
+            lengths = (settle_s, seconds)
+            return self._between_steps(source, nap, 1, lengths, EAGER_DEVICE.mark).reading
 
         reading = self._attempt(rest)
         if isinstance(reading, Energy):
