@@ -184,6 +184,38 @@ def top(
 
 
 @app.command()
+def plan(
+    model: Annotated[Path, typer.Option(help="A Hugging Face config.json, or YAML of ours.")],
+    cluster: Annotated[str, typer.Option(help="A YAML file, or a preset: H200x4 is 4 nodes.")],
+    workload: Annotated[
+        Path | None, typer.Option(help="A YAML file; none: decode, 64 sequences a GPU.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report, JSON, placement.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what binds and what would change the verdict.")
+    ] = False,
+    results: Annotated[Path, typer.Option(help="Measured lines.")] = Path("benchmarks/results"),
+    workers: Annotated[int | None, typer.Option(help="Processes; none: every core.")] = None,
+    layers: Annotated[int, typer.Option(help="Layers whose routing is sampled.")] = 4,
+) -> None:
+    """What a deployment will do, before the cluster is rented; the advice may be "don't"."""
+    with edge():
+        from .planner import command
+
+        code = command.main(
+            model=model,
+            cluster=cluster,
+            workload=workload,
+            out=out,
+            explained=explain,
+            results=results,
+            workers=workers,
+            layers=layers,
+        )
+        raise typer.Exit(code)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:

@@ -200,9 +200,9 @@ def _one_per_gpu(predictions: Sequence[Prediction]) -> str:
             f"per GPU of {rival.strategy.name}."
         )
     return (
-        f"Don't use one expert per GPU for throughput: {mine.strategy.name} gives {ratio:.2f} times "
-        f"that of {rival.strategy.name} per GPU (balancedness {mine.balancedness:.2f}, waits for "
-        f"{mine.binding}). Its fastest step takes {quick:.2f} times the fastest of the others."
+        f"Don't use one expert per GPU for throughput: {mine.strategy.name} gives {ratio:.2f} "
+        f"times that of {rival.strategy.name} per GPU (balancedness {mine.balancedness:.2f}, waits "
+        f"for {mine.binding}). Its fastest step takes {quick:.2f} times the fastest of the others."
     )
 
 

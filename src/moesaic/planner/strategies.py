@@ -134,9 +134,9 @@ def enumerate_strategies(model: Model, cluster: Cluster, space: Space) -> list[S
             continue
         for micro in space.micro_batches:
             for overlap in space.overlap:
-                if overlap and micro == 1 and shape.family == "tp-pp":
-                    continue
-                if shape.attention and micro == 1:
+                # One micro-batch has nothing to overlap with, and would leave half of the GPUs of a
+                # disaggregated copy idle.
+                if micro == 1 and (overlap or shape.attention):
                     continue
                 found[_with(shape, micro * shape.stages, overlap)] = None
     if not found:

@@ -1,0 +1,185 @@
+"""`moesaic plan`: predict deployments, recommend one or say "don't".
+
+Tables go to stdout, progress to stderr; the last line of stdout is one compact JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..parallel.placement import Placement
+from .cluster import load_cluster
+from .costs import Sampler
+from .kernels import ROOFLINE, KernelTable, device_lines, fit_table, measured_layers
+from .model import load_model
+from .predict import Prediction, first_token_s, predict
+from .queueing import Queued, Service, simulate_queue
+from .report import HEADS, Plan, facts, row, shown, write
+from .search import Question, explain, judge, search
+from .shapes import SHAPES
+from .workload import load_workload
+
+# The cards whose lines stand for those of the same generation.
+SAME_KERNELS = {"h100": "h200", "h800": "h200"}
+
+
+def kernel_table(results: Path, device: str | None, gpu: Any) -> KernelTable:
+    """The table of the device's committed lines, else of its generation's, else the roofline."""
+    for name in (device, SAME_KERNELS.get(device or "")):
+        layers = measured_layers(device_lines(results, name), SHAPES)
+        if layers:
+            table = fit_table(layers, gpu, f"{len(layers)} measured layers of {name}")
+            return table
+    return replace(ROOFLINE, source=f"roofline (no measured lines of {device or 'this GPU'})")
+
+
+def progress_bar(total: list[Any]) -> Callable[[int, int], None]:
+    """A rich progress bar on stderr; `total` keeps it to be stopped."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    bar = Progress("strategies", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   console=Console(stderr=True), transient=True)  # fmt: skip
+    task = bar.add_task("strategies", total=None)
+    bar.start()
+    total.append(bar)
+
+    def told(done: int, of: int) -> None:
+        bar.update(task, completed=done, total=of)
+
+    return told
+
+
+def make_plan(
+    question: Question, *, explained: bool, workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:  # fmt: skip
+    """Search, judge, and look closer at what is recommended."""
+    predictions = search(question, workers=workers, progress=progress)
+    verdict = judge(predictions, question.workload)
+    if explained:
+        verdict = explain(question, predictions, verdict)
+    ttft, queued = None, None
+    best = verdict.best
+    q = question
+    if best is not None and best.phase == "decode":
+        ttft = first_token_s(q.model, q.cluster, q.workload, best.strategy, table=q.table)
+        if q.workload.arrival is not None:
+            queued = serve(q, best, ttft)
+    notes = []
+    if best is not None and q.workload.ttft_ms and ttft and ttft * 1e3 > q.workload.ttft_ms:
+        notes.append(
+            f"the recommended strategy's first token takes {ttft * 1e3:.0f} ms, "
+            f"over the limit of {q.workload.ttft_ms:g} ms"
+        )
+    return Plan(question=q, predictions=tuple(predictions), verdict=verdict, ttft_s=ttft,
+                queued=queued, notes=tuple(notes))  # fmt: skip
+
+
+def serve(question: Question, best: Prediction, ttft_s: float) -> Queued:
+    """The workload's arrivals at the recommended deployment."""
+    q, strategy = question, best.strategy
+    assert q.workload.arrival is not None
+    batches, steps = [], []
+    for part in (8, 4, 2, 1):
+        sequences = max(1, q.workload.sequences // part)
+        some = replace(q.workload, sequences=sequences)
+        one = predict(q.model, q.cluster, some, strategy, table=q.table)
+        batches.append(one.sequences * strategy.homes)
+        steps.append(one.step_s)
+    homes = strategy.homes * (strategy.stages if strategy.family == "literal" else 1)
+    service = Service(
+        copies=best.copies, slots=max(1, int(batches[-1])), batches=tuple(batches),
+        step_s=tuple(steps), prefill_s=ttft_s / homes, output=q.workload.output,
+    )  # fmt: skip
+    return simulate_queue(service, q.workload.arrival, seed=q.workload.seed)
+
+
+def placement_of(question: Question, best: Prediction) -> Placement | None:
+    """The placement of all MoE layers of the recommended strategy, as the runtime loads it."""
+    if best.strategy.family == "tp-pp":
+        return None
+    q = question
+    sampler = Sampler(q.model, q.cluster, q.workload, layers=q.model.moe_layers)
+    homes = best.strategy.homes
+    tokens = max(1, round(best.sequences if best.phase == "decode" else q.workload.prefill_tokens))
+    counts = sampler.counts(homes, tokens)
+    if counts.shape[0] != q.model.moe_layers:
+        return None
+    return sampler.placement(best.strategy, tokens)
+
+
+def show(plan: Plan, explained: bool) -> None:
+    """Print the table, the facts and the verdict."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    wide = console if console.is_terminal else Console(width=200)
+    table = Table(box=None, header_style="bold")
+    for number, head in enumerate(HEADS):
+        table.add_column(head, justify="left" if number in (0, 11) else "right")
+    for p in shown(plan.predictions):
+        table.add_row(*(Text(cell, "" if p.fits else "dim") for cell in row(p)))
+    wide.print(table)
+    for name, text in facts(plan):
+        wide.print(Text(f"{name}: ", "bold") + Text(text))
+    if plan.verdict.best is not None:
+        wide.print(Text("memory: ", "bold") + Text(plan.verdict.best.memory.why()))
+    wide.print(Text("verdict: ", "bold") + Text(plan.verdict.sentence))
+    wide.print(Text(plan.verdict.one_per_gpu))
+    if explained:
+        for change in plan.verdict.changes:
+            wide.print(Text(f"  {change.what}: x {change.gain:.2f}, best then {change.best}"))
+
+
+def main(
+    *, model: Path, cluster: str, workload: Path | None, out: Path | None, explained: bool,
+    results: Path, workers: int | None, layers: int,
+) -> int:  # fmt: skip
+    """Plan, show, write; 0 also when the advice is "don't"."""
+    what = load_model(model)
+    where = load_cluster(cluster)
+    load = load_workload(workload, num_experts=what.experts.num_experts, layers=what.moe_layers)
+    question = Question(
+        model=what, cluster=where, workload=load, sampled_layers=layers,
+        table=kernel_table(results, where.device, where.gpu),
+    )  # fmt: skip
+    bars: list[Any] = []
+    progress = progress_bar(bars) if sys.stderr.isatty() else None
+    try:
+        plan = make_plan(question, explained=explained, workers=workers, progress=progress)
+    finally:
+        for bar in bars:
+            bar.stop()
+    show(plan, explained)
+    files: list[str] = []
+    if out is not None:
+        title = f"{what.name} on {where.name}"
+        files = [str(path) for path in write(plan, out, title)]
+        placement = None if plan.verdict.best is None else placement_of(question, plan.verdict.best)
+        if placement is not None:
+            placement.save(out / "placement.json")
+            files.append(str(out / "placement.json"))
+    best = plan.verdict.best
+    print(
+        json.dumps(
+            {
+                "strategies": len(plan.predictions),
+                "recommended": None if best is None else best.strategy.name,
+                "tokens_per_s_per_gpu": None if best is None else round(best.per_gpu, 1),
+                "step_ms": None if best is None else round(best.step_s * 1e3, 3),
+                "ttft_ms": None if plan.ttft_s is None else round(plan.ttft_s * 1e3, 1),
+                "files": files,
+            },
+            separators=(",", ":"),
+        ),
+        flush=True,
+    )
+    return 0
