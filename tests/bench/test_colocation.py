@@ -57,13 +57,13 @@ class FakeContext(Context):
 
 def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> list[Any]:
     """The lines of a run whose trials follow the curves; without control steps wait ten times."""
-    splits = {n: (n, 128 - n) for n in range(8, 128, 8)}
+    splits = {n: (n, 132 - n) for n in range(8, 120, 8)}
     work = SimpleNamespace(sizes=((132, PLAIN),), use=lambda sms, label: (sms, label))
     pair: Any = SimpleNamespace(
         splits=splits,
         ran_on=splits,
         differing=0,
-        machine=MachineSlices(),
+        machine=MachineSlices(slices=15, total_sms=132),
         step=SimpleNamespace(work=work),
         other=SimpleNamespace(work=work),
         gpu=SimpleNamespace(cut=SimpleNamespace(total_sms=132)),
@@ -81,14 +81,15 @@ def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> li
     fixed = STAMPED | {
         "suite": "colocation",
         "model": cells()[0].model,
-        "tokens": 8,
+        "tokens": cells()[0].tokens,
         "routing": "uniform",
         "dtype": "bfloat16",
     }
-    bench = Bench(pair, None, fixed, CURVES, 256.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(colocation, "prepare_budgets", lambda pair, size: None)
+    bench = Bench(pair, None, fixed, dict(CURVES), 256.0, 0.25)  # type: ignore[arg-type]
     context = FakeContext()
     context.record(curve_lines(fixed, CURVES))
-    for cell in cells():
+    for cell in cells()[:2]:
         colocation.measure(bench, cell, context)
     context.record([make_line(fixed, clock="bits", impl=OURS, mode="graph", differing=0)])
     return context.recorder.lines
@@ -97,11 +98,13 @@ def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> li
 def test_the_targets_come_from_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = simulated(monkeypatch)
     targets = {t.name: t for t in SUITE.summarize(lines)}
-    assert len(targets) == 13
-    assert targets["closed loop: decode p99 over alone"].met
-    assert targets["closed loop: chosen plan over the sweep's best"].value >= 0.9
-    assert targets["closed loop: no-control inside the front"].met is False  # 0.98 of the other
-    assert targets["closed loop: fewest steps of a way"].value == 2000
+    assert len(targets) == 6 * len(cells()) + 1
+    assert targets["1 tokens, closed loop: decode p99 over alone"].met
+    assert targets["1 tokens, closed loop: chosen plan over the sweep's best"].value >= 0.9
+    assert (
+        targets["1 tokens, closed loop: no-control inside the front"].met is False
+    )  # 0.98 of the other
+    assert targets["1 tokens, closed loop: fewest steps of a way"].value == 2000
     impls = {x["impl"] for x in lines if x["clock"] == "open"}
     assert {ALONE, OURS, NO_CONTROL, STREAMS, "policy:adaptive", "split@40"} <= impls
     for some in by_clock(lines).values():
@@ -117,12 +120,12 @@ def test_a_wrong_bit_a_broken_promise_and_missing_lines_show(
     bits["differing"] = 1
     targets = {t.name: t for t in SUITE.summarize(lines)}
     assert not targets["answers whose bits differ from the whole GPU's"].met
-    assert not targets["open loop: decode p99 over alone"].met
+    assert not targets["1 tokens, open loop: decode p99 over alone"].met
     wasteful = [x for x in lines if x["impl"] != OURS or x["clock"] != "closed"]
     worse = next(x for x in lines if x["impl"] == "split@8" and x["clock"] == "closed")
     wasteful.append(worse | {"impl": OURS})
     found = {t.name: t.value for t in SUITE.summarize(wasteful)}
-    assert found["closed loop: chosen plan over the sweep's best"] < 0.9
+    assert found["1 tokens, closed loop: chosen plan over the sweep's best"] < 0.9
 
 
 def test_curves_survive_their_lines() -> None:
@@ -134,7 +137,8 @@ def test_curves_survive_their_lines() -> None:
 @pytest.mark.parametrize("loop", LOOPS)
 def test_every_policy_gives_a_plan_that_fits(loop: str) -> None:
     pair: Any = SimpleNamespace(machine=MachineSlices())
-    plans = plans_of(loop, CURVES, pair)
+    curves = {f"{name}-{loop}": CURVES[name] for name in ("decode", "prefill")}
+    plans = plans_of(loop, curves, pair)
     assert {OURS, "none", "static", "dynamic", "proportional", "adaptive"} <= set(plans)
     assert not plans["none"].sliced
     ours = plans[OURS]

@@ -63,7 +63,8 @@ class FakeDriver:
         self, groups: int, resource: Resource, flags: int, least: int
     ) -> tuple[Any, ...]:
         self.splits += 1
-        size = -(-least // self.align) * self.align
+        align = 2 if flags == 1 else self.align
+        size = -(-least // align) * align
         members = sorted(resource.members)
         made = min(groups, len(members) // size)
         parts = [Resource(frozenset(members[i * size : (i + 1) * size])) for i in range(made)]

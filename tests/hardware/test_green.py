@@ -55,6 +55,14 @@ def test_parts_of_any_sizes_share_no_sm_and_come_from_one_split(
     assert not driver.contexts and not driver.streams
 
 
+def test_without_clusters_atoms_are_pairs_and_nothing_is_left_over() -> None:
+    driver = FakeDriver()
+    gpu = GreenDevice(driver=driver, atom_sms=2, clusters=False)
+    assert gpu.cut == Cut(132, atom_sms=2, atoms=66, rest_sms=0, min_sms=8, alignment=8)
+    small, large = gpu.carve([4, 128])
+    assert (small.sms, large.sms) == (4, 128) and small.disjoint(large)
+
+
 def test_two_splits_would_overlap_as_the_double_knows() -> None:
     """The negative control: the double tells overlapping parts from disjoint ones."""
     driver = FakeDriver()
@@ -131,8 +139,8 @@ def test_triton_kernels_stay_on_the_sms_of_their_part() -> None:
         pytest.skip(str(error))
     with gpu:
         assert len(everything) == gpu.cut.total_sms
-        for sizes in ([8, 8], [32, 96], [16, 40, 72], [64]):
-            sizes = [s for s in sizes if sum(sizes) <= gpu.cut.atom_sms * gpu.cut.atoms]
+        most = gpu.cut.atom_sms * gpu.cut.atoms
+        for sizes in ([8, 8], [32, most - 32], [16, 40, 56], [64]):
             parts = gpu.carve(sizes)
             used = [probe_launch(part, sms_used) for part in parts]
             assert [len(sms) for sms in used] == [part.sms for part in parts]
@@ -143,7 +151,7 @@ def test_triton_kernels_stay_on_the_sms_of_their_part() -> None:
 @pytest.mark.gpu
 @needs_gpu
 def test_a_graph_keeps_the_sms_of_the_stream_that_captured_it() -> None:
-    from moesaic.kernels.smid import smid_kernel, sms_used
+    from moesaic.kernels.smid import WAIT, smid_kernel, sms_used
 
     try:
         gpu = GreenDevice(0)
@@ -156,7 +164,7 @@ def test_a_graph_keeps_the_sms_of_the_stream_that_captured_it() -> None:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=small.stream):
-            smid_kernel[(2048,)](out_P, WAIT=2000, num_warps=4)
+            smid_kernel[(2048,)](out_P, WAIT=WAIT, num_warps=4)
         for stream in (small.stream, large.stream, torch.cuda.Stream()):
             out_P.fill_(-1)
             torch.cuda.synchronize()

@@ -9,20 +9,24 @@ of a split).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..hardware.green import GreenDevice, probe_launch
+from ..hardware.green import GreenDevice, GreenUnavailable, probe_launch
 from ..runtime.plan import Curve, MachineSlices
 from ..runtime.seats import Seat
-from .stacks import Replays, Stack, Tenant, differing, time_ms
+from .stacks import Replays, Stack, Tenant, differing, replay, time_ms
 from .tenants import EventMark, GpuLine, Trial, closed_loop, common_event, open_loop
 
 PLAIN, PRIORITY, BUDGET, GREEN = "plain", "priority", "budget", "green"
 HIGHEST, LOWEST = -5, 0
+STEP_SMS, FINE_SMS = 8, 2
+"""SMs by which planners change sizes, and by which the GPU is cut where the driver can."""
+log = logging.getLogger("moesaic")
 
 
 @dataclass
@@ -40,11 +44,27 @@ class Pair:
 
     @property
     def machine(self) -> MachineSlices:
-        """The GPU as planners see it."""
+        """The GPU as planners see it: sizes in steps of `STEP_SMS`."""
         cut = self.gpu.cut
         return MachineSlices(
-            total_sms=cut.total_sms, granularity=cut.atom_sms, min_sms=cut.atom_sms
+            total_sms=cut.total_sms,
+            granularity=STEP_SMS,
+            min_sms=STEP_SMS,
+            slices=cut.atom_sms * cut.atoms // STEP_SMS,
         )
+
+
+def open_gpu(index: int) -> GreenDevice:
+    """The GPU split into pairs of SMs, which fill it best, else into atoms of `STEP_SMS`.
+
+    Raises:
+        GreenUnavailable: it cannot be split at all.
+    """
+    try:
+        return GreenDevice(index, atom_sms=FINE_SMS, clusters=False)
+    except GreenUnavailable as error:
+        log.warning("no parts smaller than %d SMs: %s", STEP_SMS, error)
+        return GreenDevice(index, atom_sms=STEP_SMS)
 
 
 def make_pair(
@@ -60,7 +80,7 @@ def make_pair(
     ]
     for stack in stacks:
         stack.warm_up()
-    return Pair(stacks[0], stacks[1], GreenDevice(device.index or 0))
+    return Pair(stacks[0], stacks[1], open_gpu(device.index or 0))
 
 
 def prepare_whole(pair: Pair) -> None:
@@ -68,6 +88,7 @@ def prepare_whole(pair: Pair) -> None:
     total = pair.gpu.cut.total_sms
     for stack, priority in ((pair.step, HIGHEST), (pair.other, LOWEST)):
         stack.work.prepare(Seat(total, None, PLAIN))
+        replay(stack.work.use(total, PLAIN))
         stream = torch.cuda.Stream(priority=priority)  # type: ignore[no-untyped-call]
         stack.work.prepare(Seat(total, stream, PRIORITY))
 
@@ -79,7 +100,7 @@ def prepare_split(pair: Pair, size: int) -> None:
     if size in pair.splits:
         return
     atoms = pair.gpu.cut.atom_sms * pair.gpu.cut.atoms
-    parts = pair.gpu.carve([size, atoms - size])
+    parts = pair.gpu.carve([size, atoms - size], rest_to=1)
     used = [probe_launch(part, sms_used) for part in parts]
     if used[0] & used[1]:
         raise RuntimeError(f"the parts of {size} SMs and the rest overlap on {used[0] & used[1]}")
@@ -213,7 +234,8 @@ def _copy_ms(source: torch.Tensor, target: torch.Tensor, stream: Any) -> float:
     return min(times)
 
 
-def split_sizes(pair: Pair, wanted: Sequence[int] = ()) -> list[int]:
-    """The sizes of the exhaustive sweep: every one that leaves the other tenant an atom."""
-    step = pair.gpu.cut.atom_sms
-    return [n for n in range(step, step * pair.gpu.cut.atoms, step) if not wanted or n in wanted]
+def split_sizes(pair: Pair) -> list[int]:
+    """The sizes of the exhaustive sweep: every step, and where possible two that are smaller."""
+    cut = pair.gpu.cut
+    small = [n for n in (FINE_SMS, 2 * FINE_SMS) if n % cut.atom_sms == 0]
+    return small + list(range(STEP_SMS, cut.atom_sms * cut.atoms, STEP_SMS))

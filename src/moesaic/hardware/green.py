@@ -1,9 +1,9 @@
 """Green contexts: disjoint parts of one GPU's SMs, each with a stream whose kernels stay inside.
 
-The GPU is split **once** into equal atoms (8 SMs on Hopper); a part is some of these atoms fused
-into one descriptor, so parts of unequal sizes are disjoint when their atoms are. (Two separate
-splits would each begin at the first SM, and overlap.) SMs that do not fill an atom are the *rest*;
-a part may take them too. The number of SMs of every part is read back from the driver and compared.
+The GPU is split **once** into equal atoms (on an H200 15 of 8 SMs, 12 SMs remain); a part is some
+of these atoms fused into one descriptor, so parts of unequal sizes are disjoint when their atoms
+are. (Two separate splits would each begin at the first SM, and overlap.) SMs that fill no atom are
+the *rest*; a part may take them too. The SMs of every part are read back from the driver.
 
 Only streams are used. No green context is ever made current: Triton loads its modules into the
 current context, and torch would route work to a stream of the wrong one. So kernels are compiled
@@ -31,6 +31,8 @@ import torch
 
 INSTALL = "pip install 'moesaic[slices]'"
 MAX_PARTS = 64
+IGNORE_CLUSTERS = 1
+"""CU_DEV_SM_RESOURCE_SPLIT_IGNORE_SM_COSCHEDULING."""
 log = logging.getLogger("moesaic")
 
 
@@ -104,6 +106,9 @@ class GreenDevice:
     Args:
         device: index of the GPU among torch's.
         atom_sms: SMs of an atom; the driver may make it larger.
+        clusters: whether kernels launched as thread block clusters must work on every part. Without
+            that, atoms may be smaller (2 SMs on Hopper) and fill the GPU better; no kernel of this
+            package is launched as a cluster, but some of cuBLAS's are.
         driver: instead of cuda-bindings' module, for tests.
 
     Raises:
@@ -111,7 +116,9 @@ class GreenDevice:
         GreenError: the driver refuses the split for another reason.
     """
 
-    def __init__(self, device: int = 0, *, atom_sms: int = 8, driver: Any = None) -> None:
+    def __init__(
+        self, device: int = 0, *, atom_sms: int = 8, clusters: bool = True, driver: Any = None
+    ) -> None:
         if driver is None:
             if not torch.cuda.is_available():
                 raise GreenUnavailable("green contexts need an NVIDIA GPU that torch can use")
@@ -127,7 +134,7 @@ class GreenDevice:
         kind = self._driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
         try:
             whole = self._call("cuDeviceGetDevResource", self._handle, kind)
-            groups, self._rest = self._split(whole, atom_sms)
+            groups, self._rest = self._split(whole, atom_sms, 0 if clusters else IGNORE_CLUSTERS)
         except GreenError as error:
             raise GreenUnavailable(
                 f"this driver has no green contexts ({error}); driver 550 (CUDA 12.4) brought them"
@@ -156,10 +163,11 @@ class GreenDevice:
             raise GreenError(f"{name} gave {getattr(code, 'name', code)}")
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _split(self, whole: Any, atom_sms: int) -> tuple[list[Any], Any]:
+    def _split(self, whole: Any, atom_sms: int, flags: int) -> tuple[list[Any], Any]:
         """All atoms of one split, and what is left over."""
         most = max(1, int(whole.sm.smCount) // atom_sms)
-        groups, count, rest = self._call("cuDevSmResourceSplitByCount", most, whole, 0, atom_sms)
+        name = "cuDevSmResourceSplitByCount"
+        groups, count, rest = self._call(name, most, whole, flags, atom_sms)
         return list(groups)[: int(count)], rest
 
     def slice(
@@ -203,11 +211,15 @@ class GreenDevice:
         return GreenSlice(atoms, with_rest, sms, int(stream), self.device, priority, context)
 
     def carve(
-        self, sizes: Sequence[int], *, priorities: Sequence[int] | None = None
+        self,
+        sizes: Sequence[int],
+        *,
+        priorities: Sequence[int] | None = None,
+        rest_to: int | None = None,
     ) -> tuple[GreenSlice, ...]:
         """Disjoint parts of these many SMs, side by side from the first atom on.
 
-        The rest goes to the largest part when the sizes use up every atom.
+        The rest goes to the part `rest_to`, by default the largest when the sizes use every atom.
 
         Raises:
             ValueError: a size is no multiple of an atom, or together they exceed the GPU.
@@ -219,12 +231,13 @@ class GreenDevice:
             raise ValueError(
                 f"sizes must add up to at most {step * self.cut.atoms} SMs, got {sum(sizes)}"
             )
-        full = sum(sizes) == step * self.cut.atoms and self.rest_usable()
-        largest = max(range(len(sizes)), key=lambda i: sizes[i])
+        if rest_to is None and sum(sizes) == step * self.cut.atoms:
+            rest_to = max(range(len(sizes)), key=lambda i: sizes[i])
+        takes_rest = rest_to if rest_to is not None and self.rest_usable() else -1
         parts, first = [], 0
         for i, (size, rank) in enumerate(zip(sizes, ranks, strict=True)):
             atoms = range(first, first + size // step)
-            parts.append(self.slice(atoms, with_rest=full and i == largest, priority=rank))
+            parts.append(self.slice(atoms, with_rest=i == takes_rest, priority=rank))
             first += size // step
         return tuple(parts)
 

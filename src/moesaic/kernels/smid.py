@@ -3,7 +3,8 @@
     P programs
 
 Many more programs than the GPU can hold each write the number of the SM that runs them, and stay a
-while so that every SM that may take one does.
+while so that every SM that may take one does. Right after another partition was in use, its SMs
+come free with a delay, so a probe is launched a few times.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 from .aot import AotCase
 
 PROGRAMS = 2048
+WAIT = 20_000
 
 
 @triton.jit
@@ -33,15 +35,16 @@ def smid_kernel(out_ptr, WAIT: tl.constexpr):
     tl.store(out_ptr + tl.program_id(0), sm + (tl.sum(x) == -12345.0).to(tl.int32))
 
 
-def sms_used(stream: torch.cuda.Stream, *, programs: int = PROGRAMS) -> set[int]:
-    """The SMs that ran the programs of one launch on `stream`; waits for it."""
+def sms_used(stream: torch.cuda.Stream, *, programs: int = PROGRAMS, launches: int = 3) -> set[int]:
+    """The SMs that ran the programs of some launches on `stream`; waits for them."""
     with torch.cuda.device(stream.device):
-        out_P = torch.full((programs,), -1, dtype=torch.int32, device=stream.device)
+        out_LP = torch.full((launches, programs), -1, dtype=torch.int32, device=stream.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            smid_kernel[(programs,)](out_P, WAIT=2000, num_warps=4)
+            for out_P in out_LP:
+                smid_kernel[(programs,)](out_P, WAIT=WAIT, num_warps=4)
         stream.synchronize()
-        return set(out_P.tolist())
+        return set(out_LP.flatten().tolist())
 
 
 def aot_cases() -> list[AotCase]:
@@ -51,7 +54,7 @@ def aot_cases() -> list[AotCase]:
             name="smid",
             fn=smid_kernel,
             signature={"out_ptr": "*i32"},
-            constexprs={"WAIT": 2000},
+            constexprs={"WAIT": WAIT},
             options={"num_warps": 4},
             ptx={arch: ("%smid",) for arch in (80, 90, 100)},
         )

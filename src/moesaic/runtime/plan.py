@@ -49,11 +49,15 @@ class MachineSlices:
     memory_bytes: int = 0
     """What allocations together may hold; 0: memory is not accounted."""
     streams: int = 4
+    slices: int = 0
+    """Slices that the driver gives, which may be fewer than would fit; 0: as many as fit."""
 
     def __post_init__(self) -> None:
         for name in ("granularity", "min_sms", "streams"):
             _need(getattr(self, name) >= 1, name, "positive", getattr(self, name))
         _need(self.total_sms >= self.min_sms, "total_sms", f">= {self.min_sms}", self.total_sms)
+        fit = self.total_sms // self.granularity
+        _need(0 <= self.slices <= fit, "slices", f"in [0, {fit}]", self.slices)
         _need(self.memory_bytes >= 0, "memory_bytes", "0 or more", self.memory_bytes)
         right = self.min_sms % self.granularity == 0
         _need(right, "min_sms", f"a multiple of {self.granularity}", self.min_sms)
@@ -61,7 +65,7 @@ class MachineSlices:
     @property
     def atoms(self) -> int:
         """Slices of `granularity` SMs; what does not divide goes to a plan's largest group."""
-        return self.total_sms // self.granularity
+        return self.slices or self.total_sms // self.granularity
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -1,11 +1,13 @@
 """Suite `colocation`: decode steps of one model beside prefill of another on the same GPU.
 
-A decode step is some MoE layers of one model on a few tokens, a prefill some layers of another on
-many; prefill is always queued. Loop `closed`: steps back to back. Loop `open`: a step arrives every
-two alone-times (half of the time is free), and waiting counts. Measured are: no control, stream
-priorities, SM budgets of the persistent launches alone, every split into two green contexts, and
-what each policy chooses from the curves measured alone (prefill gets all that decode does not);
-`moesaic` is the policy that keeps the promise (`runtime.tenants.protect`).
+A decode step is the experts of a few MoE layers of one model on a few tokens, a prefill those of
+another on many; prefill is always queued. Loop `closed`: steps back to back. Loop `open`: a step
+arrives every two alone-times (half of the time is free), and waiting counts. Measured are: no
+control, stream priorities, SM budgets of the persistent launches alone, every split into two green
+contexts, and what each policy chooses (prefill gets all that decode does not); `moesaic` is the
+policy that keeps the promise (`runtime.tenants.protect`). All policies get the same curves: short
+trials of each split with both tenants at work, for what curves measured alone cannot show (caches,
+memory bandwidth and power stay shared).
 
 Keys of a line besides the usual: `p99_ms`, `max_ms`, `steps`, `complete`, `other_share` (of the
 other's alone throughput), `slowdown_p99` (over the alone p99 of the same loop), `sms` and
@@ -34,6 +36,7 @@ from ..colocate import (
     Loop,
     Pair,
     alone_per_s,
+    curve_of,
     make_pair,
     measure_curves,
     prepare_budgets,
@@ -62,6 +65,7 @@ LOOPS = {"closed": (1.5, 0.60), "open": (1.25, 0.70)}
 """Largest p99 over alone and least share of the other's throughput, by loop."""
 DUTY = 0.5
 STEPS = 2000
+CALIBRATION = 300
 ROUNDS = 2
 
 
@@ -81,6 +85,10 @@ class Setting:
 SETTINGS = {
     setting.name: setting
     for setting in (
+        Setting(
+            Tenant(MODELS["Qwen3-30B-A3B"], tokens=1, layers=4, turns=16),
+            Tenant(MODELS["OLMoE"], tokens=4096, layers=4, turns=1),
+        ),
         Setting(
             Tenant(MODELS["Qwen3-30B-A3B"], tokens=8, layers=2, turns=8),
             Tenant(MODELS["Mixtral-8x7B"], tokens=2048, layers=2, turns=1),
@@ -109,15 +117,14 @@ def groups_of(loop: str) -> tuple[SliceGroup, SliceGroup]:
     """The two tenants as planners see them: decode with the loop's promise, prefill without."""
     slo = LOOPS[loop][0]
     return (
-        SliceGroup(name="decode", kind="tenant", curve="decode", priority=1, slo=slo),
-        SliceGroup(name="prefill", kind="tenant", curve="prefill"),
+        SliceGroup(name="decode", kind="tenant", curve=f"decode-{loop}", priority=1, slo=slo),
+        SliceGroup(name="prefill", kind="tenant", curve=f"prefill-{loop}"),
     )
 
 
-def profile_of(loop: str, decode: Curve, history: int = 16) -> Profile:
+def profile_of(loop: str, step_ms: float, history: int = 16) -> Profile:
     """What policies see: decode busy all or half of the time, prefill always; loads in ms alone."""
     duty = DUTY if loop == "open" else 1.0
-    step_ms = decode.ms[-1]
     return Profile(
         step=history,
         groups=groups_of(loop),
@@ -128,8 +135,8 @@ def profile_of(loop: str, decode: Curve, history: int = 16) -> Profile:
 
 
 def plans_of(loop: str, curves: dict[str, Curve], pair: Pair) -> dict[str, Plan]:
-    """The plan of every policy for a loop, from the curves alone; ours under its own name."""
-    profile = profile_of(loop, curves["decode"])
+    """The plan of every policy for a loop, all from the same curves; ours under its own name."""
+    profile = profile_of(loop, curves[f"decode-{loop}"].ms[-1])
     policies = dict(POLICIES) | {OURS: protect}
     return {name: Guard(policy, curves, pair.machine)(profile) for name, policy in policies.items()}
 
@@ -143,12 +150,12 @@ class Bench:
     fixed: Line
     curves: dict[str, Curve]
     other_per_s: float
+    step_ms: float
     alone: dict[str, Trial] = field(default_factory=dict)
 
     def loop(self, name: str) -> Loop:
-        """The loop of a name; arrivals come every alone-time over the duty."""
-        interval = self.curves["decode"].ms[-1] / DUTY
-        return Loop(name, interval if name == "open" else None)
+        """The loop of a name; arrivals come every alone-time (a median of steps) over the duty."""
+        return Loop(name, self.step_ms / DUTY if name == "open" else None)
 
     def run(
         self, loop: str, seats: tuple[Replays, Replays | None], steps: int, limit_s: float
@@ -217,74 +224,90 @@ def begin(setting: Setting, cell: Cell, context: Context, stamped: Line) -> Benc
     prepare_whole(pair)
     for size in split_sizes(pair):
         prepare_split(pair, size)
-    for size in (split_sizes(pair)[i] for i in (3, 5, 7)):
-        prepare_budgets(pair, size)
     context.say(f"{len(pair.splits)} splits captured, {pair.differing} answers differ")
     curves = measure_curves(pair)
     clockwork = Clockwork.on(context.device)
     per_s = alone_per_s(clockwork, whole(pair.other), seconds=1.0)
-    bench = Bench(pair, clockwork, fixed, curves, per_s)
+    quiet = trial(clockwork, Loop("closed"), whole(pair.step), None, steps=500, limit_s=2.0)
+    bench = Bench(pair, clockwork, fixed, curves, per_s, quiet.at(0.5))
     context.record(curve_lines(fixed, curves))
     slow = {n: [round(c.slowdown(s), 2) for s in c.sms] for n, c in curves.items()}
-    context.say(f"prefill alone {per_s:.1f} a second; slowdowns {slow}")
+    context.say(f"step {quiet.at(0.5):.4f} ms, prefill {per_s:.1f} a second; alone {slow}")
     return bench
 
 
-def sweep(bench: Bench, loop: str, context: Context, limit_s: float) -> None:
-    """Every split once; a split on which steps pile up ends at its limit."""
-    lines = []
-    for size, (step_sms, other_sms) in sorted(bench.pair.splits.items()):
-        found = bench.run(loop, seats_of(bench.pair, GREEN, size), STEPS, limit_s)
-        ran = bench.pair.ran_on[size]
-        lines.append(
-            bench.line(
-                loop, f"split@{size}", found,
-                split=size, sms=step_sms, other_sms=other_sms, probed=list(ran),
-            )
-        )  # fmt: skip
-    context.record(lines)
-
-
-def named(bench: Bench, loop: str, context: Context, limit_s: float) -> None:
-    """No control, priorities, budgets and every policy's plan: interleaved, in rounds."""
-    plans = plans_of(loop, bench.curves, bench.pair)
-    ways: dict[tuple[str, int | None], list[Trial]] = {
-        (PLAIN, None): [],
-        (PRIORITY, None): [],
+def calibrate(bench: Bench, loop: str, alone: Trial) -> dict[str, Curve]:
+    """Both tenants' curves while both are at work: p99 of decode, mean time of prefill."""
+    total = bench.pair.gpu.cut.total_sms
+    decode, prefill = {total: alone.at(0.99)}, {total: 1e3 / bench.other_per_s}
+    for size, (step_sms, other_sms) in bench.pair.splits.items():
+        found = bench.run(loop, seats_of(bench.pair, GREEN, size), CALIBRATION, 0.3)
+        decode[step_sms] = found.at(0.99)
+        if found.other_per_s:
+            prefill[other_sms] = 1e3 / found.other_per_s
+    return {
+        f"{name}-{loop}": curve_of(f"{name}-{loop}", points)
+        for name, points in (("decode", decode), ("prefill", prefill))
     }
-    ways |= {(BUDGET, n): [] for n in _budget_sizes(bench.pair)}
-    for plan in plans.values():
-        ways[_way(plan)] = []
-    for _ in range(ROUNDS):
-        for way, size in ways:
-            seats = seats_of(bench.pair, way, size)
-            ways[way, size].append(bench.run(loop, seats, STEPS // ROUNDS, limit_s / ROUNDS))
-    found = {key: pooled(trials) for key, trials in ways.items()}
-    lines = [
-        bench.line(loop, NO_CONTROL, found[PLAIN, None]),
-        bench.line(loop, STREAMS, found[PRIORITY, None]),
-    ]
-    for n in _budget_sizes(bench.pair):
-        sms, other = bench.pair.splits[n]
-        more = {"split": n, "sms": sms, "other_sms": other}
-        lines.append(bench.line(loop, f"{BUDGETS}@{n}", found[BUDGET, n], **more))
+
+
+Way = tuple[str, int | None]
+
+
+def ways_of(plans: dict[str, Plan]) -> dict[str, Way]:
+    """How every named way is carried out; not to slice is no control."""
+    ours = plans[OURS]
+    ways: dict[str, Way] = {NO_CONTROL: (PLAIN, None), STREAMS: (PRIORITY, None)}
+    if ours.sliced:
+        ways[BUDGETS] = (BUDGET, ours.sizes["decode"])
     for name, plan in plans.items():
-        size = plan.sizes.get("decode")
-        told = {"policy": plan.policy, "reason": plan.reason, "split": size}
-        if size is not None:
-            told["sms"], told["other_sms"] = bench.pair.splits[size]
         impl = name if name == OURS else f"policy:{name}"
-        lines.append(bench.line(loop, impl, found[_way(plan)], **told))
-    context.record(lines)
+        ways[impl] = (GREEN, plan.sizes["decode"]) if plan.sliced else (PLAIN, None)
+    return ways
 
 
-def _budget_sizes(pair: Pair) -> list[int]:
-    return [n for n, parts in pair.splits.items() if (parts[0], BUDGET) in pair.step.work.sizes]
+def measure(bench: Bench, cell: Cell, context: Context) -> None:
+    """One loop: alone, curves of both at work, the named ways in rounds, the sweep, alone again."""
+    loop, pair = cell.clock, bench.pair
+    limit_s = max(1.0, 0.08 * context.budget_s)
+    seats = (whole(pair.step), None)
+    alone = [bench.run(loop, seats, STEPS, limit_s)]
+    bench.curves |= calibrate(bench, loop, alone[0])
+    plans = plans_of(loop, bench.curves, pair)
+    ways = ways_of(plans)
+    if BUDGETS in ways:
+        prepare_budgets(pair, plans[OURS].sizes["decode"])
+    trials: dict[Way, list[Trial]] = {way: [] for way in ways.values()}
+    for _ in range(ROUNDS):
+        for (way, size), found in trials.items():
+            allowed_s = (0.2 if way == BUDGET else 1.0) * limit_s / ROUNDS
+            found.append(bench.run(loop, seats_of(pair, way, size), STEPS // ROUNDS, allowed_s))
+    swept = {
+        size: bench.run(loop, seats_of(pair, GREEN, size), STEPS, 0.12 * limit_s)
+        for size in sorted(pair.splits)
+    }
+    alone.append(bench.run(loop, seats, STEPS, limit_s))
+    bench.alone[loop] = pooled(alone)
+    lines = [bench.line(loop, ALONE, bench.alone[loop], sms=pair.gpu.cut.total_sms)]
+    for impl, (way, size) in ways.items():
+        plan = plans.get(impl.removeprefix("policy:"))
+        told = {} if plan is None else {"policy": plan.policy, "reason": plan.reason}
+        lines.append(
+            bench.line(loop, impl, pooled(trials[way, size]), **told, **sizes_of(pair, size))
+        )
+    for size, trial_ in swept.items():
+        more = sizes_of(pair, size) | {"probed": list(pair.ran_on[size])}
+        lines.append(bench.line(loop, f"split@{size}", trial_, **more))
+    context.record(curve_lines(bench.fixed, bench.curves) + lines)
+    context.say(f"{loop} loop: " + told_of(lines))
 
 
-def _way(plan: Plan) -> tuple[str, int | None]:
-    """How a plan is carried out; not to slice is no control."""
-    return (GREEN, plan.sizes["decode"]) if plan.sliced else (PLAIN, None)
+def sizes_of(pair: Pair, size: int | None) -> Line:
+    """What a line says of a split."""
+    if size is None:
+        return {}
+    step_sms, other_sms = pair.splits[size]
+    return {"split": size, "sms": step_sms, "other_sms": other_sms}
 
 
 def run(wanted: Sequence[Cell], context: Context) -> None:
@@ -308,27 +331,12 @@ def run(wanted: Sequence[Cell], context: Context) -> None:
             context.say(reason(error))
 
 
-def measure(bench: Bench, cell: Cell, context: Context) -> None:
-    """Alone, named ways, sweep: one loop."""
-    loop = cell.clock
-    limit_s = max(1.0, 0.08 * context.budget_s)
-    alone = bench.run(loop, (whole(bench.pair.step), None), STEPS, limit_s)
-    bench.alone[loop] = alone
-    context.record([bench.line(loop, ALONE, alone, sms=bench.pair.gpu.cut.total_sms)])
-    named(bench, loop, context, limit_s)
-    sweep(bench, loop, context, 0.4 * limit_s)
-    again = pooled([alone, bench.run(loop, (whole(bench.pair.step), None), STEPS, limit_s)])
-    context.record([bench.line(loop, ALONE, again, sms=bench.pair.gpu.cut.total_sms)])
-    context.say(f"{loop} loop: " + told(context.recorder.lines, loop))
-
-
-def told(lines: Sequence[Line], loop: str) -> str:
+def told_of(lines: Sequence[Line]) -> str:
     """One loop's result for the person who waits."""
     parts = [
         f"{x['impl']} {x['slowdown_p99']:.2f}x"
         + ("" if x.get("other_share") is None else f" / {x['other_share']:.2f}")
         for x in lines
-        if x["clock"] == loop and x["ms"] is not None
     ]
     return ", ".join(parts)
 
@@ -346,10 +354,14 @@ def points(lines: Sequence[Line], cell: Cell) -> dict[str, tuple[float, float]]:
     return {
         x["impl"]: (x["slowdown_p99"], x["other_share"])
         for x in lines
-        if (x["model"], x["tokens"], x["clock"]) == (cell.model, cell.tokens, cell.clock)
-        and x["ms"] is not None
-        and x.get("other_share") is not None
+        if measured_in(x, cell) and x.get("other_share") is not None
     }
+
+
+def measured_in(line: Line, cell: Cell) -> bool:
+    """Whether a line is a measurement of this loop."""
+    of = (line["model"], line["tokens"], line["clock"])
+    return of == (cell.model, cell.tokens, cell.clock) and line["ms"] is not None
 
 
 def score(point: tuple[float, float], slo: float) -> tuple[bool, float]:
@@ -388,13 +400,10 @@ def summarize(lines: Sequence[Line]) -> list[Target]:
     targets = []
     for cell in cells():
         slo, share = LOOPS[cell.clock]
-        found, what = points(lines, cell), f"{cell.clock} loop"
+        found, what = points(lines, cell), f"{cell.tokens} tokens, {cell.clock} loop"
         ours = found.get(OURS, (None, None))
-        steps = [
-            x["steps"] for x in lines
-            if x["clock"] == cell.clock and x["model"] == cell.model and x["impl"] in REQUIRED_STEPS
-            and x["ms"] is not None
-        ]  # fmt: skip
+        mine = [x for x in lines if measured_in(x, cell)]
+        steps = [x["steps"] for x in mine if x["impl"] in REQUIRED_STEPS]
         targets += [
             at_most(f"{what}: decode p99 over alone", ours[0], slo),
             at_least(f"{what}: share of the other's throughput", ours[1], share),
