@@ -56,6 +56,11 @@ def pack_weights(params: list[Tensor], spec: ExpertSpec) -> ExpertWeights:
 def count_rows(counters: Tensor, topk_ids: Tensor) -> None:
     """Add the rows of each expert to line 1 of counters (3, E); ids outside [0, E) count not."""
     experts = counters.shape[1]
+    if counters.device.type == "cpu":
+        rows_E = torch.bincount(topk_ids.reshape(-1), minlength=experts)
+        counters[1].add_(rows_E[:experts])
+        return
+    # Elsewhere `bincount` would wait for the device.
     ids_S = topk_ids.reshape(-1).long()
     ids_S = torch.where((ids_S >= 0) & (ids_S < experts), ids_S, experts)
     rows_E = counters.new_zeros(experts + 1)
