@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ from torch import nn
 import moesaic
 from moesaic import ExpertSpec, MoE, RouterSpec
 from moesaic.bench.timing import refuse_sync
+from moesaic.integrations.perfetto import PerfettoTrace, merge
 from moesaic.runtime.counters import ROUTED, ROWS, TILES
 from moesaic.runtime.profiler import Profiler
+from moesaic.runtime.ranges import ranges
 
 pytestmark = [
     pytest.mark.gpu,
@@ -184,3 +188,34 @@ def test_compiled_models_are_counted(mode: str) -> None:
         torch.cuda.synchronize()
         for counters, counts in zip(profiler.counters, want, strict=True):
             assert counters[ROWS].cpu().tolist() == (3 * counts).tolist()
+
+
+@torch.no_grad()
+def test_steps_lie_on_the_axis_of_torchs_streams(tmp_path: Path) -> None:
+    net, x = model(layers=2), inputs(64)
+    ours, theirs, both = (tmp_path / f"{n}.json" for n in ("ours", "torch", "both"))
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with (
+        moesaic.profile(net) as profiler,
+        PerfettoTrace(ours, profiler.layers) as trace,
+    ):
+        profiler.sinks["perfetto"] = trace
+        net(x)
+        profiler.step()
+        with torch.profiler.profile(activities=activities) as seen, ranges(net):
+            for _ in range(5):
+                net(x)
+                profiler.step()
+                torch.cuda.synchronize()
+        profiler.poll()
+    seen.export_chrome_trace(str(theirs))
+    merge(ours, theirs, both)
+    events = json.loads(both.read_text())["traceEvents"]
+    published = sorted(
+        e["ts"] for e in events if e.get("cat") == "kernel" and "publish_kernel" in e["name"]
+    )
+    ends = sorted(e["ts"] + e["dur"] for e in events if str(e.get("name")).startswith("step "))[-5:]
+    assert len(published) == 5 and any("stream" in str(e.get("args")) for e in events)
+    apart = [abs(a - b) for a, b in zip(published, ends, strict=True)]
+    assert max(apart) < 1000, f"us between publications and the ends of steps: {apart}"
+    assert {e["name"] for e in events} >= {"moesaic.0", "moesaic.1.experts", "rows"}
