@@ -79,8 +79,9 @@ class Layer:
         """The GPU as policies see it."""
         cut = self.gpu.cut
         return MachineSlices(
-            total_sms=cut.total_sms, granularity=cut.atom_sms, min_sms=cut.atom_sms
-        )
+            total_sms=cut.total_sms, granularity=cut.atom_sms, min_sms=cut.atom_sms,
+            slices=cut.atoms,
+        )  # fmt: skip
 
 
 @dataclass

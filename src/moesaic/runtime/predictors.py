@@ -111,6 +111,8 @@ class Trend:
     scale: float
     gram_FF: Array
     moment_F: Array
+    weights_F: Array
+    """What `gram_FF` and `moment_F` say, solved once an update."""
     seen: int = 0
 
 
@@ -129,14 +131,14 @@ def _start_trend(size: int, width: int) -> Trend:
     return Trend(
         newest_N=zeros, second_N=zeros, levels_AN=np.zeros((len(SPEEDS), size)), mean_N=zeros,
         scale=1.0, gram_FF=RIDGE_TREND * np.eye(features), moment_F=RIDGE_TREND * prior_F,
+        weights_F=prior_F,
     )  # fmt: skip
 
 
 def _predict_trend(state: Trend, context_C: Array) -> Array:
     if not state.seen:
         return state.newest_N
-    weights_F = np.linalg.solve(state.gram_FF, state.moment_F)
-    guess_N: Array = np.maximum(_features(state) @ weights_F, 0.0) * state.scale
+    guess_N: Array = np.maximum(_features(state) @ state.weights_F, 0.0) * state.scale
     return guess_N
 
 
@@ -151,16 +153,20 @@ def _update_trend(state: Trend, values_N: Array, context_C: Array) -> Trend:
             scale=size, seen=1,
         )  # fmt: skip
     features_NF, target_N = _features(state), values_N / state.scale
-    first = _start_trend(0, 0)
-    speeds_A = np.array(SPEEDS)[:, None]
+    first, speeds_A = _start_trend(0, 0), np.array(SPEEDS)[:, None]
+    gram_FF = FORGET * state.gram_FF + (1 - FORGET) * first.gram_FF
+    moment_F = FORGET * state.moment_F + (1 - FORGET) * first.moment_F
+    gram_FF, moment_F = gram_FF + features_NF.T @ features_NF, moment_F + features_NF.T @ target_N
+    weights_F: Array = np.asarray(np.linalg.solve(gram_FF, moment_F), dtype=np.float64)
     return Trend(
         newest_N=values_N,
         second_N=state.newest_N,
         levels_AN=state.levels_AN + speeds_A * (values_N - state.levels_AN),
         mean_N=state.mean_N + (values_N - state.mean_N) / (state.seen + 1),
         scale=state.scale + 0.02 * (size - state.scale),
-        gram_FF=FORGET * state.gram_FF + features_NF.T @ features_NF + (1 - FORGET) * first.gram_FF,
-        moment_F=FORGET * state.moment_F + features_NF.T @ target_N + (1 - FORGET) * first.moment_F,
+        gram_FF=gram_FF,
+        moment_F=moment_F,
+        weights_F=weights_F,
         seen=state.seen + 1,
     )
 

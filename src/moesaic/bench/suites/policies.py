@@ -38,9 +38,10 @@ from ..suite import Cell, Context, Suite
 SPEEDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 """Exponential means; the best of them in hindsight is what the learned predictor must beat."""
 PLAN_SPEEDS = (0.1, 0.3, 0.5)
-LAYERS = (1, 4)
-"""Layers of the recorded model that are replayed under policies."""
-MACHINE = MachineSlices(total_sms=132)
+LAYER = 4
+"""The layer of the recorded model that is replayed under policies (of a walk: the last)."""
+MACHINE = MachineSlices(total_sms=132, slices=15)
+"""An H200, as its driver splits it."""
 STEP, EARLIER = "step before", "step before, earlier layers"
 LEARNED = "learned"
 
@@ -135,45 +136,38 @@ def tried_policies() -> dict[str, Policy]:
     single += [WAYS[2], *WAYS[:2]]
     bound = {f"adaptive by {way.name}": by((way,), name=f"by {way.name}") for way in single}
     others = {k: v for k, v in POLICIES.items() if k != "adaptive"}
-    hasty = by(WAYS, margin=0.0)
-    return {**others, **bound, "adaptive, no hysteresis": hasty, "adaptive": POLICIES["adaptive"]}
+    hasty = by(WAYS[:1], margin=0.0, name="by learned, no hysteresis")
+    bound["adaptive by learned, no hysteresis"] = hasty
+    return {**others, **bound, "adaptive": POLICIES["adaptive"]}
 
 
 def replay_lines(cell: Cell, fixed: Line, curves: Curves, source: str) -> list[Line]:
-    """Every policy on a scene, its layers together; the oracle last."""
+    """Every policy on a scene; the oracle last."""
     times = cell.tokens // tokens_of(cell.model)
-    layers = [n for n in LAYERS if n < counts_of(cell.model).shape[1]] or [0, 1]
-    views = [scene(cell.model, layer, cell.routing, times=times) for layer in layers]
-    best = [oracle(view.groups, view.steps, curves, MACHINE) for view in views]
-    more = {"mode": "replay", "curves": source, "layers": len(views)}
-    lines = []
+    layer = min(LAYER, counts_of(cell.model).shape[1] - 1)
+    view = scene(cell.model, layer, cell.routing, times=times)
+    best = oracle(view.groups, view.steps, curves, MACHINE)
+    more = {"mode": "replay", "curves": source, "layer": layer}
+    truth, lines = np.array([step.loads_N for step in view.steps]), []
     for way in {way.name: way for way in (Way("ewma0.3", predictors.ewma(0.3)), *WAYS)}.values():
-        truth = [np.array([s.loads_N for s in view.steps]) for view in views]
-        error = wape(
-            np.concatenate([foreseen(way, view) for view in views], axis=1),
-            np.concatenate(truth, axis=1),
-        )
+        error = wape(foreseen(way, view), truth)
         lines.append(make_line(fixed, clock="work", impl=way.name, wape=error, **more))
     for name, policy in tried_policies().items():
-        done = [replay(policy, view.groups, view.steps, curves, MACHINE) for view in views]
+        done = replay(policy, view.groups, view.steps, curves, MACHINE)
         lines.append(scored(fixed, name, done, best, more))
     return [*lines, scored(fixed, "oracle", best, best, more)]
 
 
-def scored(
-    fixed: Line, impl: str, done: Sequence[Replay], best: Sequence[Replay], more: dict[str, Any]
-) -> Line:
-    """The line of a policy over the layers of a scene."""
-    ms = np.concatenate([found.ms for found in done])
-    floor = sum(found.total_ms for found in best) / len(ms)
+def scored(fixed: Line, impl: str, done: Replay, best: Replay, more: dict[str, Any]) -> Line:
+    """The line of a policy on a scene."""
+    ms = np.array(done.ms)
+    floor = best.total_ms / len(ms)
     return make_line(
         fixed, clock="replay", impl=impl, ms=float(ms.mean()),
         ms_p20=float(np.quantile(ms, 0.2)), ms_p80=float(np.quantile(ms, 0.8)),
         samples=len(ms), floor_ms=floor, of_floor=floor / float(ms.mean()),
-        regret=round(float(ms.mean()) / floor - 1, 9) + 0.0,
-        replans=sum(found.replans for found in done), flaps=sum(found.flaps for found in done),
-        sliced=sum(found.sliced for found in done) / len(done),
-        faults=sum(found.faults for found in done), **more,
+        regret=round(done.regret(best), 9) + 0.0, replans=done.replans, flaps=done.flaps,
+        sliced=done.sliced, faults=done.faults, **more,
     )  # fmt: skip
 
 
