@@ -67,15 +67,16 @@ LAYERS = {
 
 
 def cells() -> list[Cell]:
-    """Exchanges of width 7168 first, then layers by model, then the other exchanges."""
+    """Exchanges of width 7168 first, then layers by kind of scaling, then the other exchanges."""
     main = [Cell("rows-7168", t, "even", clock="exchange") for t in ROWS]
-    totals = [(ranks, PER_RANK) for ranks in RANKS]
-    totals += [(ranks, ranks * PER_RANK) for ranks in RANKS[1:]]
-    totals += [(ranks, 128 * RANKS[-1]) for ranks in RANKS]
+    strong = [(ranks, PER_RANK) for ranks in RANKS]
+    weak = [(ranks, ranks * PER_RANK) for ranks in RANKS[1:]]
+    small = [(ranks, 128 * RANKS[-1]) for ranks in RANKS]
     layers = [
         Cell(model, total, "uniform", clock=f"layer-ep{ranks}")
+        for scaling in (strong, weak, small)
         for model in LAYERS
-        for ranks, total in totals
+        for ranks, total in scaling
     ]
     rest = [
         Cell(width, t, routing, clock="exchange")
