@@ -64,7 +64,7 @@ def test_a_short_window_and_a_still_counter_are_refused() -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "during"])
-def test_nvml_going_away_leaves_the_work_alone(when: str) -> None:
+def test_nvml_going_away_leaves_the_work_alone(when: str, caplog: pytest.LogCaptureFixture) -> None:
     driver, done = Driver(), []
     meter = meter_of(driver)
     driver.gone = when == "before"
@@ -74,9 +74,11 @@ def test_nvml_going_away_leaves_the_work_alone(when: str) -> None:
         driver.gone = True
         done.append(True)
 
-    reading = meter.measure(work)
-    assert done == [True]
-    assert isinstance(reading, Unavailable) and "GPU is lost" in str(reading)
+    for _ in range(3):
+        reading = meter.measure(work)
+        assert isinstance(reading, Unavailable) and "GPU is lost" in str(reading)
+    assert done == [True] * 3 and meter.lost == 3
+    assert len(caplog.records) == 1 and "told once" in caplog.records[0].message
 
 
 def test_sustained_calls_are_counted_between_steps_of_the_counter() -> None:

@@ -103,6 +103,32 @@ def test_a_shape_that_never_repeats_is_never_captured(sizes: list[int]) -> None:
     assert fake.recorded == 0 and len(cache.store._tracker if sizes else []) <= 8
 
 
+def test_shapes_that_hardly_repeat_are_counted_and_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = GraphConfig(min_tokens=1, tracked_shapes=4)
+    cache, _ = cache_of(Layer(), config)
+    for tokens in range(1, 21):
+        call(cache, tokens)
+    assert cache.counts().forgotten == 16 and cache.counts().captured == 0
+    assert [r.message for r in caplog.records] == [
+        "CUDA graphs: shapes hardly repeat; such calls are never captured (told once)"
+    ]
+
+
+def test_a_size_can_be_captured_ahead() -> None:
+    layer = Layer()
+    cache, fake = cache_of(layer, GraphConfig(min_tokens=1, buckets=(8, 16)))
+    assert cache.prepare(torch.zeros(16, 8)) and cache.prepare(torch.zeros(5, 8))
+    assert (fake.warmed, fake.recorded) == (6, 2)
+    rows, out = call(cache, 7)
+    assert torch.equal(out, wanted(rows, layer)) and tally(cache.counts()) == (2, 1, 0)
+    assert cache.prepare(torch.zeros(6, 8)) and fake.recorded == 2
+    broken, _ = cache_of(layer, fail=refused)
+    assert not broken.prepare(torch.zeros(8, 8))
+    assert not GraphCache(layer).prepare(torch.zeros(40, 8))  # a CPU has no graphs
+
+
 def test_padding_to_buckets_keeps_bits_and_stale_rows_out() -> None:
     layer = Layer()
     config = GraphConfig(

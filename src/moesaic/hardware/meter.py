@@ -13,6 +13,7 @@ not available: NVML: cpu is not an NVIDIA GPU
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -29,6 +30,7 @@ from .nvml import Clock, Gpu, NotAvailable, open_gpu
 MIN_WINDOW_S = 1.0
 LONGEST_STEP_S = 1.0
 T = TypeVar("T")
+log = logging.getLogger("moesaic")
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,9 @@ def _check_length(seconds: float) -> None:
 class EnergyMeter:
     """Windows of energy over one device; without a source it runs the work and says why not.
 
+    `lost` counts windows that an open source failed to give, as when the driver goes away; the
+    first is logged.
+
     Args:
         source: where joules come from, or why there are none.
         tdp_w: the design power in watts.
@@ -173,6 +178,7 @@ class EnergyMeter:
     ) -> None:
         self.source, self.tdp_w, self.passed_over = source, tdp_w, tuple(passed_over)
         self.idle_w: float | None = None
+        self.lost = 0
         self._device, self._clock, self._sleep = device, clock, sleep
 
     @property
@@ -217,7 +223,7 @@ class EnergyMeter:
         try:
             return self._between_steps(source, call, batch, (settle_s, seconds), self._device.mark)
         except NotAvailable as error:
-            return Sustained(Unavailable(str(error)), 0)
+            return Sustained(self._lose(error), 0)
         finally:
             self._device.wait()
 
@@ -297,7 +303,14 @@ class EnergyMeter:
         try:
             return step()
         except NotAvailable as error:
-            return Unavailable(str(error))
+            return self._lose(error)
+
+    def _lose(self, error: NotAvailable) -> Unavailable:
+        """Count a window that was lost, and log the first."""
+        self.lost += 1
+        if self.lost == 1:
+            log.warning("energy is not measured: %s (told once)", error)
+        return Unavailable(str(error))
 
     def _begin(self) -> float:
         self._device.wait()

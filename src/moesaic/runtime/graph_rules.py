@@ -96,12 +96,16 @@ class Key(NamedTuple):
 
 
 class Tracker:
-    """Counts calls by key and says when one is due; keys forgotten longest unused first."""
+    """Counts calls by key and says when one is due.
+
+    Of more than `tracked_shapes` keys the longest unused are forgotten; `forgotten` counts them.
+    """
 
     def __init__(self, config: GraphConfig) -> None:
         self._config = config
         self._calls: OrderedDict[Key, int] = OrderedDict()
         self._last: OrderedDict[Hashable, tuple[Key, int]] = OrderedDict()
+        self.forgotten = 0
 
     def observe(self, key: Key) -> Due:
         """Note a call without a graph and say what it is to be."""
@@ -111,9 +115,11 @@ class Tracker:
         last, run = self._last.pop(key.owner, (key, 0))
         run = run + 1 if last == key else 1
         self._last[key.owner] = key, run
-        for table in (self._calls, self._last):
-            while len(table) > c.tracked_shapes:
-                table.popitem(last=False)
+        while len(self._calls) > c.tracked_shapes:
+            self._calls.popitem(last=False)
+            self.forgotten += 1
+        while len(self._last) > c.tracked_shapes:
+            self._last.popitem(last=False)
         if calls >= c.min_calls and run >= c.stable_calls:
             return "capture"
         return "warm" if calls >= c.min_calls - c.warmups else "eager"

@@ -62,8 +62,9 @@ class Slot:
 class GraphCounts:
     """What a store has done so far, every call under exactly one of `replayed` and `eager`.
 
-    `why_eager` says why for calls that no heuristic kept eager. `held_bytes` is the memory of the
-    live graphs as the driver saw it, `buffer_bytes` their input buffers, which are part of it.
+    `why_eager` says why for calls that no heuristic kept eager; `forgotten` are shapes of which the
+    calls are no longer counted, because others came before they repeated. `held_bytes` is the
+    memory of the live graphs as the driver saw it, `buffer_bytes` their input buffers, a part of it.
     """
 
     replayed: int
@@ -75,6 +76,7 @@ class GraphCounts:
     failed: int
     out_of_memory: int
     over_budget: int
+    forgotten: int
     graphs: int
     held_bytes: int
     buffer_bytes: int
@@ -158,14 +160,33 @@ class GraphStore:
         if why:
             self._why[why] += 1
             return self._eager(task, out)
-        tokens = self.config.padded(task.tokens)
-        key = Key(task.owner, tokens, task.sms, signature_of(task.inputs))
+        key = self._key(task)
         slot = self._fresh(key, task)
         if slot is None:
             return self._without_graph(key, task, out)
         self._slots.move_to_end(key)
         self._tracker.replayed(key)
         return self._replay(slot, task, out)
+
+    def prepare(self, task: Task) -> bool:
+        """Capture a call now, whatever the rules say; whether it has a graph afterwards.
+
+        The function runs `warmups` times before, and once when the graph is first replayed.
+        """
+        if self._unfit(task):
+            return False
+        key = self._key(task)
+        if self._fresh(key, task) is None and key not in self._barred:
+            for _ in range(self.config.warmups):
+                if self._warm(key, task) is None:
+                    return False
+                self._n.subtract(("eager", "warmed"))  # nobody's call
+            self._grow(key, task)
+        return key in self._slots
+
+    def _key(self, task: Task) -> Key:
+        tokens = self.config.padded(task.tokens)
+        return Key(task.owner, tokens, task.sms, signature_of(task.inputs))
 
     def _unfit(self, task: Task) -> str | None:
         """Why a call can be neither captured nor replayed, whatever its shape."""
@@ -195,6 +216,8 @@ class GraphStore:
             self._why["barred"] += 1
             return self._eager(task, out)
         due = self._tracker.observe(key)
+        if self._tracker.forgotten:
+            self._say("shapes", "shapes hardly repeat; such calls are never captured")
         if due == "capture":
             slot = self._grow(key, task)
             if slot is not None:
@@ -382,6 +405,7 @@ class GraphStore:
         n = {name: self._n[name] for name in (*names, "out_of_memory", "over_budget")}
         return GraphCounts(
             **n,
+            forgotten=self._tracker.forgotten,
             graphs=len(self._slots),
             held_bytes=self._held,
             buffer_bytes=sum(s.buffer_bytes for s in self._slots.values()),

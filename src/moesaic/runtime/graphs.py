@@ -138,10 +138,24 @@ class GraphCache:
         Raises:
             ValueError: the inputs do not share their leading dimension.
         """
+        return self._open(inputs).call(self._task(inputs, sms), out)
+
+    def prepare(self, *inputs: Tensor, sms: int | None = None) -> bool:
+        """Capture for such inputs now, outside the hot path, whatever the rules on calls say.
+
+        Returns:
+            Whether these inputs have a graph now. Counters that the function keeps count the
+            warm-ups and the first replay. Sizes captured largest first share their memory best.
+        """
+        return self._open(inputs).prepare(self._task(inputs, sms))
+
+    def _open(self, inputs: tuple[Tensor, ...]) -> GraphStore:
         if self._store is None:
             self._store = open_store(self._config, inputs[0].device)
-        task = Task(self._owner, self._function, self._watch, inputs, sms)
-        return self._store.call(task, out)
+        return self._store
+
+    def _task(self, inputs: tuple[Tensor, ...], sms: int | None) -> Task:
+        return Task(self._owner, self._function, self._watch, inputs, sms)
 
     def counts(self) -> GraphCounts:
         """What the store has done so far, other caches' calls included."""
