@@ -18,6 +18,7 @@ from moesaic.runtime.executors import SequentialExperts, StreamedExperts, dense_
 from moesaic.runtime.expert_graphs import ExpertGraphs
 from moesaic.runtime.graphs import GraphCache, GraphConfig, GraphStore
 from moesaic.runtime.size_classes import SizeClassExperts
+from moesaic.runtime.sliced import run_budgeted
 from moesaic.runtime.streams import CopyLane, WithShared
 
 pytestmark = [
@@ -67,6 +68,20 @@ def test_replays_are_bit_equal_at_every_size_and_bucket(model: Model) -> None:
     counts = cache.counts()
     assert counts.captured == counts.graphs == 5 and counts.replayed >= 20
     assert counts.held_bytes > 0 and counts.failed == 0
+
+
+def test_every_sm_budget_has_a_graph_with_the_same_bits() -> None:
+    weights, spec, inputs = made(MODEL, 64)
+
+    def layer(h: Tensor, i: Tensor, w: Tensor, sms: int | None = None) -> Tensor:
+        return run_budgeted(h, i, w, weights, spec, num_sms=sms)
+
+    cache = GraphCache(layer, store=GraphStore(SOON, CudaCapturer(CUDA)))
+    want = moe(*inputs[0], weights=weights, spec=spec)
+    assert all(cache.prepare(*inputs[1], sms=sms) for sms in (None, 16, 64))
+    for sms in (None, 16, 64):
+        assert torch.equal(cache(*inputs[0], sms=sms), want)
+    assert (cache.counts().captured, cache.counts().replayed, cache.counts().eager) == (3, 3, 0)
 
 
 def test_replays_from_two_streams_are_ordered() -> None:
@@ -225,7 +240,7 @@ def test_energy_and_utilisation_of_work_and_of_idling() -> None:
     left = torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16)
     right, out = torch.randn_like(left), torch.empty_like(left)
     meter = open_meter(CUDA)
-    assert meter.why is None
+    assert meter.why is None, meter.why
     idle = meter.idle(1.0)
     with gpu.gpm() as window:
         busy = meter.sustain(lambda: torch.mm(left, right, out=out), seconds=1.0)

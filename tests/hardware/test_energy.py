@@ -180,6 +180,13 @@ def test_zeus_losing_the_gpu_is_a_reason(zeus: Callable[..., ZeusSource]) -> Non
     assert "zeus: RuntimeError: NVML error" in str(meter.measure(work))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
+def test_zeus_itself_without_nvml_is_a_reason() -> None:
+    pytest.importorskip("zeus.monitor", reason="zeus is not installed", exc_type=ImportError)
+    with pytest.raises(NotAvailable, match="zeus: "):
+        ZeusSource(0)
+
+
 def test_without_zeus_the_counter_is_taken_and_the_reading_tells(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -64,7 +64,7 @@ class GraphCounts:
 
     `why_eager` says why for calls that no heuristic kept eager; `forgotten` are shapes of which the
     calls are no longer counted, because others came before they repeated. `held_bytes` is the
-    memory of the live graphs as the driver saw it, `buffer_bytes` their input buffers, a part of it.
+    memory of the live graphs as the driver saw it, `buffer_bytes` the part that is input buffers.
     """
 
     replayed: int
