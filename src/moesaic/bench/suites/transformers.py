@@ -1,0 +1,275 @@
+"""Suite `transformers`: whole models end to end, against transformers' own best setting.
+
+Qwen3-30B-A3B and Mixtral-8x7B in full size with random weights in bf16: prefill of 8192 tokens, and
+decode steps of 1, 16, 64 and 128 sequences with a cache of 512 positions. Everyone gets the same:
+static cache, the decoder layer compiled, the step captured into a CUDA graph, timed in turn in one
+process. The rivals are transformers' `grouped_mm` and, where it copies no more weights than there
+are, `batched_mm`.
+
+Three clocks: `model` is the step. `rest` is the step with every MoE block replaced by the identity,
+`moe` our MoE blocks alone on the inputs of the model: their sum is what Amdahl's law lets ours be.
+The errors of the `moe` lines compare each block with grouped_mm's on the same input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..results import Line, Target, at_least, make_line, stamp
+from ..suite import Cell, Context, Suite
+from ..timing import (
+    DeviceLost,
+    Sampler,
+    capture,
+    check_device,
+    cpu_sampler,
+    graph_sampler,
+    interleave,
+    reason,
+)
+from ..whole_models import (
+    CONFIGS,
+    CONTEXT,
+    OURS,
+    Step,
+    layer_forward,
+    make_step,
+    moe_blocks,
+    moe_inputs,
+    random_model,
+    selected,
+    tidy,
+    typical_error,
+    without_moe,
+)
+
+NAME = "transformers"
+BATCHES = (1, 16, 64, 128)
+PREFILL = 8192
+RIVALS = ("grouped_mm", "batched_mm")
+REST, MOE = "rest", "moe"
+ERROR_BOUND = 1.5e-2
+CELL_S, MODEL_S = 12.0, 10.0
+SAMPLING_S = 3.0
+GOALS = {
+    ("Qwen3-30B-A3B", "decode", 1): 1.9,
+    ("Qwen3-30B-A3B", "prefill", PREFILL): 1.6,
+    ("Mixtral-8x7B", "prefill", PREFILL): 1.25,
+}
+GOAL, AMDAHL = 1.5, 0.95
+Key = tuple[str, str]
+
+
+def cells() -> list[Cell]:
+    """Every step by model: weights are made once for all of a model's."""
+    return [
+        Cell(model, tokens, kind, clock="model")
+        for model in CONFIGS
+        for kind, tokens in (*(("decode", b) for b in BATCHES), ("prefill", PREFILL))
+    ]
+
+
+def refusal(model: Any, name: str, tokens: int) -> str | None:
+    """Why a rival is left out: batched_mm copies an expert for every row."""
+    config = model.config
+    experts = getattr(config, "num_local_experts", None) or config.num_experts
+    rows = tokens * config.num_experts_per_tok
+    if name == "batched_mm" and rows > experts:
+        return f"skipped: copies the weights of {rows} experts, of which there are {experts}"
+    return None
+
+
+def within(state: Callable[[], Any], sampler: Sampler) -> Sampler:
+    """A sampler that enters a state of the model first."""
+
+    def sample() -> float:
+        with state():
+            return sampler()
+
+    return sample
+
+
+class Timer:
+    """The calls of one cell as samplers: captured where there is a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.mode = "graph" if self.cuda else "eager"
+        self.samplers: dict[Key, Sampler] = {}
+        self.errors: dict[Key, str] = {}
+
+    def add(self, key: Key, call: Callable[[], Any], state: Callable[[], Any]) -> None:
+        """Warm a call up in a state of the model, capture it there, and make its sampler.
+
+        What it raises is its error. Without a graph every sample enters the state again.
+        """
+        try:
+            with state():
+                call()
+                if self.cuda:
+                    self.samplers[key] = graph_sampler(capture([call]))
+                else:
+                    self.samplers[key] = within(state, cpu_sampler([call], min_ms=1.0))
+        except Exception as error:
+            self.errors[key] = reason(error)
+            check_device(f"{key}: {self.errors[key]}")
+
+
+def prepare(
+    timer: Timer, model: Any, cell: Cell, forward: Callable[..., Tensor], seed: int
+) -> dict[Key, float]:
+    """Every call of a cell in the timer; the errors of our blocks."""
+    decode = cell.routing == "decode"
+    batch, length = (cell.tokens, 1) if decode else (1, cell.tokens)
+    context = CONTEXT if decode else length
+    step = make_step(model, batch, length, context, forward, seed)
+    with selected(model, "grouped_mm"):
+        plain = Step(model, step.ids_BN, step.positions_1N, step.caches, layer_forward(model, None))
+        inputs = moe_inputs(plain)
+        theirs = moe_blocks(model, inputs)()
+    ours = partial(selected, model, OURS)
+    blocks = moe_blocks(model, inputs)
+    with ours():
+        error = typical_error(blocks(), theirs)
+    del theirs
+    timer.add((MOE, OURS), blocks, ours)
+    timer.add(("model", OURS), step, ours)
+    for name in RIVALS:
+        key = ("model", f"transformers-{name}")
+        if refused := refusal(model, name, cell.tokens):
+            timer.errors[key] = refused
+            continue
+        timer.add(key, step, partial(selected, model, name))
+    timer.add((REST, "without-moe"), step, partial(without_moe, model))
+    return {(MOE, OURS): error}
+
+
+def measure(
+    model: Any, cell: Cell, forward: Callable[..., Tensor], stamped: Line, seed: int,
+    sampling_s: float = SAMPLING_S,
+) -> list[Line]:  # fmt: skip
+    """The lines of one cell."""
+    device = model.lm_head.weight.device
+    tidy(device)
+    timer = Timer(device)
+    with torch.no_grad():
+        accuracy = prepare(timer, model, cell, forward, seed)
+        timed = interleave(timer.samplers, budget_s=sampling_s, min_samples=7, seed=seed)
+    errors = timer.errors | timed.errors
+    lines = []
+    for key in sorted(dict.fromkeys([*timed.measured, *errors])):
+        values: Line = {
+            "suite": NAME, "clock": key[0], "model": cell.model, "tokens": cell.tokens,
+            "routing": cell.routing, "impl": key[1], "mode": timer.mode, "dtype": cell.dtype,
+            "layers": len(model.model.layers),
+        }  # fmt: skip
+        if found := timed.measured.get(key):
+            values |= {"ms": found.median, "ms_p20": found.p20, "ms_p80": found.p80}
+            values |= {"samples": found.samples, "tokens_per_s": cell.tokens / found.median * 1e3}
+        if key in errors:
+            values["error"] = errors[key]
+        if key in accuracy:
+            values |= {"err": accuracy[key], "wrong": not accuracy[key] <= ERROR_BOUND}
+        lines.append(make_line(stamped, **values))
+    return lines
+
+
+def told(lines: Sequence[Line]) -> str:
+    """A cell's steps in one row."""
+    words = []
+    for x in lines:
+        text = f"{x['ms']:.3f} ms" if x["ms"] else str(x.get("error"))[:60]
+        words.append(f"{x['clock']}/{x['impl']} {text}")
+    return f"{lines[0]['model']} {lines[0]['routing']} {lines[0]['tokens']}: " + ", ".join(words)
+
+
+def run(
+    wanted: Sequence[Cell],
+    context: Context,
+    *,
+    layers: int | None = None,
+    backend: str | None = "inductor",
+    sizes: dict[str, Any] | None = None,
+) -> None:
+    """Measure cells while they fit into the budget; a model is made for its first cell.
+
+    Args:
+        layers: so many decoder layers instead of all.
+        backend: of torch.compile; None: nothing is compiled.
+        sizes: other values of the configurations.
+
+    Raises:
+        DeviceLost: the GPU answers no more.
+    """
+    stamped = stamp(context.device)
+    torch._dynamo.config.recompile_limit = 64
+    model, name = None, ""
+    for number, cell in enumerate(wanted):
+        needed = CELL_S + (MODEL_S if cell.model != name else 0.0)
+        if context.elapsed_s() + needed > context.budget_s:
+            context.say(f"out of time before {cell.model} {cell.routing} {cell.tokens}: --missing")
+            continue
+        try:
+            if cell.model != name:
+                model = forward = None
+                torch._dynamo.reset()
+                tidy(context.device)
+                model = random_model(cell.model, context.device, layers, **(sizes or {}))
+                name, forward = cell.model, layer_forward(model, backend)
+                context.say(f"{name} made")
+            assert forward is not None
+            lines = measure(model, cell, forward, stamped, context.seed + number)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            values: Line = {"suite": NAME, "clock": "model", "model": cell.model, "impl": OURS}
+            values |= {"tokens": cell.tokens, "routing": cell.routing, "dtype": cell.dtype}
+            lines = [make_line(stamped, **values, mode="graph", error=reason(error))]
+            check_device(reason(error))
+        context.record(lines)
+        context.say(told(lines))
+
+
+def measured(line: Line) -> Cell | None:
+    """The cell of a time of ours for the whole step."""
+    if line["clock"] != "model" or line["impl"] != OURS or not line["ms"]:
+        return None
+    return Cell(line["model"], line["tokens"], line["routing"], line["dtype"], "model")
+
+
+def summarize(lines: Sequence[Line]) -> list[Target]:
+    """Speed-up over transformers' best of every step, and its share of what Amdahl's law allows."""
+    times = {
+        (x["model"], x["routing"], x["tokens"], x["clock"], x["impl"]): x["ms"]
+        for x in lines
+        if x["ms"] and not x.get("wrong")
+    }
+    targets = []
+    for cell in cells():
+        at = (cell.model, cell.routing, cell.tokens)
+        mine, blocks = times.get((*at, "model", OURS)), times.get((*at, MOE, OURS))
+        rest = times.get((*at, REST, "without-moe"))
+        rivals = [times.get((*at, "model", f"transformers-{name}")) for name in RIVALS]
+        best = min((ms for ms in rivals if ms), default=None)
+        speedup = best / mine if best and mine and blocks else None
+        allowed = (rest + blocks) / mine if rest and blocks and mine else None
+        what = f"{cell.model} {cell.routing} {cell.tokens}"
+        targets.append(at_least(f"{what}: speed-up", speedup, GOALS.get(at, GOAL)))
+        targets.append(at_least(f"{what}: share of Amdahl's prediction", allowed, AMDAHL))
+    return targets
+
+
+SUITE = Suite(
+    name=NAME,
+    about="whole Qwen3-30B-A3B and Mixtral-8x7B against transformers' best setting, one GPU",
+    cells=cells,
+    run=run,
+    summarize=summarize,
+    budget_s=190.0,
+    measured=measured,
+)

@@ -1,0 +1,99 @@
+"""Suite `transformers` on tiny models: every clock is filled, and summaries follow from lines."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from moesaic.bench.results import Recorder
+from moesaic.bench.suite import Cell, Context
+from moesaic.bench.suites import transformers as suite
+from moesaic.bench.whole_models import (
+    layer_forward,
+    make_step,
+    random_model,
+    selected,
+    typical_error,
+    without_moe,
+)
+
+TINY = {
+    "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 16, "num_experts_per_tok": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+SIZES = {
+    "Mixtral-8x7B": TINY | {"num_local_experts": 4, "intermediate_size": 48},
+    "Qwen3-30B-A3B": TINY | {"num_experts": 8, "moe_intermediate_size": 16},
+}
+CPU = torch.device("cpu")
+
+
+# Of torch, when it traces transformers' own implementations.
+@pytest.mark.filterwarnings("ignore:Dynamo detected:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", SIZES)
+def test_one_compiled_layer_serves_all_and_every_implementation(name: str) -> None:
+    model = random_model(name, CPU, 3, **SIZES[name])
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    forward = torch.compile(type(model.model.layers[0]).forward, fullgraph=True, backend=counter)
+    outputs = {}
+    with torch.no_grad():
+        for implementation in ("moesaic", "grouped_mm"):
+            for batch in (1, 3, 5):
+                step = make_step(model, batch, 1, 16, forward, seed=batch)
+                plain = make_step(model, batch, 1, 16, layer_forward(model, None), seed=batch)
+                with selected(model, implementation, fuse="always"):
+                    outputs[implementation, batch] = step()
+                    assert typical_error([step()], [plain()]) < 2e-2
+        with without_moe(model):
+            rest = make_step(model, 3, 1, 16, forward, seed=3)()
+    # One graph for a single sequence and one for more, each for two implementations, and the rest.
+    assert counter.frame_count <= 5
+    for batch in (1, 3, 5):
+        assert typical_error([outputs["moesaic", batch]], [outputs["grouped_mm", batch]]) < 2e-2
+    assert typical_error([rest], [outputs["grouped_mm", 3]]) > 5e-2
+
+
+def test_a_run_fills_every_clock(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, "cpu", suite.NAME, suite.summarize)
+    wanted = [Cell("Mixtral-8x7B", 4, "decode", clock="model")]
+    wanted.append(Cell("Mixtral-8x7B", 24, "prefill", clock="model"))
+    context = Context(CPU, recorder, budget_s=1e6)
+    suite.run(wanted, context, layers=2, backend=None, sizes=SIZES["Mixtral-8x7B"])
+    found = {(x["routing"], x["clock"], x["impl"]): x for x in recorder.lines}
+    for kind, key in itertools.product(
+        ("decode", "prefill"),
+        (("model", "moesaic"), ("model", "transformers-grouped_mm"), ("moe", "moesaic"),
+         ("rest", "without-moe")),
+    ):  # fmt: skip
+        assert found[(kind, *key)]["ms"] > 0
+    assert not found["decode", "moe", "moesaic"]["wrong"]
+    assert "skipped" in found["decode", "model", "transformers-batched_mm"]["error"]
+    assert suite.measured(found["decode", "model", "moesaic"]) == wanted[0]
+
+
+def line(clock: str, impl: str, ms: float, tokens: int = 1) -> dict[str, object]:
+    return {
+        "model": "Qwen3-30B-A3B", "routing": "decode", "tokens": tokens, "clock": clock,
+        "impl": impl, "ms": ms,
+    }  # fmt: skip
+
+
+def test_targets_follow_from_the_lines() -> None:
+    lines = [
+        line("model", "moesaic", 2.0),
+        line("model", "transformers-grouped_mm", 6.0),
+        line("model", "transformers-batched_mm", 4.0),
+        line("moe", "moesaic", 0.9),
+        line("rest", "without-moe", 1.05),
+    ]
+    speed, share, *others = suite.summarize(lines)
+    assert (speed.value, speed.met, share.value, share.met) == (2.0, True, 0.975, True)
+    assert len(others) == 18 and not any(t.met for t in others)
+    lines[3]["wrong"] = True
+    assert not any(t.met for t in suite.summarize(lines))
