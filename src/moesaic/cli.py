@@ -216,6 +216,27 @@ def plan(
 
 
 @app.command()
+def slices(
+    explain: Annotated[
+        bool, typer.Option("--explain", help="What each policy would do, and why.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure time over SMs now, and keep it.")
+    ] = False,
+    curves: Annotated[Path | None, typer.Option(help="Lines of suite colocation.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.")] = None,
+) -> None:
+    """How this GPU can be shared: SMs, memory, MIG, green contexts, measured time over SMs."""
+    with edge():
+        from .bench import slices_command
+
+        code = slices_command.main(
+            explain_plans=explain, measure_now=measure, given=curves, device=device
+        )
+        raise typer.Exit(code)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:

@@ -136,9 +136,8 @@ def test_curves_survive_their_lines() -> None:
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_every_policy_gives_a_plan_that_fits(loop: str) -> None:
-    pair: Any = SimpleNamespace(machine=MachineSlices())
     curves = {f"{name}-{loop}": CURVES[name] for name in ("decode", "prefill")}
-    plans = plans_of(loop, curves, pair)
+    plans = plans_of(loop, curves, MachineSlices())
     assert {OURS, "none", "static", "dynamic", "proportional", "adaptive"} <= set(plans)
     assert not plans["none"].sliced
     ours = plans[OURS]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ...hardware.green import GreenError, GreenUnavailable
-from ...runtime.plan import Curve, Plan, Profile, SliceGroup
+from ...runtime.plan import Curve, Curves, MachineSlices, Plan, Profile, SliceGroup
 from ...runtime.policies import POLICIES
 from ...runtime.policies.guard import Guard
 from ...runtime.tenants import protect
@@ -134,11 +134,11 @@ def profile_of(loop: str, step_ms: float, history: int = 16) -> Profile:
     )
 
 
-def plans_of(loop: str, curves: dict[str, Curve], pair: Pair) -> dict[str, Plan]:
+def plans_of(loop: str, curves: Curves, machine: MachineSlices) -> dict[str, Plan]:
     """The plan of every policy for a loop, all from the same curves; ours under its own name."""
     profile = profile_of(loop, curves[f"decode-{loop}"].ms[-1])
     policies = dict(POLICIES) | {OURS: protect}
-    return {name: Guard(policy, curves, pair.machine)(profile) for name, policy in policies.items()}
+    return {name: Guard(policy, curves, machine)(profile) for name, policy in policies.items()}
 
 
 @dataclass
@@ -273,7 +273,7 @@ def measure(bench: Bench, cell: Cell, context: Context) -> None:
     seats = (whole(pair.step), None)
     alone = [bench.run(loop, seats, STEPS, limit_s)]
     bench.curves |= calibrate(bench, loop, alone[0])
-    plans = plans_of(loop, bench.curves, pair)
+    plans = plans_of(loop, bench.curves, pair.machine)
     ways = ways_of(plans)
     if BUDGETS in ways:
         prepare_budgets(pair, plans[OURS].sizes["decode"])
