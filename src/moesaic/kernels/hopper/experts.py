@@ -14,6 +14,7 @@ from torch import Tensor
 from ..batching import batch_rows
 from ..combine import combine
 from ..device import sm_count
+from ..gather import gather_rows
 from ..taskmap import TaskMap
 from .launch import GLUON_DTYPES, HopperConfig, grouped_mm_hopper
 from .tiles import triton_problem
@@ -32,8 +33,11 @@ def choose(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) ->
     """Tiles for an expected number of rows per expert, the measured best of each range.
 
     With few rows the work is reading weights, and a narrow token side wastes no shared memory;
-    from about fifty rows on, 128-row tiles feed the tensor cores best. One token has few tiles:
-    narrow ones spread them, two programs an SM where a launch has under three tiles for each SM.
+    from about fifty rows on, the tensor cores want tall tiles. Those take rows that were copied
+    together, which pays where the product is wide; 128-row tiles gather their rows themselves.
+    Around 256 rows a task, 384 rows a tile keep a task whole and its weights are read once. One
+    token has few tiles: narrow ones spread them, two programs an SM where a launch has under three
+    tiles for each SM.
     """
     if tokens == 1:
         crowded = top_k * up_rows // 64 >= 3 * num_sms
@@ -44,7 +48,12 @@ def choose(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) ->
         if rows_per_expert <= most:
             tile = HopperConfig("decode", rows, 128, stages)
             return LayerConfig(tile, tile)
-    tile = HopperConfig("prefill", 128, 256, 4)
+    if up_rows < 2048:
+        tile = HopperConfig("prefill", 128, 256, 4)
+    elif 200 < rows_per_expert <= 340:
+        tile = HopperConfig("tall", 384, 128, 3)
+    else:
+        tile = HopperConfig("tall", 256, 128, 4)
     return LayerConfig(tile, tile)
 
 
@@ -177,14 +186,15 @@ def products(
     `out`: where they are written, (S, H) contiguous; rows of no task are left as they are.
     """
     act_SI = hidden.new_empty((order_S.numel(), down.shape[2]))
+    sorts = config.up.kernel == "tall"
     grouped_mm_hopper(
-        hidden,
+        gather_rows(hidden, order_S, top_k, pdl=True) if sorts else hidden,
         up,
         tasks,
         act_SI,
         config=config.up,
         num_sms=num_sms,
-        order_S=order_S,
+        order_S=None if sorts else order_S,
         top_k=top_k,
         gated=gated,
         activation=activation,

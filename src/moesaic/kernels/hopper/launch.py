@@ -20,9 +20,15 @@ from ..aot import AotCase
 from ..taskmap import TaskMap
 from .decode import decode_kernel
 from .prefill import prefill_kernel
+from .tall import tall_kernel
 from .tiles import check_triton
 
-LOADER_REGISTERS = {"prefill": {True: 40, False: 24}, "decode": {True: 56, False: 40}}
+LOADER_REGISTERS = {
+    "prefill": {True: 40, False: 24},
+    "tall": {False: 24},
+    "decode": {True: 56, False: 40},
+}
+KERNELS = {"prefill": prefill_kernel, "tall": tall_kernel, "decode": decode_kernel}
 RAGGED_EXTENT = 0x7FFF0000
 RAGGED_ROWS = 1 << 30
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -32,10 +38,10 @@ class HopperConfig(NamedTuple):
     """How one grouped GEMM is tiled; moves time, never bits.
 
     `prefill` tiles are 128 rows by `bn` weight rows, `decode` tiles `bm` rows (16 to 128) by `bn`
-    (64 or 128).
+    (64 or 128), `tall` tiles up to `bm` sorted rows (a multiple of 64, to 384) by 128.
     """
 
-    kernel: Literal["prefill", "decode"]
+    kernel: Literal["prefill", "tall", "decode"]
     bm: int
     bn: int
     stages: int
@@ -79,9 +85,14 @@ def ragged_descriptor(out: Tensor, box_rows: int, box_cols: int) -> TensorDescri
     return _descriptor(out, shape, strides, (1, 1, box_rows, box_cols))
 
 
+def _row_box(config: HopperConfig) -> tuple[int, int]:
+    """Rows and depth of one load of sorted rows: tall tiles load them in units of 64."""
+    return (64 if config.kernel == "tall" else config.bm), config.bk
+
+
 def _store_box(config: HopperConfig, gated: bool) -> tuple[int, int]:
     """Rows and columns of one store: prefill stores pieces, decode whole tiles."""
-    if config.kernel == "prefill":
+    if config.kernel != "decode":
         return 64, 64
     return config.bm, config.bn // (2 if gated else 1)
 
@@ -90,6 +101,8 @@ def _constants(config: HopperConfig, *, entries: int, gather: bool, gated: bool)
     registers = {}
     if config.kernel == "prefill":
         registers = {"CREG": 232 if gather else 240}
+    elif config.kernel == "tall":
+        registers = {"CREG": 240}
     return {
         "N": entries,
         "LANES": max(32, 1 << (entries - 1).bit_length()),
@@ -107,7 +120,7 @@ def _constants(config: HopperConfig, *, entries: int, gather: bool, gated: bool)
 
 def _options(config: HopperConfig) -> dict[str, Any]:
     """Warps and register caps: three warpgroups share 168 each, small tiles leave room for two."""
-    if config.kernel == "prefill":
+    if config.kernel != "decode":
         return {"num_warps": 4, "maxnreg": 168}
     return {"num_warps": 4, "maxnreg": 128 if config.bm <= 32 else 255}
 
@@ -144,13 +157,15 @@ def grouped_mm_hopper(
 
     Raises:
         RuntimeError: Triton is outside the tested range.
+        ValueError: `tall` tiles with rows that are not sorted.
     """
     check_triton()
+    if config.kernel == "tall" and order_S is not None:
+        raise ValueError("tall tiles take sorted rows; call gather_rows first and pass no order_S")
     depth, cols = weight.shape[2], out.shape[1]
     gather = order_S is not None
-    operand = x if gather else _descriptor(x, list(x.shape), [depth, 1], (config.bm, config.bk))
-    kernel = prefill_kernel if config.kernel == "prefill" else decode_kernel
-    kernel[(num_sms * config.ctas_per_sm,)](
+    operand = x if gather else _descriptor(x, list(x.shape), [depth, 1], _row_box(config))
+    KERNELS[config.kernel][(num_sms * config.ctas_per_sm,)](
         operand,
         order_S if gather else tasks.task_N,
         weight_descriptor(weight, gated, config),
@@ -220,12 +235,11 @@ def _aot_case(config: HopperConfig, gather: bool, gated: bool, dtype: str, quick
     weight = (1, config.bn // 16, 2, 8, config.bk) if gated else (1, config.bn, config.bk)
     integers = ("order_ptr", "tile_end_ptr", "task_ptr", "row_start_ptr", "rows_ptr")
     counters = ("total_ptr", "ticket_ptr")
-    fn = prefill_kernel if config.kernel == "prefill" else decode_kernel
     return AotCase(
         name=f"hopper/{config.kernel}-{config.bm}x{config.bn}-{'up' if gated else 'down'}-{dtype}",
-        fn=fn,
+        fn=KERNELS[config.kernel],
         signature={
-            "x": f"*{dtype}" if gather else described(config.bm, config.bk),
+            "x": f"*{dtype}" if gather else described(*_row_box(config)),
             "w_desc": described(*weight),
             "out_desc": described(1, 1, *_store_box(config, gated)),
             **dict.fromkeys((*integers, *counters), "*i32"),
@@ -237,7 +251,7 @@ def _aot_case(config: HopperConfig, gather: bool, gated: bool, dtype: str, quick
             "ACTIVATION": "silu" if gated else "none",
             "HAS_LIMIT": False,
             "DYNAMIC": True,
-            "PDL": "wait" if gather else "prefetch",
+            "PDL": "wait" if gated else "prefetch",
         },
         options=_options(config) | {"launch_pdl": True},
         archs=(90,),
@@ -255,7 +269,11 @@ def aot_cases() -> list[AotCase]:
     tiles = [HopperConfig("prefill", 128, 256, 4)]
     tiles += [HopperConfig("decode", bm, 128, stages) for bm, stages in ((16, 5), (32, 5), (64, 8))]
     tiles += [HopperConfig("decode", 16, 64, 12), HopperConfig("decode", 128, 128, 6)]
+    tall = [HopperConfig("tall", 384, 128, 3), HopperConfig("tall", 256, 128, 4)]
     cases = [
+        _aot_case(tile, False, gated, "bf16", gated) for tile in tall for gated in (True, False)
+    ]
+    cases += [
         _aot_case(tile, gather, gather, "bf16", tile.kernel == "prefill" or tile.bm == 16)
         for tile in tiles
         for gather in (True, False)
