@@ -221,11 +221,16 @@ def refuse_sync(call: Call) -> None:
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph of some calls, and the output of the first, rewritten by every replay."""
+    """A graph of some calls, and the output of the first, rewritten by every replay.
+
+    `held` are the calls themselves: a graph holds addresses, and what a call made for itself before
+    the capture lives only as long as the call does.
+    """
 
     graph: Any
     calls: int
     first_output: Any
+    held: tuple[Call, ...] = ()
 
 
 def capture(calls: Sequence[Call]) -> Captured:
@@ -254,7 +259,7 @@ def capture(calls: Sequence[Call]) -> Captured:
             graph.reset()
         check_device(f"a capture: {reason(error)}")
         raise GraphError(reason(error)) from error
-    return Captured(graph, len(calls), first)
+    return Captured(graph, len(calls), first, tuple(calls))
 
 
 def graph_sampler(captured: Captured, *, min_ms: float = 1.0) -> Sampler:
