@@ -1,0 +1,106 @@
+"""Books, green contexts and graphs together, on a driver made of sets: they always agree."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "hardware"))
+from green_double import FakeDriver
+
+from moesaic.hardware import green
+from moesaic.runtime import partition
+from moesaic.runtime.control import Control
+from moesaic.runtime.partition import machine_of, open_partition, prepare
+from moesaic.runtime.plan import Curve, MachineSlices, Plan, Profile, Share, SliceGroup
+from moesaic.runtime.seats import Seat, SeatedWork
+
+CURVES = {"any": Curve(work="any", sms=(8, 132), ms=(16.5, 1.0))}
+GROUPS = tuple(SliceGroup(name=n, kind="hot", curve="any") for n in ("hot", "cold"))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def streams_are_handles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(green.GreenSlice, "stream", property(lambda part: part.handle))
+
+
+def works(capture=lambda seat: seat) -> dict[str, SeatedWork[Seat]]:
+    return {name: SeatedWork(name, capture) for name in ("hot", "cold")}
+
+
+def splits(machine: MachineSlices) -> list[dict[str, int]]:
+    most = machine.sizes[-1]
+    return [{"hot": n, "cold": most - n} for n in machine.sizes[:-1]]
+
+
+def test_ten_thousand_plans_on_green_contexts_leak_nothing_and_stay_disjoint() -> None:
+    driver = FakeDriver(124)
+    gpu = open_partition(driver=driver)
+    assert gpu is not None
+    machine = machine_of(gpu, CPU)
+    assert (machine.total_sms, machine.atoms, machine.sizes[-1]) == (124, 15, 120)
+    made = works()
+    assert prepare(made, gpu, machine, splits(machine)) == 2 * 15
+    assert prepare(made, gpu, machine, splits(machine)) == 0
+    contexts, rng = len(driver.contexts), random.Random(0)
+
+    def policy(p, c, m, s) -> Plan:
+        draw = rng.random()
+        if draw < 0.1:
+            raise ValueError("drawn")
+        if draw < 0.2:
+            return Plan(policy="t", reason="whole")
+        size = 8 * rng.randrange(1, 15)
+        return Plan(policy="t", reason="", shares=(Share("hot", size), Share("cold", 120 - size)))
+
+    control = Control(policy, CURVES, machine, made)
+    for step in range(10_000):
+        with control.step() as plan:
+            if plan.sliced:
+                hot, cold = (driver.sms_of(made[n].current_seat.stream) for n in ("hot", "cold"))
+                assert not hot & cold
+                # The last four SMs fill no slice and went to the larger part.
+                assert 0 <= len(hot) - plan.sizes["hot"] <= 4
+        control.replan(Profile(step=step, groups=GROUPS))
+    control.manager.check()
+    assert len(driver.contexts) == contexts and driver.splits == 1
+    assert sum(work.captures for work in made.values()) == 2 * 15
+    assert control.faults.keys() == {"ValueError"}
+    gpu.close()
+    assert not driver.contexts and not driver.streams
+
+
+def test_a_driver_without_green_contexts_is_told_once_and_the_gpu_stays_whole(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    partition._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="moesaic"):
+        for _ in range(3):
+            assert open_partition(driver=object()) is None
+    assert len(caplog.records) == 1 and "cuda-bindings" in caplog.text
+    machine, made = MachineSlices(total_sms=132), works()
+    assert prepare(made, None, machine, splits(machine)) == 2
+    cut = Plan(policy="t", reason="", shares=(Share("hot", 64), Share("cold", 64)))
+    control = Control(lambda p, c, m, s: cut, CURVES, machine, made)
+    for step in range(5):
+        assert not control.replan(Profile(step=step, groups=GROUPS)).sliced
+    assert made["hot"].current == Seat(132) and control.faults == {"no graph": 5}
+
+
+def test_splits_that_do_not_fit_are_refused() -> None:
+    gpu = open_partition(driver=FakeDriver())
+    assert gpu is not None
+    machine = machine_of(gpu, CPU)
+    for split, complaint in (
+        ({"hot": 8, "warm": 8}, "splits must name"),
+        ({"hot": 12, "cold": 8}, "multiples of 8"),
+        ({"hot": 128, "cold": 8}, "add up to"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            prepare(works(), gpu, machine, [split])
