@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ..plan import Curves, MachineSlices, Plan, Policy, Profile
+from ..plan import Curves, MachineSlices, Plan, Policy, Profile, SliceGroup
 from ..predictors import Array, ewma, last, learned
 from .forecast import Learned, Way, expect, learn, possible, start
 from .search import Table
-from .sizing import shares
+from .sizing import keeps_promises, shares
 
 MARGIN = 0.02
 FORGET = 0.98
@@ -43,7 +43,7 @@ class Held:
     """
 
     step: int
-    of: tuple[tuple[str, tuple[int, ...]], ...]
+    of: tuple[SliceGroup, ...]
     ways: tuple[Learned, ...]
     proposed: tuple[tuple[int, ...], ...] | None
     cost_W: Array
@@ -59,15 +59,22 @@ def _cost(table: Table, sizes: tuple[int, ...], loads_KN: Array) -> float:
 
 
 def _propose(table: Table, loads_KN: Array) -> tuple[int, ...]:
-    """The sizes with the least mean time, () where the whole GPU is no slower."""
-    sizes = table.best(loads_KN) or ()
-    return sizes if sizes and _cost(table, sizes, loads_KN) < _cost(table, (), loads_KN) else ()
+    """The sizes with the least mean time, () where the whole GPU is no slower and no promise is
+    broken by that, or where no sizes keep the promises.
+    """
+    sizes = table.best(loads_KN)
+    if sizes is None:
+        return ()
+    mean_N = tuple(map(float, loads_KN.mean(axis=0)))
+    if not keeps_promises(table.groups, mean_N, table.curves, table.machine):
+        return sizes
+    return sizes if _cost(table, sizes, loads_KN) < _cost(table, (), loads_KN) else ()
 
 
 def _begin(profile: Profile, ways: Sequence[Way]) -> Held:
     return Held(
         step=profile.step - len(profile.loads_WN),
-        of=tuple((group.name, group.experts) for group in profile.groups),
+        of=profile.groups,
         ways=tuple(start(way, profile) for way in ways),
         proposed=None,
         cost_W=np.zeros(len(ways)),
@@ -105,9 +112,8 @@ def by(ways: Sequence[Way], *, margin: float = MARGIN, name: str = "adaptive") -
     def policy(profile: Profile, curves: Curves, machine: MachineSlices, state: Any) -> Plan:
         if not profile.loads_WN:
             return Plan(policy=name, reason="no loads were recorded yet", state=state)
-        of = tuple((group.name, group.experts) for group in profile.groups)
         held = state if isinstance(state, Held) else None
-        if held is None or held.of != of:
+        if held is None or held.of != profile.groups:
             held = _begin(profile, ways)
         table = Table.of(profile.groups, curves, machine)
         held, place = _choose(_catch_up(held, profile, ways, table), profile, ways, table)
@@ -119,7 +125,7 @@ def by(ways: Sequence[Way], *, margin: float = MARGIN, name: str = "adaptive") -
             if kept <= time * (1 + margin):
                 proposal, time = held.force, kept
                 reason = f"kept, within {margin:.0%} of what {ways[place].name} proposes"
-        after = Held(held.step, of, held.ways, held.proposed, held.cost_W, proposal)
+        after = Held(held.step, held.of, held.ways, held.proposed, held.cost_W, proposal)
         return Plan(
             policy=name,
             reason=reason if proposal else f"whole GPU: {reason}",

@@ -18,8 +18,8 @@ import numpy as np
 from ..plan import Profile, SliceGroup
 from ..predictors import NO_CONTEXT, Array, Predictor
 
-ERRORS = 64
-"""Recent errors that are kept: what a plan is prepared for."""
+ERRORS, WARM = 64, 4
+"""Recent errors that are kept: what a plan is prepared for; rows before the first one counts."""
 FORGET_TIME, RIDGE_TIME, FEATURES = 0.998, 1e-3, 4
 
 
@@ -46,6 +46,7 @@ class Learned:
     errors_KN: Array
     expected_N: Array | None = None
     features_NF: Array | None = None
+    seen: int = 0
 
 
 def start(way: Way, profile: Profile) -> Learned:
@@ -111,13 +112,17 @@ def learn(way: Way, state: Learned, profile: Profile, row: int) -> Learned:
     if way.counts is not None and counts is not None:
         rows_E = np.asarray(profile.counts_WE[row], dtype=np.float64)
         counts = way.counts.update(counts, rows_E, _context(profile, row))
-    error_N = loads_N - state.expected_N
+    errors_KN = state.errors_KN
+    if state.seen >= WARM:
+        error_1N = (loads_N - state.expected_N)[None]
+        errors_KN = np.concatenate([errors_KN, error_1N])[-ERRORS:]
     return Learned(
         loads=way.loads.update(state.loads, loads_N, NO_CONTEXT),
         counts=counts,
         gram_NFF=gram_NFF,
         moment_NF=moment_NF,
-        errors_KN=np.concatenate([state.errors_KN, error_N[None]])[-ERRORS:],
+        errors_KN=errors_KN,
+        seen=state.seen + 1,
     )
 
 

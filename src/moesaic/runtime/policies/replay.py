@@ -21,7 +21,7 @@ from itertools import pairwise
 
 from ..plan import Curves, MachineSlices, Plan, Policy, Profile, SliceGroup
 from .guard import Guard
-from .sizing import plan_ms, shares, shortest
+from .sizing import fastest, plan_ms
 
 WINDOW = 32
 
@@ -121,18 +121,6 @@ def replay(
     return _account(ms, plans, sum(guard.faults.values()))
 
 
-def best_plan(
-    profile: Profile, loads_N: tuple[float, ...], curves: Curves, machine: MachineSlices
-) -> Plan:
-    """The fastest plan for known loads: `shortest` sizes, or the whole GPU where that is faster."""
-    whole = Plan(policy="oracle", reason="fastest on the whole GPU")
-    sizes_N = shortest(profile.groups, loads_N, curves, machine)
-    if sizes_N is None:
-        return whole
-    cut = Plan(policy="oracle", reason="fastest", shares=shares(profile.groups, sizes_N))
-    return min((whole, cut), key=lambda plan: plan_ms(profile, loads_N, plan, curves, machine))
-
-
 def oracle(
     groups: tuple[SliceGroup, ...],
     steps: Sequence[Step],
@@ -143,7 +131,7 @@ def oracle(
 ) -> Replay:
     """The same steps, each under the best plan for what it really brought."""
     profile = Profile(step=0, groups=groups)
-    plans = [best_plan(profile, s.loads_N, curves, machine) for s in steps[warm:]]
+    plans = [fastest(profile, s.loads_N, curves, machine, policy="oracle") for s in steps[warm:]]
     ms = [
         plan_ms(profile, s.loads_N, plan, curves, machine)
         for s, plan in zip(steps[warm:], plans, strict=True)

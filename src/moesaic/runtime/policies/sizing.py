@@ -82,6 +82,42 @@ def shortest(
     return best
 
 
+def keeps_promises(
+    groups: Sequence[SliceGroup],
+    loads_N: Sequence[float],
+    curves: Curves,
+    machine: MachineSlices,
+) -> bool:
+    """Whether nobody's `slo` is broken when all take the whole GPU one after the other."""
+    profile = Profile(step=0, groups=tuple(groups))
+    whole = plan_ms(profile, loads_N, Plan(policy="", reason=""), curves, machine)
+    return all(
+        group.slo is None or whole <= group.slo * curves[group.curve].ms_at(machine.total_sms, load)
+        for group, load in zip(groups, loads_N, strict=True)
+    )
+
+
+def fastest(
+    profile: Profile,
+    loads_N: Sequence[float],
+    curves: Curves,
+    machine: MachineSlices,
+    *,
+    policy: str,
+) -> Plan:
+    """The best plan for known loads: `shortest` sizes, or the whole GPU where that is no slower
+    and breaks no promise.
+    """
+    whole = Plan(policy=policy, reason="the whole GPU is fastest")
+    sizes_N = shortest(profile.groups, loads_N, curves, machine)
+    if sizes_N is None:
+        return Plan(policy=policy, reason="no sizes fit, or none keeps every promise")
+    cut = Plan(policy=policy, reason="fastest sizes", shares=shares(profile.groups, sizes_N))
+    if not keeps_promises(profile.groups, loads_N, curves, machine):
+        return cut
+    return min((whole, cut), key=lambda plan: plan_ms(profile, loads_N, plan, curves, machine))
+
+
 def shares(groups: Sequence[SliceGroup], sizes_N: Sequence[int]) -> tuple[Share, ...]:
     """Sizes as the shares of a plan; streams keep the groups' priorities."""
     return tuple(
