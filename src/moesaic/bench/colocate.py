@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..hardware.green import GreenDevice, GreenUnavailable, probe_launch
+from ..hardware.green import GreenDevice, GreenError, GreenUnavailable, probe_launch
 from ..runtime.plan import Curve, MachineSlices
 from ..runtime.seats import Seat
 from .stacks import Replays, Stack, Tenant, differing, replay, time_ms
@@ -61,8 +61,10 @@ def open_gpu(index: int) -> GreenDevice:
         GreenUnavailable: it cannot be split at all.
     """
     try:
-        return GreenDevice(index, atom_sms=FINE_SMS, clusters=False)
-    except GreenUnavailable as error:
+        gpu = GreenDevice(index, atom_sms=FINE_SMS, clusters=False)
+        gpu.carve([STEP_SMS, gpu.cut.atom_sms * gpu.cut.atoms - STEP_SMS])
+        return gpu
+    except (GreenUnavailable, GreenError, ValueError) as error:
         log.warning("no parts smaller than %d SMs: %s", STEP_SMS, error)
         return GreenDevice(index, atom_sms=STEP_SMS)
 
