@@ -151,6 +151,48 @@ def expected_bytes(case: Case, placement: Placement, ids, rank: int) -> dict[str
     return {"gloo": 3 * flat * row, "two_level": 3 * two_level * row}
 
 
+def control(rank: int, world: int) -> dict:
+    """Between steps: other buffers, other replicas; what must not change is refused."""
+    case = Case(4, 2, (7, 3), replicas=2, capacity=3)
+    spec, weights, batches = draw(case, world)
+    placement = place(case, world)
+    hidden, ids, share = batches[rank]
+    want = moe(hidden, ids, share, weights, spec)
+    layer = ExpertParallel(
+        spec, placement, take_experts(weights, placement, layer=0, rank=rank), top_k=2,
+        dtype=case.dtype, group=dist.group.WORLD,
+        options=Options(backend="symmetric", capacity=3, timeout_s=60),
+    )  # fmt: skip
+    told = {"small": torch.equal(layer(hidden, ids, share, bound=7), want)}
+    before = layer.exchange.num_bytes
+    layer.exchange.resize(7)
+    told["resized"] = torch.equal(layer(hidden, ids, share, bound=7), want)
+    told["bytes"] = layer.exchange.num_bytes > before
+    starts = tuple(tuple(range(len(hosts))) for hosts in placement.layers[0])
+    hosts = tuple(tuple(reversed(h)) for h in placement.layers[0])
+    other = Placement(ranks=world, layers=(hosts,), starts=(starts,))
+    table = layer.seat.place_E.clone()
+    layer.follow(other)
+    told["followed"] = torch.equal(layer(hidden, ids, share, bound=7), want)
+    told["elsewhere"] = not torch.equal(table, layer.seat.place_E)
+    like = ExpertParallel(
+        spec, placement, layer.weights, top_k=2, group=dist.group.WORLD, like=layer
+    )
+    told["shared"] = torch.equal(like(hidden, ids, share, bound=7), want)
+    told["again"] = torch.equal(layer(hidden, ids, share, bound=7), want)
+    for name, call in {
+        "moved": lambda: layer.follow(contiguous(4, world)),
+        "resize": lambda: layer.exchange.resize(9),
+        "too many": lambda: layer.exchange.send(hidden.repeat(3, 1), ids.repeat(3, 1), bound=7),
+    }.items():
+        try:
+            call()
+            told[name] = len(hidden) * 3 <= 7 and name == "too many"
+        except (ValueError, RuntimeError) as error:
+            told[name] = any(w in str(error) for w in ("make the layer", "parts()"))
+    return told
+
+
 def main() -> None:
     rank, world = int(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
@@ -158,7 +200,15 @@ def main() -> None:
         "gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world,
         timeout=timedelta(seconds=240),
     )  # fmt: skip
-    print(json.dumps({name: run(name, rank, world) for name in sys.argv[4:]}), flush=True)
+    print(
+        json.dumps(
+            {
+                n: control(rank, world) if n == "control" else run(n, rank, world)
+                for n in sys.argv[4:]
+            }
+        ),
+        flush=True,
+    )
     dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ import torch
 from moesaic.parallel.exchange.base import Received, seat_of
 from moesaic.parallel.exchange.collective import first_of_each
 from moesaic.parallel.exchange.local import LocalExchange
+from moesaic.parallel.exchange.symmetric import fitting_capacity
 from moesaic.parallel.expert_parallel import ExpertParallel, Options, choose_backend, take_experts
 from moesaic.parallel.placement import Placement, contiguous
 from moesaic.parallel.wire import pack_fp8, unpack_fp8
@@ -56,8 +57,10 @@ def assert_same(told: list[dict], *cases: str) -> None:
 
 def test_two_ranks(tmp_path) -> None:
     same = ("plain", "one_each", "symmetric", "rounds", "empty_rank", "nobody", "sixteen_bits")
-    told = run_group(2, tmp_path, *same, "sabotage", "fp8")
+    told = run_group(2, tmp_path, *same, "sabotage", "fp8", "control")
     assert_same(told, *same)
+    for found in told:
+        assert all(found["control"].values()), found["control"]
     for found in told:
         assert not found["sabotage"]["backends"]["gloo"]["equal"], "a wrong table must show"
         for result in found["fp8"]["backends"].values():
@@ -149,6 +152,11 @@ def test_seats_follow_the_replica_that_serves_a_source() -> None:
 def test_counts_of_local_experts() -> None:
     ids_RJ = torch.tensor([[0, 2], [-1, 2], [-1, -1]], dtype=torch.int32)
     assert Received(torch.zeros(3, 8), ids_RJ, None).counts_L(3).tolist() == [1, 0, 2]
+
+
+def test_capacity_follows_what_was_seen() -> None:
+    assert fitting_capacity([900, 1000, 1010]) == 1280
+    assert fitting_capacity([]) == fitting_capacity([0]) == 64
 
 
 def test_a_token_goes_once_to_each_destination() -> None:

@@ -16,15 +16,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..dispatch import Impl
+from ..parallel.expert_parallel import Options
+from ..parallel.placement import Placement
 from ..types import ExpertSpec
 from .layouts import UnsupportedExperts, family_of, is_experts, spec_of, weights_of
 from .routers import PLAN, fused_forward, recognise
+from .spread import SpreadLayer, Tokens, spread_layers
 from .transformers import NAME, STATE, fallback_function
 
 Fuse = Literal["auto", "always", "never"]
 ATTACHMENT = "_moesaic_attachment"
+# What `moesaic.profile` leaves on a module that it has watched.
+PROFILERS = ("counters", "kept_counters")
 # Families of transformers that are Mixtures of Experts with code of their own.
 WITHOUT_INTERFACE = (
     "aria", "dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7",
@@ -37,6 +44,7 @@ class LayerState:
     """One MoE layer of an attached model; `profiler` and `schedule` are for the runtime to set.
 
     `spec` is None for a layer that runs `fallback`. `router`: "fused", or why it was left as it is.
+    `spread`: what runs the experts over several ranks, if a mesh was given.
     `observe(state, topk_ids_TK)`, while it is not None, is called before the experts of every
     forward that is not compiled.
     """
@@ -51,6 +59,7 @@ class LayerState:
     observe: Callable[[LayerState, Tensor], None] | None = None
     profiler: Any = None
     schedule: Any = None
+    spread: SpreadLayer | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,10 @@ def attach(
     impl: Impl = "auto",
     fuse_routers: Fuse = "auto",
     fallback: str | None = None,
+    mesh: DeviceMesh | ProcessGroup | None = None,
+    placement: Placement | None = None,
+    options: Options | None = None,
+    tokens: Tokens = "agree",
 ) -> Attachment:
     """Run a loaded model's experts, and where possible its routers, through moesaic.
 
@@ -167,6 +180,8 @@ def attach(
             "always" or "never". Only those that give the same answers as before are replaced.
         fallback: the experts implementation of layers that moesaic cannot run, such as
             "grouped_mm"; None: such a layer is an error.
+        mesh: the ranks over which the experts are spread, each rank running its own batch; a
+            collective of them. `placement`, `options`, `tokens`: see `spread.spread_layers`.
 
     Returns:
         Attachment: every layer with its index, name, spec and what became of its router.
@@ -192,6 +207,13 @@ def attach(
             "the model was loaded with experts_implementation='deepgemm_megamoe', which rewrites "
             "its weights; load it again without"
         )
+    if mesh is not None:
+        spread = spread_layers(
+            [(module, state.spec, state.top_k) for module, state in planned],
+            mesh=mesh, placement=placement, options=options, tokens=tokens, impl=impl,
+        )  # fmt: skip
+        for (_, state), layer in zip(planned, spread, strict=True):
+            state.spread = layer
     for module, state in planned:
         setattr(module, STATE, state)
     for config, _ in before:
@@ -224,7 +246,9 @@ def detach(model: nn.Module) -> None:
         del router.forward
         delattr(router, PLAN)
     for _, module in experts_modules(model):
-        vars(module).pop(STATE, None)
-    for config, name in attachment.before:
-        config._experts_implementation_internal = name
+        for name in (STATE, *PROFILERS):
+            vars(module).pop(name, None)
+            module._buffers.pop(name, None)
+    for config, before in attachment.before:
+        config._experts_implementation_internal = before
     delattr(model, ATTACHMENT)

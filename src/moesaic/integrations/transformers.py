@@ -66,6 +66,11 @@ def moesaic_experts(
         instead = fallback_function(self, state.fallback)
         fallen_TH: Tensor = instead(self, hidden_states, top_k_index, top_k_weights)
         return fallen_TH
+    if state is not None and state.spread is not None:
+        if state.observe is not None and not torch.compiler.is_compiling():
+            state.observe(state, top_k_index)
+        spread_TH: Tensor = state.spread(hidden_states, top_k_index, top_k_weights)
+        return spread_TH
     weights = weights_of(self)
     spec = spec_of(self, weights)
     dtype = _computing_dtype(hidden_states, weights)

@@ -155,6 +155,7 @@ class ExpertParallel(nn.Module):
         layer: which layer of the placement.
         group: a process group or a one-dimensional mesh; None: one process.
         options: backend, capacity, SM budget, nodes, wire format.
+        like: a layer of the same shape whose exchange, and its buffers, this one shares.
         impl: implementation of the experts, see `moe`.
 
     Raises:
@@ -174,14 +175,17 @@ class ExpertParallel(nn.Module):
         group: dist.ProcessGroup | DeviceMesh | None = None,
         options: Options | None = None,
         impl: Impl = "auto",
+        like: ExpertParallel | None = None,
     ) -> None:
         super().__init__()
-        group, self.options = group_of(group), options or Options()
+        group = group_of(group)
+        self.options: Options = options or (like.options if like else Options())
         rank = 0 if group is None else dist.get_rank(group)
         ranks = 1 if group is None else dist.get_world_size(group)
         placement = placement or contiguous(spec.num_experts, ranks, layer + 1)
         placement.must_fit(ranks=ranks, num_experts=spec.num_experts)
         self.spec, self.placement, self.impl, self.top_k = spec, placement, impl, top_k
+        self.layer = layer
         if weights is not None:
             first = next(iter(weights.named().values()))
             dtype, device = first.dtype, first.device
@@ -194,9 +198,33 @@ class ExpertParallel(nn.Module):
         if weights is not None and self.local_spec is not None:
             sample_TH = torch.empty((0, spec.hidden_size), dtype=dtype, device=device)
             check_weights(weights, self.local_spec, sample_TH)
+        self.shape = (spec.hidden_size, dtype, top_k)
+        if like is not None:
+            if like.shape != self.shape:
+                raise ValueError(f"layers of an exchange must agree: {like.shape}, {self.shape}")
+            self.exchange: Exchange = like.exchange.at(self.seat)
+            return
         self.exchange = make_exchange(
             self.seat, group, self.options, top_k=top_k, hidden=spec.hidden_size, dtype=dtype
         )
+
+    def follow(self, placement: Placement) -> None:
+        """Send by another placement of the same experts, between steps; graphs stay valid.
+
+        Which replica serves which source may change; which experts this rank holds may not. Every
+        rank must follow the same placement before the next step.
+
+        Raises:
+            ValueError: the experts of this rank would be others.
+        """
+        rank = self.seat.rank
+        placement.must_fit(ranks=self.seat.ranks, num_experts=self.spec.num_experts)
+        new = seat_of(placement, self.layer, rank=rank, device=self.seat.place_E.device)
+        held = (self.placement.hosted(self.layer), placement.hosted(self.layer))
+        if held[0] != held[1]:
+            raise ValueError("the experts of a rank differ in this placement; make the layer again")
+        self.seat.place_E.copy_(new.place_E)
+        self.placement = placement
 
     def pack(self, hidden_TH: Tensor) -> Tensor:
         """Rows as they cross."""

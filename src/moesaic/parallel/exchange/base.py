@@ -75,6 +75,14 @@ class Exchange(Protocol):
     `send_back` and `receive_back`, anything may run that does not use the same exchange.
     """
 
+    def at(self, seat: Seat) -> Exchange:
+        """The same exchange for another layer of as many experts a rank; buffers are shared.
+
+        Raises:
+            ValueError: the seat is of another rank or another number of experts a rank.
+        """
+        ...
+
     def parts(self, tokens: int, bound: int) -> list[slice]:
         """The tokens of each round, as many rounds on every rank; `bound`: the most of any rank."""
         ...
@@ -152,6 +160,19 @@ def seat_of(
     hosts = placement.destinations(layer)[rank].tolist()
     place = [host * local + index[host][expert] for expert, host in enumerate(hosts)]
     return Seat(rank, placement.ranks, local, torch.tensor(place, dtype=torch.int32, device=device))
+
+
+def check_seat(new: Seat, old: Seat) -> None:
+    """Check that an exchange for one seat serves another.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if new[:3] != old[:3] or new.place_E.device != old.place_E.device:
+        raise ValueError(
+            "layers that share an exchange must have the same rank, ranks, experts a rank and "
+            f"device, got {(*new[:3], new.place_E.device)} and {(*old[:3], old.place_E.device)}"
+        )
 
 
 def places_of(topk_ids_TK: Tensor, seat: Seat) -> Tensor:

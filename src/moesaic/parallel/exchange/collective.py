@@ -14,13 +14,14 @@ the data path that reads the device; backend `symmetric` does not.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import ExpertRows, Received, Returned, Seat, Wire, places_of
+from .base import ExpertRows, Received, Returned, Seat, Wire, check_seat, places_of
 
 MAX_LABEL = 1 << 32
 
@@ -193,6 +194,13 @@ class FlatExchange:
         self.seat, self.wire = seat, Wire()
         self.hop = Hop(group, seat.place_E.device)
 
+    def at(self, seat: Seat) -> FlatExchange:
+        """See `Exchange`."""
+        check_seat(seat, self.seat)
+        other = copy(self)
+        other.seat = seat
+        return other
+
     def parts(self, tokens: int, bound: int) -> list[slice]:
         """One round."""
         return [slice(0, tokens)]
@@ -240,6 +248,13 @@ class TwoLevelExchange:
                 f"{len(self.outer.members)} nodes of {self.per_node} ranks must be the "
                 f"{seat.ranks} ranks of the placement"
             )
+
+    def at(self, seat: Seat) -> TwoLevelExchange:
+        """See `Exchange`."""
+        check_seat(seat, self.seat)
+        other = copy(self)
+        other.seat = seat
+        return other
 
     def parts(self, tokens: int, bound: int) -> list[slice]:
         """One round."""

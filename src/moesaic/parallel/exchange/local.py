@@ -20,6 +20,10 @@ class LocalExchange:
             raise ValueError(f"backend 'local' needs a placement over 1 rank, got {seat.ranks}")
         self.seat = seat
 
+    def at(self, seat: Seat) -> LocalExchange:
+        """See `Exchange`."""
+        return LocalExchange(seat)
+
     def parts(self, tokens: int, bound: int) -> list[slice]:
         """One round."""
         return [slice(0, tokens)]

@@ -17,6 +17,8 @@ On the CPU the same kernels run in Triton's interpreter over a shared file, for 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import ExpertRows, Received, Returned, Seat
+from .base import ExpertRows, Received, Returned, Seat, check_seat
 from .memory import shared_memory
 
 TIMEOUT_S = 30.0
@@ -37,6 +39,18 @@ class Turn:
     tokens: int
     bound: int
     dtype: torch.dtype
+
+
+def fitting_capacity(recent: Sequence[int], *, headroom: float = 1.25, step: int = 64) -> int:
+    """A capacity for `resize` from the tokens that ranks brought lately, a multiple of `step`.
+
+    Batches above it take more rounds and lose nothing.
+
+    >>> fitting_capacity([900, 1000, 1010])
+    1280
+    """
+    wanted = max(recent, default=0) * headroom
+    return max(1, -(-int(wanted) // step)) * step
 
 
 def width_words(width: int, dtype: torch.dtype) -> int:
@@ -92,14 +106,26 @@ class SymmetricExchange:
         self.timeout_us = min(round(timeout_s * 1e6), 2**31 - 1)
         self.words = (width_words(*row), width_words(*back))
         self.tiles: dict[tuple[int, int], Any] = {}
+        self.shared = False
         self.resize(capacity)
+
+    def at(self, seat: Seat) -> SymmetricExchange:
+        """See `Exchange`; from then on neither can be resized."""
+        check_seat(seat, self.seat)
+        self.shared = True
+        other = copy(self)
+        other.seat = seat
+        return other
 
     def resize(self, capacity: int) -> None:
         """Make new buffers for `capacity` tokens a rank; a collective, and graphs become stale.
 
         Raises:
             ValueError: the capacity is not positive, or its rows are over 2**31.
+            RuntimeError: the buffers serve several layers.
         """
+        if self.shared:
+            raise RuntimeError("these buffers serve several layers; make the layers again")
         from ...kernels.peers import Region, Window
 
         width = min(self.top_k, self.seat.local)
