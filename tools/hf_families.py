@@ -32,10 +32,70 @@ TINY: dict[str, Any] = {
     "attention_dropout": 0.0, "router_jitter_noise": 0.0, "output_router_logits": False,
     "routed_scaling_factor": 1.5,
 }  # fmt: skip
+FULL = {"layer_types": ["full_attention"] * 2}
+MIXED = {"layer_types": ["linear_attention", "full_attention"]}
+LINEAR = MIXED | {
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}  # fmt: skip
+SPARSE = {"mlp_layer_types": ["sparse"] * 2}
 OWN: dict[str, dict[str, Any]] = {
     "axk1": {"head_dim": 8},
+    "axk2": SPARSE,
+    "deepseek_ocr2": SPARSE | {"n_group": None, "topk_group": None, "head_dim": 8},
     "deepseek_v3": {"head_dim": 8},
+    "deepseek_v4": {"mlp_layer_types": ["moe"] * 2},
+    "ernie4_5_vl_moe": SPARSE | {
+        "moe_intermediate_size": [24, 16], "moe_num_experts": 8, "moe_k": 2, "head_dim": 8,
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2]},
+    },
+    "gemma4": {
+        "enable_moe_block": True, "layer_types": ["sliding_attention", "full_attention"],
+        "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8,
+    },
+    "glm4_moe_lite": SPARSE,
+    "glm4v_moe": {
+        "head_dim": 8,
+        "rope_parameters": {
+            "rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 1, 0],
+        },
+    },
+    "glm5_next": SPARSE | MIXED | {
+        "index_topk": 16, "index_kpool": 4, "linear_head_dim": 8, "linear_num_heads": 4,
+        "qk_rope_head_dim": 0, "head_dim": 0, "indexer_types": ["full"] * 2,
+    },
+    "granitemoehybrid": {
+        "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16,
+    } | MIXED,
+    "hy_v3": SPARSE,
+    "hy_v4": SPARSE,
+    "jamba": {
+        "use_mamba_kernels": False, "mamba_dt_rank": 4, "mamba_d_state": 4,
+        "expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 2, "attn_layer_offset": 1,
+    },
+    "kimi_linear": SPARSE | MIXED | {
+        "linear_head_dim": 8, "linear_num_heads": 4, "num_experts_per_token": 2,
+        "q_lora_rank": None, "head_dim": 8, "num_expert_group": 2,
+    },
+    "laguna": SPARSE,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mimo_v2_flash": SPARSE | FULL,
+    "mistral4": {
+        "head_dim": 8,
+        "rope_parameters": {
+            "rope_theta": 1e4, "rope_type": "default", "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "nemotron_h": {"layers_block_type": ["attention", "moe", "attention", "moe"]},
+    "qwen3_5_moe": LINEAR,
+    "qwen3_next": LINEAR,
+    "qwen4_exp": LINEAR | {
+        "hc_count": 2, "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+        "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4,
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip
 MODEL_CLASS: dict[str, str] = {}
 
@@ -109,3 +169,13 @@ def built() -> Iterator[tuple[str, nn.Module | Exception]]:
             yield family, tiny_model(family)
         except Exception as error:
             yield family, error
+
+
+def layout(model: nn.Module) -> str:
+    """The layout group of a model's experts, in words."""
+    experts: Any = next(m for m in model.modules() if "is_concatenated" in vars(m))
+    words = ["gated" if experts.has_gate else "ungated"]
+    if experts.has_gate and type(experts)._apply_gate.__name__ != "_default_apply_gate":
+        words.append("own gate")
+    words += ["interleaved"] * (not experts.is_concatenated) + ["bias"] * experts.has_bias
+    return ", ".join(words + ["transposed"] * experts.is_transposed)
