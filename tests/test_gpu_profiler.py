@@ -105,7 +105,7 @@ def test_captured_steps_count_at_every_replay_with_new_inputs(tokens: int) -> No
                 profiler.poll()
         torch.cuda.synchronize()
         profiler.poll()
-    assert profiler.steps == 52 and profiler.failures == {}
+    assert profiler.observed.steps == 52 and profiler.failures == {}
     assert profiler.ring.merged > 0, "polling every 20 steps laps a ring of 16"
     for seen, start, want in zip(profiler.totals, first, total, strict=True):
         assert torch.equal(torch.from_numpy(seen[ROWS]) - start[ROWS], want)
@@ -151,7 +151,7 @@ def test_times_of_steps_are_those_of_the_device() -> None:
         torch.cuda.synchronize()
         profile = profiler.poll()
     assert profile is not None and 5 * 1.5e-3 < profile.seconds < 1.0
-    assert abs(profiler._time_ns - before) < 5e9, "Unix time, by the device"
+    assert abs(profiler.observed.time_ns - before) < 5e9, "Unix time, by the device"
 
 
 @torch.no_grad()

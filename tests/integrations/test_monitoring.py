@@ -96,7 +96,7 @@ def test_failing_gauges_and_a_failing_read_are_counted(endpoint, caplog) -> None
     assert [r.getMessage() for r in caplog.records].count(
         "profiler: power_watts failed and is not logged again: NVML: GPU is lost"
     ) == 1
-    profiler.totals = None  # type: ignore[assignment]
+    profiler.observed = None  # type: ignore[assignment]
     with pytest.raises(HTTPError, match="500"):
         fetch(url)
     assert profiler.failures["prometheus"] == 1

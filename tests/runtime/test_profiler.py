@@ -214,5 +214,5 @@ def test_the_thread_polls_while_the_model_runs() -> None:
             model(x)
             profiler.step()
     assert profiler.failures == {}
-    assert sum(update.profile.steps for update in seen) == 400 == profiler.steps
+    assert sum(update.profile.steps for update in seen) == 400 == profiler.observed.steps
     assert sum(update.profile.tokens for update in seen) == 1200

@@ -34,9 +34,9 @@ class Metrics:
 
         p = self.profiler
         p.poll()
-        last = p.last
-        yield CounterMetricFamily("moesaic_steps", "Steps ended.", value=p.steps)
-        yield CounterMetricFamily("moesaic_step_seconds", "Time of the steps.", value=p.seconds)
+        last, seen = p.last, p.observed
+        yield CounterMetricFamily("moesaic_steps", "Steps ended.", value=seen.steps)
+        yield CounterMetricFamily("moesaic_step_seconds", "Time of the steps.", value=seen.seconds)
         tokens_per_s = last.tokens_per_s if last else 0.0
         yield GaugeMetricFamily("moesaic_tokens_per_second", "Tokens a second.", tokens_per_s)
         yield from self._totals()
@@ -68,7 +68,7 @@ class Metrics:
             yield family
         tokens = CounterMetricFamily("moesaic_tokens", "Tokens of the layer.", labels=["layer"])
         drifts = CounterMetricFamily("moesaic_drifts", "Alarms of drift.", labels=["layer"])
-        for info, total, state in zip(p.layers, p.totals, p.states, strict=True):
+        for info, total, state in zip(p.layers, p.totals, p.observed.states, strict=True):
             rows = max(int(total[ROWS].sum()), int(total[ROUTED].sum()))
             tokens.add_metric([info.name], rows // info.top_k)
             drifts.add_metric([info.name], state.drifts)
@@ -98,7 +98,7 @@ class Metrics:
         p, labels = self.profiler, ["layer", "expert"]
         rows = CounterMetricFamily("moesaic_expert_rows", "Rows computed.", labels=labels)
         load = GaugeMetricFamily("moesaic_expert_load", "Smoothed rows a step.", labels=labels)
-        for info, total, state in zip(p.layers, p.totals, p.states, strict=True):
+        for info, total, state in zip(p.layers, p.totals, p.observed.states, strict=True):
             line = total[ROWS] if total[ROWS].any() else total[ROUTED]
             for expert, (n, x) in enumerate(zip(line.tolist(), state.load_E.tolist(), strict=True)):
                 rows.add_metric([info.name, str(expert)], n)

@@ -31,25 +31,17 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import rates
-from .counters import ROUTED, TILES, Counts, Ring, Sample, loads_of, new_counters
-from .profile import LayerProfile, Profile
+from .counters import Counts, Ring, Sample, loads_of, new_counters
+from .observe import LayerInfo, nothing_yet, observe
+from .profile import Profile
 
 ATTACHED = "_moesaic"  # where `moesaic.attach` leaves what it knows of a layer
+__all__ = ["LayerInfo", "Profiler", "Sink", "Update", "profile", "watched"]
 log = logging.getLogger("moesaic")
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """What is known of a watched layer before it runs."""
-
-    name: str
-    num_experts: int
-    top_k: int
 
 
 @dataclass(frozen=True)
@@ -99,19 +91,20 @@ class Profiler:
         )
         self.settings = settings or rates.Settings()
         self.ring = Ring(self.counters, slots=slots, every=every)
-        self.totals: list[Counts] = [np.zeros(c.shape, dtype=np.int64) for c in self.counters]
-        """(3, E) of each layer since the start: routed, rows, tiles."""
-        self.states = [rates.start(layer.num_experts) for layer in layers]
-        self.steps, self.seconds = 0, 0.0
+        self.observed = nothing_yet(self.layers)
         self.last: Profile | None = None
         self.failures: Counter[str] = Counter()
         self.sinks: dict[str, Sink] = {}
         self._modules: list[nn.Module] = []
         self._history: deque[tuple[Counts, ...]] = deque(maxlen=history)
-        self._time_ns = 0
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+
+    @property
+    def totals(self) -> tuple[Counts, ...]:
+        """(3, E) of each layer since the start: routed, rows, tiles."""
+        return self.observed.totals
 
     def step(self) -> None:
         """End a step on the current stream: one launch, also inside a CUDA graph."""
@@ -135,52 +128,15 @@ class Profiler:
             samples = tuple(self.ring.read())
             if not samples:
                 return None
-            profile = self.last = self._take(samples)
-            update = Update(profile, samples)
+            self.observed, profile = observe(self.observed, self.layers, samples, self.settings)
+            self._history.extend(tuple(map(loads_of, sample.counts)) for sample in samples)
+            self.last, update = profile, Update(profile, samples)
             for name, sink in tuple(self.sinks.items()):
                 try:
                     sink(update)
                 except Exception as error:
                     self.failed(name, error)
         return profile
-
-    def _take(self, samples: tuple[Sample, ...]) -> Profile:
-        drifts = [state.drifts for state in self.states]
-        sums: list[Counts] = [np.zeros_like(total) for total in self.totals]
-        for sample in samples:
-            self._history.append(tuple(loads_of(counts) for counts in sample.counts))
-            for index, counts in enumerate(sample.counts):
-                sums[index] += counts
-                loads_E = loads_of(counts)
-                self.states[index] = rates.advance(
-                    self.states[index], loads_E, sample.steps, self.settings
-                )
-        for total, counts in zip(self.totals, sums, strict=True):
-            total += counts
-        last, steps = samples[-1], sum(sample.steps for sample in samples)
-        seconds = max(0, last.time_ns - self._time_ns) / 1e9 if self._time_ns else 0.0
-        self._time_ns = last.time_ns
-        self.steps += steps
-        self.seconds += seconds
-        layers = tuple(
-            self._layer(index, counts, drifts[index]) for index, counts in enumerate(sums)
-        )
-        return Profile(step=last.step, steps=steps, seconds=seconds, layers=layers)
-
-    def _layer(self, index: int, counts: Counts, drifts: int) -> LayerProfile:
-        info, state = self.layers[index], self.states[index]
-        return LayerProfile(
-            layer=index,
-            name=info.name,
-            top_k=info.top_k,
-            counts_E=tuple(loads_of(counts).tolist()),
-            ewma_E=tuple(state.load_E.tolist()),
-            routed_E=tuple(counts[ROUTED].tolist()),
-            tiles_E=tuple(counts[TILES].tolist()),
-            hot=state.hot,
-            cold=state.cold,
-            drifted=state.drifts > drifts,
-        )
 
     def history(self, layer: int) -> tuple[tuple[int, ...], ...]:
         """Rows of each expert of a layer in the last samples, oldest first: (W, E)."""
