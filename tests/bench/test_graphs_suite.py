@@ -124,6 +124,20 @@ def line(clock: str, impl: str, mode: str, **values: Any) -> dict[str, Any]:
     return {**fixed, "dtype": "bfloat16", "ms": 1.0, **values}
 
 
+def test_the_page_shows_every_line_with_its_numbers() -> None:
+    stamped = {"device": "d", "torch": "2", "triton": "3", "commit": "c", "date": "2026-01-01T"}
+    lines = [
+        line("layer", "moesaic", "eager", ms=0.5, host_us=99.5) | stamped,
+        line("layer", "moesaic", "cache", ms=0.25, held_bytes=2**21, wrong=True) | stamped,
+        line("launch", "expert", "replay", ms=None, error="RuntimeError: no") | stamped,
+    ]
+    text, figures = graphs.SUITE.section(lines, [], Path(), "h200", "figures")  # type: ignore[misc]
+    assert figures == {}
+    assert "| m | 1 | u | moesaic | eager | 0.5 | 99.5 | - |" in text
+    assert "| m | 1 | u | moesaic | cache | wrong | - | 2,097,152 |" in text
+    assert text.count("####") == 2
+
+
 def test_targets_come_from_the_lines_and_wrong_ones_count_for_nothing() -> None:
     lines = [
         line("layer", "moesaic", "eager", ms=4.0),

@@ -30,6 +30,7 @@ from ...hardware.energy import Energy, EnergyModel, Reading, Repeats, Unavailabl
 from ...hardware.meter import EnergyMeter, Sustained, open_meter
 from ...hardware.nvml import Gpu, NotAvailable, Utilisation, UtilisationTrace, open_gpu
 from ..results import Line, Target, at_least, at_most, make_line, stamp
+from ..runtime_pages import energy_section
 from ..suite import Cell, Context, Suite
 from ..timing import capture, reason
 from ..workloads import MODELS, Inputs, Model, make_inputs, make_weights
@@ -364,4 +365,5 @@ SUITE = Suite(
     summarize=summarize,
     budget_s=60.0,
     measured=measured,
+    section=energy_section,
 )

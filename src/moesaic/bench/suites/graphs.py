@@ -38,6 +38,7 @@ from ..graph_cells import (
     warmup_values,
 )
 from ..results import Line, Target, at_least, at_most, geomean, make_line, stamp
+from ..runtime_pages import graphs_section
 from ..suite import Cell, Context, Suite
 from ..timing import DeviceLost, check_device, reason
 from ..workloads import MODELS, Model
@@ -196,4 +197,5 @@ SUITE = Suite(
     summarize=summarize,
     budget_s=90.0,
     measured=measured,
+    section=graphs_section,
 )
