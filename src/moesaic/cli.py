@@ -169,6 +169,19 @@ def report(
 
 
 @app.command()
+def profile(
+    trace: Annotated[Path, typer.Argument(help="A routing trace, such as `run` writes.")],
+    every: Annotated[int, typer.Option(help="Steps of one profile.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="JSON lines, a new file.")] = None,
+) -> None:
+    """What a recorded routing trace says of its experts: loads, hot and cold, drift."""
+    with edge():
+        from .integrations import top as room
+
+        raise typer.Exit(room.show_trace(trace, every=every, out=out))
+
+
+@app.command()
 def top(
     source: Annotated[
         str, typer.Argument(help="A Prometheus endpoint (http://...) or a file of JSON lines.")

@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 
 from moesaic.cli import app
 from moesaic.integrations import top
-from moesaic.integrations.recording import JsonLines
+from moesaic.integrations.recording import JsonLines, read_profiles
 from moesaic.runtime.counters import ROUTED, ROWS, TILES
 from moesaic.runtime.profile import Profile, layer_profile
 from moesaic.runtime.profiler import LayerInfo, Profiler
 from moesaic.runtime.rates import Settings
+from moesaic.trace import TraceInfo, TraceWriter
 
 INFOS = [LayerInfo("model.0", 4, 2), LayerInfo('odd "name"', 8, 2)]
 
@@ -153,6 +154,20 @@ def test_top_shows_a_file_and_says_what_is_wrong(tmp_path: Path) -> None:
         assert failed.exit_code == 2 and complaint in failed.stderr
     with pytest.raises(ValueError, match="no metrics of moesaic"):
         top.view_of_metrics("other_metric 1\n")
+
+
+def test_a_recorded_trace_is_shown_and_written_as_lines(tmp_path: Path) -> None:
+    trace, lines = tmp_path / "trace.parquet", tmp_path / "out.jsonl"
+    info = TraceInfo(model="t", num_experts=4, top_k=2, layers=1, text_sha256="0" * 64)
+    with TraceWriter(trace, info) as writer:
+        for step in range(5):
+            writer.add(step, 0, [18, 2, 2, 2])
+    run = CliRunner().invoke
+    shown = run(app, ["profile", str(trace), "--every", "2", "--out", str(lines)])
+    assert shown.exit_code == 0 and "▇▁▁▁" in shown.stdout and "step 5" in shown.stdout
+    assert [profile.steps for profile in read_profiles(lines)] == [2, 2, 1]
+    assert run(app, ["profile", str(trace), "--out", str(lines)]).exit_code == 2
+    assert run(app, ["profile", str(lines)]).exit_code == 2
 
 
 def test_long_layers_are_joined_by_their_largest() -> None:

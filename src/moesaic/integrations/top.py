@@ -1,19 +1,24 @@
 """`moesaic top`: a live view of a watched job, from its Prometheus endpoint or its JSON lines.
 
-Both sources become the same `View`; drawing it is a function of it.
+Both sources become the same `View`; drawing it is a function of it. `moesaic profile` shows a
+recorded routing trace in the same way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from ..runtime.observe import replay
 from ..runtime.profile import Profile
+from ..trace import read_trace
 from .recording import last_profile
 
 SAMPLE = re.compile(r"^(moesaic_\w+)(?:\{(.*)\})? (\S+)$")
@@ -139,6 +144,35 @@ def draw(view: View, source: str) -> Any:
         cells = (f"{row.balancedness:.2f}", str(row.hot), str(row.cold), str(row.drifts))
         table.add_row(Text(name), *cells, f"{row.tokens:,.0f}", strip(row.load_E))
     return table
+
+
+def show_trace(path: Path, *, every: int, out: Path | None) -> int:
+    """Replay a routing trace as if it were watched, a profile every `every` steps; show the last.
+
+    Args:
+        out: where all profiles go as JSON lines, a new file.
+
+    Raises:
+        OSError: a file cannot be read or written, or `out` exists.
+        ValueError: the trace is damaged or empty, or see `observe.replay`.
+    """
+    from rich.console import Console
+
+    last, drifts = None, 0
+    with contextlib.ExitStack() as stack:
+        file = None if out is None else stack.enter_context(out.open("x", encoding="utf-8"))
+        for profile in replay(read_trace(path), every=every):
+            last = profile
+            drifts += sum(layer.drifted for layer in profile.layers)
+            if file is not None:
+                file.write(profile.to_json() + "\n")
+    if last is None:
+        raise ValueError(f"{path}: the trace has no steps")
+    console = Console()
+    shown = draw(view_of_profile(last), str(path))
+    Console(width=console.width if console.is_terminal else 120).print(shown)
+    print(f"alarms of drift, all layers and steps: {drifts}")
+    return 0
 
 
 def main(source: str, *, interval_s: float = 1.0, once: bool = False) -> int:
