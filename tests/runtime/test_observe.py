@@ -1,49 +1,65 @@
-"""Profiles of the profiler become what policies look at."""
+"""Profiles are a pure function of counted steps: read live or replayed from a trace, the same."""
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 
-from moesaic.runtime.observe import hot_and_cold, observed
-from moesaic.runtime.plan import Curve, MachineSlices
-from moesaic.runtime.policies import POLICIES
-from moesaic.runtime.profile import Profile, layer_profile
+from moesaic.runtime.counters import ROWS, Sample
+from moesaic.runtime.observe import LayerInfo, nothing_yet, observe, replay
+from moesaic.runtime.rates import Settings
+from moesaic.trace import Trace, TraceInfo, TraceRow
+
+LAYERS = [LayerInfo("layer0", 4, 2), LayerInfo("layer1", 4, 2)]
+INFO = TraceInfo(model="t", num_experts=4, top_k=2, layers=2, text_sha256="0" * 64)
 
 
-def seen(step: int, counts, steps: int = 1, **more) -> Profile:
-    layers = (
-        layer_profile([0] * len(counts), layer=0, top_k=2),
-        layer_profile(counts, layer=3, top_k=2, **more),
+def drawn(steps: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    rng = random.Random(0)
+    return [
+        tuple(tuple(2 * rng.randrange(9) for _ in range(4)) for _ in LAYERS) for _ in range(steps)
+    ]
+
+
+def sample(step: int, counts) -> Sample:
+    made = [np.zeros((3, 4), dtype=np.int64) for _ in counts]
+    for layer, counts_E in zip(made, counts, strict=True):
+        layer[ROWS] = counts_E
+    return Sample(step, 1, 0, tuple(made))
+
+
+def test_a_replayed_trace_shows_what_the_job_showed() -> None:
+    steps = drawn(25)
+    observed, live = nothing_yet(LAYERS), []
+    for first in range(0, 25, 4):
+        samples = [sample(first + n, counts) for n, counts in enumerate(steps[first : first + 4])]
+        observed, profile = observe(observed, LAYERS, samples, Settings())
+        live.append(profile)
+    rows = tuple(
+        TraceRow(n, layer, counts[layer]) for n, counts in enumerate(steps) for layer in (0, 1)
     )
-    return Profile(step=step, steps=steps, seconds=0.0, layers=layers)
+    assert list(replay(Trace(INFO, rows), every=4)) == live
+    assert [p.steps for p in live] == [4] * 6 + [1] and observed.steps == 25
+    total = np.array(steps).sum(axis=0)
+    assert [t[ROWS].tolist() for t in observed.totals] == total.tolist()
 
 
-def test_rows_per_step_and_group_of_the_layer_asked_for() -> None:
-    history = [seen(4, [6, 2, 2, 0]), seen(8, [40, 8, 4, 4], steps=4, hot=frozenset({0}))]
-    groups = hot_and_cold(history[-1].layers[1], curve="experts", expert_bytes=10)
-    profile = observed(history, 3, groups)
-    assert profile.counts_WE == ((6, 2, 2, 0), (10, 2, 1, 1))
-    assert profile.loads_WN == ((6.0, 4.0), (10.0, 4.0)) and profile.step == 8
-    assert [(g.kind, g.memory_bytes) for g in groups] == [("hot", 10), ("cold", 30)]
+def test_nothing_that_was_observed_before_is_changed() -> None:
+    before = nothing_yet(LAYERS)
+    first = observe(before, LAYERS, [sample(0, drawn(1)[0])], Settings())
+    again = observe(before, LAYERS, [sample(0, drawn(1)[0])], Settings())
+    assert first[1] == again[1] and before.steps == 0
+    assert not any(total.any() for total in before.totals)
 
 
-def test_every_policy_can_use_it() -> None:
-    history = [seen(n, [60, 2, 2, 0], hot=frozenset({0})) for n in range(8)]
-    groups = hot_and_cold(history[-1].layers[1], curve="experts")
-    curves = {"experts": Curve(work="experts", sms=(8, 132), ms=(16.5, 1.0), load=64.0)}
-    machine = MachineSlices(total_sms=132, slices=15)
-    profile = observed(history, 3, groups)
-    for policy in POLICIES.values():
-        assert policy(profile, curves, machine, None).problem(profile, machine) is None
-
-
-def test_without_a_temperature_there_is_one_group() -> None:
-    (group,) = hot_and_cold(layer_profile([1, 1], top_k=1), curve="experts")
-    assert group.name == "cold" and group.experts == (0, 1)
-
-
-def test_what_is_missing_is_named() -> None:
-    with pytest.raises(ValueError, match="at least one profile"):
-        observed([], 0, ())
-    with pytest.raises(ValueError, match=r"one of \[0, 3\] at step 4, got 1"):
-        observed([seen(4, [1, 1])], 1, ())
+@pytest.mark.parametrize(
+    ("layers", "complaint"), [((0, 0), "layer by layer"), ((0, 1, 0), "has 1 of 2 layers")]
+)
+def test_a_step_without_a_layer_is_refused(layers, complaint: str) -> None:
+    rows = tuple(TraceRow(n // 2, layer, (2, 0, 0, 0)) for n, layer in enumerate(layers))
+    with pytest.raises(ValueError, match=complaint):
+        list(replay(Trace(INFO, rows)))
+    with pytest.raises(ValueError, match="at least 1"):
+        list(replay(Trace(INFO, rows), every=0))
