@@ -43,6 +43,7 @@ def test_two_processes_measure_and_one_writes(tmp_path) -> None:
     assert Recorder(tmp_path, "cpu-x2", "ep", ep.summarize).lines == lines
 
 
+@pytest.mark.slow
 def test_rows_that_come_back_changed_are_wrong(tmp_path) -> None:
     lines = run_two(tmp_path, SABOTAGE="1")
     exchanged = [x for x in lines if x["clock"] in ("dispatch", "combine")]

@@ -56,6 +56,13 @@ def group_of(where: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup 
     return where
 
 
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
+    """What moves tensors of a device in a group that may have a backend for each: gloo, nccl."""
+    parts = (part.partition(":") for part in str(dist.get_backend_config(group)).split(","))
+    by_device = {kind: name for kind, _, name in parts}
+    return by_device.get(device.type, dist.get_backend(group))
+
+
 def choose_backend(backend: str, group: dist.ProcessGroup | None, device: torch.device) -> str:
     """The backend of a layer; `auto` is `symmetric` on GPUs of one node, else the group's own.
 
@@ -73,7 +80,7 @@ def choose_backend(backend: str, group: dist.ProcessGroup | None, device: torch.
     if dist.get_world_size(group) == 1:
         return "local"
     one_node = dist.get_world_size(group) <= max(1, torch.cuda.device_count())
-    return "symmetric" if device.type == "cuda" and one_node else dist.get_backend(group)
+    return "symmetric" if device.type == "cuda" and one_node else backend_of(group, device)
 
 
 class Options(NamedTuple):
@@ -105,6 +112,11 @@ def make_exchange(
     if group is not None and dist.get_world_size(group) != seat.ranks:
         size = dist.get_world_size(group)
         raise ValueError(f"the placement is over {seat.ranks} ranks, the group has {size}")
+    if options.num_sms is not None and backend != "symmetric":
+        raise ValueError(
+            f"num_sms is a budget of backend 'symmetric', got {backend!r}; NCCL's is set when its "
+            "group is made (config.max_ctas of ProcessGroupNCCL.Options)"
+        )
     if backend == "local":
         from .exchange.local import LocalExchange
 
@@ -130,8 +142,9 @@ def make_exchange(
         if options.per_node is None:
             raise ValueError("backend 'two_level' needs per_node, the ranks of a node")
         return TwoLevelExchange(seat, *node_groups(group, options.per_node))
-    if dist.get_backend(group) != backend:
-        raise ValueError(f"backend {backend!r} needs such a group, got {dist.get_backend(group)}")
+    found = backend_of(group, seat.place_E.device)
+    if found != backend:
+        raise ValueError(f"backend {backend!r} needs such a group, got {found}")
     return FlatExchange(seat, group)
 
 
