@@ -124,7 +124,7 @@ def strip(load_E: dict[int, float]) -> Any:
     for first in range(0, len(loads), size):
         relative = max(loads[first : first + size]) / mean if mean else 0.0
         style = "red" if relative >= 2 else "blue" if relative <= 0.25 else ""
-        text.append(BARS[min(7, int(relative * 2))], style)
+        text.append(BARS[min(7, int(relative * 2 + 1e-6))], style)
     return text
 
 
