@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "hardware"))
+sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in ("hardware", "kernels")]
 from green_double import FakeDriver
+from layer_cases import draw_layer
 
 from moesaic.hardware import green
 from moesaic.runtime import partition
@@ -19,13 +20,14 @@ from moesaic.runtime.control import Control
 from moesaic.runtime.partition import machine_of, open_partition, prepare
 from moesaic.runtime.plan import Curve, MachineSlices, Plan, Profile, Share, SliceGroup
 from moesaic.runtime.seats import Seat, SeatedWork
+from moesaic.runtime.sliced import run_budgeted
 
 CURVES = {"any": Curve(work="any", sms=(8, 132), ms=(16.5, 1.0))}
 GROUPS = tuple(SliceGroup(name=n, kind="hot", curve="any") for n in ("hot", "cold"))
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def streams_are_handles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(green.GreenSlice, "stream", property(lambda part: part.handle))
 
@@ -39,6 +41,7 @@ def splits(machine: MachineSlices) -> list[dict[str, int]]:
     return [{"hot": n, "cold": most - n} for n in machine.sizes[:-1]]
 
 
+@pytest.mark.usefixtures("streams_are_handles")
 def test_ten_thousand_plans_on_green_contexts_leak_nothing_and_stay_disjoint() -> None:
     driver = FakeDriver(124)
     gpu = open_partition(driver=driver)
@@ -93,6 +96,7 @@ def test_a_driver_without_green_contexts_is_told_once_and_the_gpu_stays_whole(
     assert made["hot"].current == Seat(132) and control.faults == {"no graph": 5}
 
 
+@pytest.mark.usefixtures("streams_are_handles")
 def test_splits_that_do_not_fit_are_refused() -> None:
     gpu = open_partition(driver=FakeDriver())
     assert gpu is not None
@@ -104,3 +108,60 @@ def test_splits_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=complaint):
             prepare(works(), gpu, machine, [split])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_plans_on_a_gpu_switch_graphs_and_keep_every_bit() -> None:
+    """Two layers on ever new slices, with faults between: same bits, no capture, no new memory."""
+    cuda = torch.device("cuda", 0)
+    gpu = open_partition(0)
+    if gpu is None:
+        pytest.skip("this GPU cannot be split")
+    machine, expected, made = machine_of(gpu, cuda), {}, {}
+    for number, name in enumerate(("hot", "cold")):
+        spec, weights = draw_layer("swiglu", 8, 512, 256, cuda, torch.bfloat16)
+        generator = torch.Generator(cuda).manual_seed(number)
+        hidden = torch.randn(40, 512, device=cuda, generator=generator).bfloat16()
+        ids = torch.rand(40, 8, device=cuda, generator=generator).topk(2).indices.int()
+        share = torch.rand(40, 2, device=cuda, generator=generator)
+        args = (hidden, ids, share, weights, spec)
+        expected[name] = run_budgeted(*args)
+
+        def capture(seat: Seat, args=args):
+            stream, graph = seat.stream or torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            run_budgeted(*args, num_sms=seat.sms)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, stream=stream):
+                out = run_budgeted(*args, num_sms=seat.sms)
+            return graph, out, stream
+
+        made[name] = SeatedWork(name, capture)
+    assert prepare(made, gpu, machine, splits(machine)[::3]) > 4
+    rng = random.Random(0)
+
+    def policy(p, c, m, s) -> Plan:
+        if rng.random() < 0.2:
+            raise ValueError("drawn")
+        sizes = splits(machine)[rng.randrange(0, len(splits(machine)))]
+        return Plan(policy="t", reason="", shares=tuple(Share(*x) for x in sizes.items()))
+
+    control = Control(policy, CURVES, machine, made)
+    torch.cuda.synchronize()
+    captures, before = [w.captures for w in made.values()], torch.cuda.memory_allocated()
+    for step in range(200):
+        with control.step():
+            for name, work in made.items():
+                graph, out, stream = work.current
+                out.fill_(float("nan"))
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            torch.cuda.synchronize()
+            for name, work in made.items():
+                assert torch.equal(work.current[1], expected[name])
+        control.replan(Profile(step=step, groups=GROUPS))
+    assert [w.captures for w in made.values()] == captures
+    assert torch.cuda.memory_allocated() == before
+    assert {"ValueError", "no graph"} == set(control.faults)
+    assert made["hot"].switches > 20
