@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in ("hardware", "kernels")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "hardware"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from green_double import FakeDriver
 from layer_cases import draw_layer
 
@@ -151,7 +152,7 @@ def test_plans_on_a_gpu_switch_graphs_and_keep_every_bit() -> None:
     captures, before = [w.captures for w in made.values()], torch.cuda.memory_allocated()
     for step in range(200):
         with control.step():
-            for name, work in made.items():
+            for work in made.values():
                 graph, out, stream = work.current
                 out.fill_(float("nan"))
                 stream.wait_stream(torch.cuda.current_stream())
