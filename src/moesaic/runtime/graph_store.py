@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -83,20 +83,18 @@ class GraphCounts:
     why_eager: dict[str, int]
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """One call of a store: whose, which function, where its weights lie, under which SM budget."""
+class Task(NamedTuple):
+    """One call of a store: whose, which function, where its weights lie, under which SM budget.
+
+    `tokens` are the rows of every input.
+    """
 
     owner: Hashable
     function: Callable[..., Outputs]
     watch: Watch
     inputs: tuple[Tensor, ...]
+    tokens: int
     sms: int | None
-
-    @property
-    def tokens(self) -> int:
-        """Rows of the inputs."""
-        return self.inputs[0].shape[0]
 
     def eager(self, inputs: Sequence[Tensor]) -> Outputs:
         """The function on inputs, told its SM budget if there is one."""
@@ -105,11 +103,31 @@ class Task:
         return self.function(*inputs, sms=self.sms)
 
 
+def make_task(
+    owner: Hashable,
+    function: Callable[..., Outputs],
+    watch: Watch,
+    inputs: tuple[Tensor, ...],
+    sms: int | None,
+) -> Task:
+    """The task of a call.
+
+    Raises:
+        ValueError: the inputs do not share their leading dimension.
+    """
+    tokens = inputs[0].shape[0] if inputs[0].dim() else -1
+    for given in inputs:
+        if not given.dim() or given.shape[0] != tokens:
+            shapes = [tuple(t.shape) for t in inputs]
+            raise ValueError(f"inputs must share their leading dimension, got {shapes}")
+    return Task(owner, function, watch, inputs, tokens, sms)
+
+
 def signature_of(inputs: Sequence[Tensor]) -> Hashable:
     """Devices, dtypes and widths of the inputs, and whether autocast would change the call."""
     kind = inputs[0].device.type
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return (cast, *((t.device, t.dtype, t.shape[1:]) for t in inputs))
+    return (cast, *[(t.device, t.dtype, t.shape[1:]) for t in inputs])
 
 
 def leading(outputs: Outputs, tokens: int) -> Outputs:
@@ -148,14 +166,7 @@ class GraphStore:
         self._said: set[str] = set()
 
     def call(self, task: Task, out: Tensor | None = None) -> Outputs:
-        """The answer to a call, replayed where there is a graph, else eager; the same bits.
-
-        Raises:
-            ValueError: the inputs do not share their leading dimension.
-        """
-        if any(t.dim() == 0 or t.shape[0] != task.tokens for t in task.inputs):
-            shapes = [tuple(t.shape) for t in task.inputs]
-            raise ValueError(f"inputs must share their leading dimension, got {shapes}")
+        """The answer to a call, replayed where there is a graph, else eager; the same bits."""
         why = self._unfit(task)
         if why:
             self._why[why] += 1
@@ -368,7 +379,7 @@ class GraphStore:
         self.capturer.before_replay()
         tokens = task.tokens
         for place, (buffer, given) in enumerate(zip(slot.inputs, task.inputs, strict=True)):
-            if given.data_ptr() != buffer.data_ptr():
+            if given.data_ptr() != buffer.data_ptr() or given.stride() != buffer.stride():
                 (buffer if buffer.shape[0] == tokens else buffer[:tokens]).copy_(given)
             if slot.filled > tokens:
                 buffer[tokens : slot.filled].fill_(self._pad_value(place))

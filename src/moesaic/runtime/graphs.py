@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .capture import CudaCapturer, Outputs
 from .graph_rules import GraphConfig, Key, Tracker, doubling_buckets
-from .graph_store import GraphCounts, GraphStore, Task, Watch
+from .graph_store import GraphCounts, GraphStore, Task, Watch, make_task
 
 __all__ = [
     "GraphCache",
@@ -48,7 +48,7 @@ class TensorWatch:
         self._tensors = tuple(tensors)
 
     def __call__(self) -> Hashable:
-        return tuple(t.data_ptr() for t in self._tensors)
+        return tuple([t.data_ptr() for t in self._tensors])
 
     def trains(self) -> bool:
         """Whether one of them wants a gradient."""
@@ -155,7 +155,7 @@ class GraphCache:
         return self._store
 
     def _task(self, inputs: tuple[Tensor, ...], sms: int | None) -> Task:
-        return Task(self._owner, self._function, self._watch, inputs, sms)
+        return make_task(self._owner, self._function, self._watch, inputs, sms)
 
     def counts(self) -> GraphCounts:
         """What the store has done so far, other caches' calls included."""
