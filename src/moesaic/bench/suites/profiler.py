@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ...functional import moe, route
 from ...runtime.profiler import LayerInfo, Profiler
 from ...types import ExpertSpec, ExpertWeights, RouterSpec
 from ..results import Line, Target, at_least, at_most, make_line, stamp
+from ..runtime_pages import tables
 from ..suite import Cell, Context, Suite
 from ..timing import (
     Call,
@@ -212,10 +214,16 @@ def measure_cell(
             plain = timed.measured.get((PLAIN, mode))
             if plain and impl != PLAIN:
                 values["over_us_a_layer"] = (found.median - plain.median) / layers * 1e3
+                values["allowed_us_a_layer"] = allowed_ms(plain.median, layers) / layers * 1e3
         if text := errors.get((impl, mode)):
             values["error"] = text
         lines.append(make_line(fixed, **values))
     return sorted(lines, key=lambda line: (line["mode"], line["impl"]))
+
+
+def allowed_ms(plain_ms: float, layers: int) -> float:
+    """What watching a step of so many layers may cost."""
+    return max(ALLOWED_SHARE * plain_ms, ALLOWED_US * 1e-3 * layers)
 
 
 def run(wanted: Sequence[Cell], context: Context, *, models: dict[str, Model] = MODELS) -> None:
@@ -278,8 +286,7 @@ def excess(lines: Sequence[Line], clock: str, mode: str, impl: str) -> list[floa
         plain = ms.get((*cell, PLAIN))
         if name != impl or plain is None:
             continue
-        allowed_ms = max(ALLOWED_SHARE * plain, ALLOWED_US * 1e-3 * STEPS[clock])
-        found.append((watched - plain) / allowed_ms)
+        found.append((watched - plain) / allowed_ms(plain, STEPS[clock]))
     return found
 
 
@@ -306,6 +313,23 @@ def summarize(lines: Sequence[Line]) -> list[Target]:
     ]
 
 
+COLUMNS = (
+    ("ms", "ms a step"), ("ms_p20", "p20"), ("ms_p80", "p80"),
+    ("over_us_a_layer", "us a layer over unwatched"), ("allowed_us_a_layer", "allowed"),
+)  # fmt: skip
+TABLES = {
+    "step-16": ("Steps of 16 layers", COLUMNS),
+    "step-1": ("Steps of one layer, each of which publishes", COLUMNS),
+}
+
+
+def section(
+    lines: Sequence[Line], targets: Sequence[Target], root: Path, device: str, folder: str
+) -> tuple[str, dict[str, str]]:
+    """The tables of this suite's part of a page."""
+    return tables(lines, targets, TABLES), {}
+
+
 SUITE = Suite(
     name="profiler",
     about="what counting and publishing cost a layer, against the same layer unwatched",
@@ -314,4 +338,5 @@ SUITE = Suite(
     summarize=summarize,
     budget_s=60.0,
     measured=measured,
+    section=section,
 )
