@@ -123,7 +123,7 @@ def dispatch_kernel(
         )  # fmt: skip
     signal(base_ptr, peer, rank, block, my_blocks, flags_at, status_at)
     if WAIT:  # noqa: SIM102
-        if block == 0:
+        if block == my_blocks - 1:  # the last to start: nobody behind it needs its SM
             wait(base_ptr, rank, peer, seen_ptr, flags_at, status_at, timeout_us, TIMED)
 
 
@@ -183,7 +183,7 @@ def combine_push_kernel(
         )  # fmt: skip
     signal(base_ptr, peer, rank, block, my_blocks, flags_at, status_at)
     if WAIT:  # noqa: SIM102
-        if block == 0:
+        if block == my_blocks - 1:  # the last to start: nobody behind it needs its SM
             bad = wait(base_ptr, rank, peer, seen_ptr, flags_at, status_at, timeout_us, TIMED)
             if bad != 0:
                 spoil(pointer_at(base_ptr, rank, back_at, tl.int32), bound * K * WORDS)
