@@ -27,7 +27,7 @@ from ...functional import moe, route
 from ...runtime.profiler import LayerInfo, Profiler
 from ...types import ExpertSpec, ExpertWeights, RouterSpec
 from ..results import Line, Target, at_least, at_most, make_line, stamp
-from ..runtime_pages import tables
+from ..runtime_pages import Columns, tables
 from ..suite import Cell, Context, Suite
 from ..timing import (
     Call,
@@ -317,7 +317,7 @@ COLUMNS = (
     ("ms", "ms a step"), ("ms_p20", "p20"), ("ms_p80", "p80"),
     ("over_us_a_layer", "us a layer over unwatched"), ("allowed_us_a_layer", "allowed"),
 )  # fmt: skip
-TABLES = {
+TABLES: dict[str, tuple[str, Columns]] = {
     "step-16": ("Steps of 16 layers", COLUMNS),
     "step-1": ("Steps of one layer, each of which publishes", COLUMNS),
 }
