@@ -13,6 +13,7 @@ from moesaic.bench.workloads import Model, make_inputs, make_weights
 from moesaic.hardware.energy import Energy
 from moesaic.hardware.meter import open_meter
 from moesaic.hardware.nvml import NotAvailable, open_gpu
+from moesaic.nn import MoE
 from moesaic.runtime.capture import CudaCapturer
 from moesaic.runtime.executors import SequentialExperts, StreamedExperts, dense_experts
 from moesaic.runtime.expert_graphs import ExpertGraphs
@@ -20,6 +21,7 @@ from moesaic.runtime.graphs import GraphCache, GraphConfig, GraphStore
 from moesaic.runtime.size_classes import SizeClassExperts
 from moesaic.runtime.sliced import run_budgeted
 from moesaic.runtime.streams import CopyLane, WithShared
+from moesaic.types import ExpertSpec, RouterSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,6 +70,22 @@ def test_replays_are_bit_equal_at_every_size_and_bucket(model: Model) -> None:
     counts = cache.counts()
     assert counts.captured == counts.graphs == 5 and counts.replayed >= 20
     assert counts.held_bytes > 0 and counts.failed == 0
+
+
+def test_a_stack_of_whole_layers_is_one_graph_that_sees_moved_weights() -> None:
+    router = RouterSpec(num_experts=8, top_k=2)
+    experts = ExpertSpec(num_experts=8, hidden_size=512, intermediate_size=256)
+    layers = [MoE(router, experts, device=CUDA, dtype=torch.bfloat16) for _ in range(3)]
+    stack = nn.Sequential(*layers).eval().requires_grad_(False)
+    cache = GraphCache(stack, store=GraphStore(SOON, CudaCapturer(CUDA)))
+    for number in range(6):
+        hidden = torch.randn(48, 512, device=CUDA, dtype=torch.bfloat16)
+        if number == 4:
+            down = layers[1].experts.down_proj
+            down.data = down.data.flip(0).contiguous()
+        assert torch.equal(cache(hidden), stack(hidden))
+    counts = cache.counts()
+    assert (counts.captured, counts.stale, counts.graphs) == (1, 1, 0)
 
 
 def test_every_sm_budget_has_a_graph_with_the_same_bits() -> None:
