@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,3 +144,15 @@ def test_every_policy_gives_a_plan_that_fits(loop: str) -> None:
     ours = plans[OURS]
     assert CURVES["decode"].slowdown(ours.sizes["decode"]) <= 0.9 * LOOPS[loop][0]
     assert sum(ours.sizes.values()) == 128
+
+
+def test_the_page_shows_every_way_its_reason_and_the_front(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines = simulated(monkeypatch)
+    assert SUITE.section is not None
+    text, figures = SUITE.section(lines, SUITE.summarize(lines), tmp_path, "h200", "figures")
+    for word in ("no-control", "split@40", "policy:adaptive", "x alone", "| decode |", "open loop"):
+        assert word in text
+    (figure,) = figures.values()
+    assert figure.count("<svg") == 1 and "every split" in figure

@@ -21,7 +21,9 @@ from .results import Line, ResultsError, Target, geomean, read_lines, write_atom
 from .suite import registry
 
 OURS = "moesaic"
-PAGES = tuple(Path(f"docs/{name}.md") for name in ("performance", "paper", "graphs", "energy"))
+PAGES = tuple(
+    Path(f"docs/{name}.md") for name in ("performance", "paper", "graphs", "energy", "slices")
+)
 CELL = ("model", "tokens", "routing", "dtype", "mode")
 WORDS = ("impl", "state", "target", "executor", "layer", "stage", "rung", "component", "claim")
 MARK = re.compile(

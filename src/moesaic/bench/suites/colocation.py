@@ -47,6 +47,7 @@ from ..colocate import (
     trial,
     whole,
 )
+from ..colocation_page import section
 from ..results import Line, Target, at_least, at_most, make_line, stamp
 from ..stacks import Replays, Tenant
 from ..suite import Cell, Context, Suite
@@ -431,4 +432,5 @@ SUITE = Suite(
     summarize=summarize,
     budget_s=110.0,
     measured=measured,
+    section=section,
 )

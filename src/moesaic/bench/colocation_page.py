@@ -1,0 +1,115 @@
+"""The generated part of docs/slices.md: the points of every loop, the front, and the curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from .report import Sheet, markdown, provenance, short, targets_sheet
+from .results import Line, Target
+
+LOOPS = ("closed", "open")
+SPLIT = "split@"
+HEADS = [
+    "way", "decode SMs", "prefill SMs", "median ms", "p99 ms", "p99 ÷ alone", "prefill's share",
+    "steps",
+]  # fmt: skip
+
+
+def loops_of(lines: Sequence[Line]) -> dict[tuple[str, str], list[Line]]:
+    """The lines of each setting and loop."""
+    found: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        if line["clock"] in LOOPS and line["ms"] is not None:
+            place = (f"{line['model']}, {line['tokens']} tokens a step", line["clock"])
+            found.setdefault(place, []).append(line)
+    return found
+
+
+def points_sheet(lines: Sequence[Line]) -> Sheet:
+    """Every way of one loop: sizes, latencies, the other's share of its throughput alone."""
+    rows = []
+    for x in lines:
+        sizes = [str(x.get(key) or "-") for key in ("sms", "other_sms")]
+        steps = f"{x['steps']}" + ("" if x["complete"] else ", ended early")
+        numbers = [short(x[key]) for key in ("ms", "p99_ms", "slowdown_p99")]
+        rows.append([x["impl"], *sizes, *numbers, short(x.get("other_share")), steps])
+    return Sheet(HEADS, rows)
+
+
+def reasons_sheet(lines: Sequence[Line]) -> Sheet:
+    """Why each policy chose what it chose."""
+    rows = [[x["impl"], str(x.get("split") or "whole GPU"), x["reason"]] for x in lines]
+    return Sheet(["policy", "split", "why"], rows)
+
+
+def curves_sheet(lines: Sequence[Line]) -> Sheet:
+    """Slowdown over the whole GPU by SMs, alone and with both tenants at work."""
+    curve = [x for x in lines if x["clock"] == "curve" and x["ms"]]
+    sizes = sorted({int(x["sms"]) for x in curve})
+    rows = []
+    for model in dict.fromkeys(x["model"] for x in curve):
+        for work in dict.fromkeys(x["work"] for x in curve):
+            found = {int(x["sms"]): x for x in curve if (x["model"], x["work"]) == (model, work)}
+            if found:
+                cells = [short(found[n]["slowdown"]) if n in found else "" for n in sizes]
+                rows.append([model, work, short(found[max(found)]["ms"]), *cells])
+    return Sheet(["model", "work", "ms", *(str(n) for n in sizes)], rows)
+
+
+def front_figure(loops: dict[tuple[str, str], list[Line]]) -> str:
+    """p99 over alone and the other's share: the sweep as a line, the other ways as points; SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "moesaic", "font.size": 9}):
+        plot = Figure(figsize=(4.6 * len(loops), 3.8), layout="constrained")
+        axes = plot.subplots(1, len(loops), squeeze=False)
+        for axis, ((setting, loop), lines) in zip(axes.flat, loops.items(), strict=True):
+            _panel(axis, [x for x in lines if x.get("other_share") is not None])
+            axis.set_title(f"{setting}\n{loop} loop", fontsize=8)
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        plot.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+        out = StringIO()
+        plot.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def _panel(axis: Any, lines: Sequence[Line]) -> None:
+    swept = [x for x in lines if x["impl"].startswith(SPLIT)]
+    axis.plot(
+        [x["slowdown_p99"] for x in swept],
+        [x["other_share"] for x in swept],
+        "o-", color="0.6", markersize=3, label="every split",
+    )  # fmt: skip
+    others = [x for x in lines if not x["impl"].startswith(SPLIT)]
+    for number, x in enumerate(others):
+        axis.plot(
+            x["slowdown_p99"], x["other_share"], "*" if x["impl"] == "moesaic" else "s",
+            color=f"C{number}", markersize=11 if x["impl"] == "moesaic" else 5, label=x["impl"],
+        )  # fmt: skip
+    axis.set(xscale="log", xlabel="decode p99 ÷ alone", ylabel="prefill's share of alone")
+    axis.set_ylim(0, 1.05)
+    axis.grid(True, which="both", alpha=0.3)
+
+
+def section(
+    lines: Sequence[Line], targets: Sequence[Target], root: Path, device: str, folder: str
+) -> tuple[str, dict[str, str]]:
+    """The suite's part of a page."""
+    parts = [provenance(lines), markdown(targets_sheet(targets))]
+    loops, figures = loops_of(lines), dict[str, str]()
+    if loops:
+        name = f"colocation-{device}-front.svg"
+        figures[name] = front_figure(loops)
+        parts.append(f"![front of p99 and throughput]({folder}/{name})")
+    for (setting, loop), some in loops.items():
+        parts += [f"#### {setting}, {loop} loop", markdown(points_sheet(some))]
+        if explained := [x for x in some if x.get("reason")]:
+            parts.append(markdown(reasons_sheet(explained)))
+    curves = curves_sheet(lines)
+    if curves.rows:
+        parts += ["#### Slowdown by SMs", markdown(curves)]
+    return "\n\n".join(parts) + "\n", figures
