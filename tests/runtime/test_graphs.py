@@ -17,6 +17,7 @@ from moesaic.runtime.graphs import (
     GraphCounts,
     GraphStore,
     ModuleWatch,
+    TensorWatch,
     doubling_buckets,
 )
 
@@ -517,3 +518,14 @@ def test_a_watch_sees_everything_that_can_be_replaced() -> None:
     seen.add(watch())
     assert len(seen) == 6
     assert watch() == watch()
+
+
+def test_a_distributed_tensor_is_watched_by_its_shard() -> None:
+    # Its own address is 0, so that moving it would go unseen.
+    tensor, shard = torch.zeros(4), torch.zeros(2)
+    tensor._local_tensor = shard
+    watch = TensorWatch([tensor])
+    before = watch()
+    assert before == (shard.data_ptr(),)
+    tensor._local_tensor = torch.zeros(2)
+    assert watch() != before and shard.numel() == 2

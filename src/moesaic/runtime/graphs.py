@@ -41,6 +41,14 @@ __all__ = [
 ]
 
 
+def place_of(tensor: Tensor | None) -> int:
+    """Where a tensor's memory is; for a distributed tensor, whose own address is 0, its shard's."""
+    if tensor is None:
+        return 0
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local.data_ptr()
+
+
 class TensorWatch:
     """Watches the memory of given tensors."""
 
@@ -48,7 +56,7 @@ class TensorWatch:
         self._tensors = tuple(tensors)
 
     def __call__(self) -> Hashable:
-        return tuple([t.data_ptr() for t in self._tensors])
+        return tuple([place_of(t) for t in self._tensors])
 
     def trains(self) -> bool:
         """Whether one of them wants a gradient."""
@@ -76,7 +84,7 @@ class ModuleWatch:
         if children != self._children:
             self._scan()
         places = [
-            0 if tensor is None else tensor.data_ptr()
+            place_of(tensor)
             for module in self._modules
             for table in (module._parameters, module._buffers)
             for tensor in table.values()
