@@ -48,6 +48,7 @@ def close(ours: Tensor, theirs: Tensor, what: str, tolerance: float = TOLERANCE)
     Raises:
         AssertionError: it is over the tolerance, or nothing was computed.
     """
+    ours, theirs = ours.detach(), theirs.detach()
     scale = float(theirs.abs().max())
     worst = float((ours - theirs).abs().max()) / scale if scale else float("inf")
     assert worst <= tolerance, f"{what} differ by {worst:.1e} of the largest"

@@ -72,7 +72,8 @@ OWN: dict[str, dict[str, Any]] = {
     "hy_v4": SPARSE,
     "jamba": {
         "use_mamba_kernels": False, "mamba_dt_rank": 4, "mamba_d_state": 4,
-        "expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 2,
+        "attn_layer_offset": 1,
     },
     "kimi_linear": SPARSE | MIXED | {
         "linear_head_dim": 8, "linear_num_heads": 4, "num_experts_per_token": 2,

@@ -49,8 +49,11 @@ class UnsupportedExperts(ValueError):
 
 def family_of(module: nn.Module) -> str:
     """The transformers family of a module, such as "mixtral", or its class's module."""
-    parts = type(module).__module__.split(".")
-    return parts[-2] if len(parts) > 1 else parts[-1]
+    for cls in type(module).__mro__:  # a parametrised module has a class made for it
+        parts = cls.__module__.split(".")
+        if parts[0] == "transformers" and len(parts) > 2:
+            return parts[-2]
+    return type(module).__module__.split(".")[0]
 
 
 def unsupported(module: nn.Module, attribute: str, problem: str) -> UnsupportedExperts:
@@ -80,15 +83,11 @@ def _activation(module: nn.Module) -> str:
 
 def _gate(module: nn.Module) -> tuple[str, float | None, float, float]:
     """Activation, limit, alpha and up_offset of a gated module."""
-    known = OWN_GATES.get(type(module).__name__)
-    if known is not None:
-        limit, alpha, offset = known
-        return (
-            _activation(module),
-            getattr(module, limit),
-            1.0 if alpha is None else getattr(module, alpha),
-            offset,
-        )
+    for cls in type(module).__mro__:
+        if cls.__name__ in OWN_GATES:
+            limit, alpha, offset = OWN_GATES[cls.__name__]
+            factor = 1.0 if alpha is None else getattr(module, alpha)
+            return _activation(module), getattr(module, limit), factor, offset
     if type(module)._apply_gate.__name__ != "_default_apply_gate":  # type: ignore[attr-defined]
         raise unsupported(module, "_apply_gate", "is the family's own, which is not known here")
     return _activation(module), None, 1.0, 0.0
