@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "hardware"))
+from green_double import Code, FakeDriver
+
+from moesaic.bench import colocate
 from moesaic.bench.report import by_clock, overview, sheet
 from moesaic.bench.results import make_line
 from moesaic.bench.suite import Context
@@ -28,6 +34,7 @@ from moesaic.bench.suites.colocation import (
     plans_of,
 )
 from moesaic.bench.tenants import Trial
+from moesaic.hardware.green import GreenDevice
 from moesaic.runtime.plan import Curve, MachineSlices
 
 STAMPED = dict.fromkeys(("device", "torch", "triton", "commit", "date"), "x")
@@ -156,3 +163,22 @@ def test_the_page_shows_every_way_its_reason_and_the_front(
         assert word in text
     (figure,) = figures.values()
     assert figure.count("<svg") == 1 and "every split" in figure
+
+
+def test_pairs_of_sms_where_the_driver_gives_them_else_whole_atoms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Coarse(FakeDriver):
+        def cuDevSmResourceSplitByCount(self, groups, resource, flags, least):
+            if flags:
+                return (Code.CUDA_ERROR_NOT_SUPPORTED,)
+            return super().cuDevSmResourceSplitByCount(groups, resource, flags, least)
+
+    found = []
+    for driver in (FakeDriver(), Coarse(124)):
+        monkeypatch.setattr(colocate, "GreenDevice", partial(GreenDevice, driver=driver))
+        gpu = colocate.open_gpu(0)
+        pair: Any = SimpleNamespace(gpu=gpu)
+        machine = colocate.Pair.machine.fget(pair)  # type: ignore[attr-defined]
+        found.append((gpu.cut.atom_sms, machine.sizes[-1], colocate.split_sizes(pair)[:3]))
+    assert found == [(2, 128, [2, 4, 8]), (8, 120, [8, 16, 24])]
