@@ -15,6 +15,7 @@ from typing import Any
 from ..parallel.placement import Placement
 from .cluster import load_cluster
 from .costs import Sampler
+from .exchange import NO_TABLE, ExchangeTable, measured_exchange, table_from
 from .kernels import ROOFLINE, KernelTable, device_lines, fit_table, measured_layers
 from .model import load_model
 from .predict import Prediction, first_token_s, predict
@@ -36,6 +37,12 @@ def kernel_table(results: Path, device: str | None, gpu: Any) -> KernelTable:
             table = fit_table(layers, gpu, f"{len(layers)} measured layers of {name}")
             return table
     return replace(ROOFLINE, source=f"roofline (no measured lines of {device or 'this GPU'})")
+
+
+def inside_table(results: Path, device: str | None) -> ExchangeTable:
+    """This project's measured exchanges of the device; none where there are none yet."""
+    rows = measured_exchange(device_lines(results, device), "dispatch")
+    return table_from(rows, f"{len(rows)} measured exchanges of {device}") if rows else NO_TABLE
 
 
 def progress_bar(total: list[Any]) -> Callable[[int, int], None]:
@@ -68,7 +75,9 @@ def make_plan(
     best = verdict.best
     q = question
     if best is not None and best.phase == "decode":
-        ttft = first_token_s(q.model, q.cluster, q.workload, best.strategy, table=q.table)
+        ttft = first_token_s(
+            q.model, q.cluster, q.workload, best.strategy, table=q.table, inside=q.inside
+        )
         if q.workload.arrival is not None:
             queued = serve(q, best, ttft)
     notes = []
@@ -89,13 +98,12 @@ def serve(question: Question, best: Prediction, ttft_s: float) -> Queued:
     for part in (8, 4, 2, 1):
         sequences = max(1, q.workload.sequences // part)
         some = replace(q.workload, sequences=sequences)
-        one = predict(q.model, q.cluster, some, strategy, table=q.table)
+        one = predict(q.model, q.cluster, some, strategy, table=q.table, inside=q.inside)
         batches.append(one.sequences * strategy.homes)
         steps.append(one.step_s)
-    homes = strategy.homes * (strategy.stages if strategy.family == "literal" else 1)
     service = Service(
         copies=best.copies, slots=max(1, int(batches[-1])), batches=tuple(batches),
-        step_s=tuple(steps), prefill_s=ttft_s / homes, output=q.workload.output,
+        step_s=tuple(steps), prefill_s=ttft_s / strategy.homes, output=q.workload.output,
     )  # fmt: skip
     return simulate_queue(service, q.workload.arrival, seed=q.workload.seed)
 
@@ -150,6 +158,7 @@ def main(
     question = Question(
         model=what, cluster=where, workload=load, sampled_layers=layers,
         table=kernel_table(results, where.device, where.gpu),
+        inside=inside_table(results, where.device),
     )  # fmt: skip
     bars: list[Any] = []
     progress = progress_bar(bars) if sys.stderr.isatty() else None

@@ -21,6 +21,7 @@ from ..parallel.placement import Placement
 from ..parallel.planning import plan
 from ..parallel.topology import Topology
 from .cluster import Cluster, Gpu
+from .exchange import NO_TABLE, ExchangeTable
 from .kernels import ROOFLINE, KernelTable, expert_layer_s
 from .model import Model
 from .routing import Counts, sample_counts
@@ -131,7 +132,10 @@ def attention_s(
     a, item = model.attention, model.itemsize
     weights = a.weights(model.hidden)
     flops = 2.0 * tokens * weights
-    moved = weights * item / tp + 2 * 2.0 * tokens * tp * model.hidden
+    # Every intermediate is written and read once, two bytes a number; norms, residual and their
+    # like pass over the hidden state four times.
+    through = tokens * a.activations(absorbed=decode) + 4.0 * tokens * tp * model.hidden
+    moved = weights * item / tp + 2 * 2.0 * through
     projections = gemm_s(gpu, flops, moved, item, ATTENTION_KERNELS)
     pairs = float(tokens) * tp * context
     core_flops = a.core_flops(pairs, absorbed=decode) / tp
@@ -161,7 +165,11 @@ def distinct(places: int, top_k: int) -> float:
 
 
 def exchange_s(
-    times: Times, topology: Topology, model: Model, workload: Workload
+    times: Times,
+    topology: Topology,
+    model: Model,
+    workload: Workload,
+    inside_table: ExchangeTable = NO_TABLE,
 ) -> tuple[float, float, float, float]:
     """Dispatch, combine, and what NVLink and the NICs have to do in both together.
 
@@ -181,6 +189,11 @@ def exchange_s(
     back_far = back * outside
     fixed = _latency(topology)
     dispatch, combine = fixed + max(near, far), fixed + max(back_near, back_far)
+    if inside_table and topology.nodes == 1 and topology.ranks > 1:
+        # What one GPU sends to the others, and its own part, which tables count.
+        whole = topology.gpu_bytes_per_s * topology.ranks / (topology.ranks - 1)
+        dispatch = inside_table.seconds(topology.ranks, near * whole)
+        combine = inside_table.seconds(topology.ranks, back_near * whole)
     return dispatch, combine, near + back_near, far + back_far
 
 
@@ -197,6 +210,7 @@ def moe_layer_costs(
     context: float,
     sampler: Sampler,
     table: KernelTable = ROOFLINE,
+    inside: ExchangeTable = NO_TABLE,
 ) -> list[LayerCost]:
     """The costs of the sampled MoE layers, `tokens` tokens a home GPU in the micro-batch."""
     gpu, decode = cluster.gpu, workload.phase == "decode"
@@ -220,7 +234,7 @@ def moe_layer_costs(
         times = link_times(where, here, _no_latency(topology), 2.0 * model.hidden)
         if strategy.attention:
             times = _from_outside(times, strategy, cluster, here, model)
-        dispatch, combine, nvlink, nic = exchange_s(times, topology, model, workload)
+        dispatch, combine, nvlink, nic = exchange_s(times, topology, model, workload, inside)
         rows, active = _rows(where, here, strategy.ranks)
         seconds = expert_layer_s(gpu, model.experts, rows, active, model.itemsize, table)
         found.append(

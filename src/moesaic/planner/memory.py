@@ -73,6 +73,8 @@ def memory(
     held = workload.context if workload.phase == "decode" else workload.prompt
     # The compressed cache of MLA has no heads to divide over the GPUs of a tensor-parallel part.
     parts = 1 if model.attention.kv_rank else min(cut, model.attention.kv_heads)
+    if workload.phase == "prefill" and not workload.keep_cache:
+        sequences = max(1.0, sequences / strategy.micro_batches)
     cache = layers * sequences * cut * held * model.cache_bytes / parts
     reach = min(model.top_k, slots) if strategy.slices == 1 else 1
     rows = tokens * strategy.ranks * reach if strategy.slices == 1 else tokens * strategy.ranks

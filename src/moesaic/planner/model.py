@@ -65,6 +65,17 @@ class Attention:
             return self.kv_rank + self.rope_dim
         return self.kv_heads * (self.head_dim + self.value_dim)
 
+    def activations(self, *, absorbed: bool) -> int:
+        """Numbers per token that pass through memory between the projections and the core."""
+        heads = self.heads * (self.head_dim + self.value_dim)
+        if not self.kv_rank:
+            return heads + self.cache_elements()
+        if absorbed:
+            inner = self.heads * (2 * self.kv_rank + self.rope_dim)
+        else:
+            inner = self.heads * (self.head_dim - self.rope_dim + self.value_dim)
+        return heads + inner + self.q_rank + self.cache_elements()
+
     def core_flops(self, pairs: float, *, absorbed: bool) -> float:
         """Flops of scores and values for `pairs` of a query and a cached token.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from .cluster import Cluster
 from .costs import SMS, LayerCost, Sampler, attention_s, gemm_s, mlp_s, moe_layer_costs, reduce_s
+from .exchange import NO_TABLE, ExchangeTable
 from .kernels import ROOFLINE, KernelTable
 from .memory import Memory, memory
 from .model import Model
@@ -65,16 +66,13 @@ class Prediction:
 
 def step_tokens(workload: Workload, strategy: Strategy, copies: int) -> tuple[int, float]:
     """Tokens of a home GPU in a micro-batch, and sequences of a home GPU."""
-    homes = copies * strategy.homes * (strategy.stages if strategy.family == "literal" else 1)
-    per_home = workload.sequences / homes if workload.total else float(workload.sequences)
+    homes = copies * strategy.homes
+    # Without a total, work is given per GPU of the copy, so that unlike shapes do like work.
+    share = strategy.gpus / strategy.homes
+    per_home = workload.sequences / homes if workload.total else workload.sequences * share
     if workload.phase == "prefill":
-        tokens = workload.prefill_tokens
-        if workload.total:
-            tokens = max(1, round(per_home * workload.prompt))
+        tokens = per_home * workload.prompt if workload.total else workload.prefill_tokens * share
         return max(1, round(tokens / strategy.micro_batches)), tokens / workload.prompt
-    if not workload.total:
-        # A batch is given per GPU of the copy, so that strategies of unlike shapes do like work.
-        per_home = workload.sequences * strategy.gpus / strategy.homes
     return max(1, round(per_home / strategy.micro_batches)), per_home
 
 
@@ -86,6 +84,7 @@ def predict(
     *,
     sampler: Sampler | None = None,
     table: KernelTable = ROOFLINE,
+    inside: ExchangeTable = NO_TABLE,
 ) -> Prediction:
     """Simulate one step of a strategy.
 
@@ -99,7 +98,9 @@ def predict(
     tokens, sequences = step_tokens(workload, strategy, copies)
     decode = workload.phase == "decode"
     context = workload.context if decode else workload.prompt / 2
-    costs = moe_layer_costs(model, cluster, workload, strategy, tokens, context, sampler, table)
+    costs = moe_layer_costs(
+        model, cluster, workload, strategy, tokens, context, sampler, table, inside
+    )
     chain = _chain(model, cluster, workload, strategy, tokens, context, costs)
     step_s, line = _step(cluster, model, strategy, tokens, chain, decode)
     micro_tokens = tokens * strategy.homes * copies
@@ -271,10 +272,11 @@ def _binding(
 
 def first_token_s(
     model: Model, cluster: Cluster, workload: Workload, strategy: Strategy,
-    *, sampler: Sampler | None = None, table: KernelTable = ROOFLINE,
+    *, table: KernelTable = ROOFLINE, inside: ExchangeTable = NO_TABLE,
 ) -> float:  # fmt: skip
     """Seconds to a first token on an idle deployment: one prefill step of a prompt a GPU."""
-    one = replace(
-        workload, phase="prefill", prefill_tokens=workload.prompt, total=False, forwarded=True
-    )
-    return predict(model, cluster, one, strategy, sampler=sampler, table=table).step_s
+    alone = replace(strategy, micro_batches=1, overlap=False)
+    tokens = max(1, round(workload.prompt * strategy.homes / strategy.gpus))
+    one = replace(workload, phase="prefill", prefill_tokens=tokens, total=False, forwarded=True)
+    # Counts of the other phase do not serve here.
+    return predict(model, cluster, one, alone, table=table, inside=inside).step_s

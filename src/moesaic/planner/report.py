@@ -13,7 +13,7 @@ from .predict import Prediction
 from .queueing import Queued
 from .search import Question, Verdict
 
-HEADS = ("strategy", "GPUs", "tok/s/GPU", "tok/s/node", "step ms", "seq/s tok", "memory GB", "fits",
+HEADS = ("strategy", "GPUs", "tok/s/GPU", "tok/s/node", "step ms", "tok/s/seq", "memory GB", "fits",
          "balance", "overlap", "J/token", "waits for")  # fmt: skip
 
 

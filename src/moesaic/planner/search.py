@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from .cluster import Cluster
 from .costs import Sampler
+from .exchange import NO_TABLE, ExchangeTable
 from .kernels import ROOFLINE, KernelTable
 from .model import Model
 from .predict import Prediction, predict
@@ -32,6 +33,7 @@ class Question:
     workload: Workload
     table: KernelTable = ROOFLINE
     sampled_layers: int = 4
+    inside: ExchangeTable = NO_TABLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ def predict_group(question: Question, strategies: Sequence[Strategy]) -> list[Pr
     q = question
     sampler = Sampler(q.model, q.cluster, q.workload, q.sampled_layers)
     return [
-        predict(q.model, q.cluster, q.workload, s, sampler=sampler, table=q.table)
+        predict(q.model, q.cluster, q.workload, s, sampler=sampler, table=q.table, inside=q.inside)
         for s in strategies
     ]
 

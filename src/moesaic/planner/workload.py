@@ -62,6 +62,8 @@ class Workload:
         wire_bytes: of a number dispatched (1 for fp8); combine always carries 2.
         engine: `moesaic` returns a row per (token, slot); `node-sums` adds them up in each node.
         forwarded: rows enter a node by the rail of their source.
+        exchange_sms: SMs that an overlapped exchange takes from compute.
+        keep_cache: whether a prefill keeps the cache of its whole batch, or of one micro-batch.
         tpot_ms, ttft_ms: limits a recommendation must keep.
     """
 
@@ -74,11 +76,12 @@ class Workload:
     prefill_tokens: int = 8192
     routing: str = "lognormal:0.4"
     trace: Counts | None = None
-    locality: float = 5.0
+    locality: float = 0.0
     wire_bytes: float = 2.0
     engine: str = "moesaic"
     forwarded: bool = False
     exchange_sms: int = 0
+    keep_cache: bool = True
     tpot_ms: float | None = None
     ttft_ms: float | None = None
     arrival: Arrival | None = None
@@ -128,6 +131,7 @@ def workload_from(block: Block, folder: Path, *, num_experts: int, layers: int) 
         wire_bytes=block.number("wire_bytes", base.wire_bytes, low=0.5, high=4),
         engine=block.text("engine", base.engine, among=ENGINES),
         forwarded=block.boolean("forwarded", phase == "prefill"),
+        keep_cache=block.boolean("keep_cache", base.keep_cache),
         exchange_sms=block.integer("exchange_sms", base.exchange_sms, low=0, high=128),
         tpot_ms=block.number("tpot_ms", None, above=True),
         ttft_ms=block.number("ttft_ms", None, above=True),
