@@ -40,6 +40,7 @@ from .execute import candidates, run_chunk, windows_of
 from .facts import ChunkFacts, PassFacts
 from .interrupt import Interrupt
 from .plan import Chunk, Plan, plan_text
+from .ranks import on_ranks, world_size
 from .report import ReportDirectory, html, writing
 from .show import print_tables
 from .text import TextInfo, TextReader, inspect_text
@@ -173,6 +174,7 @@ def header(job: Job) -> dict[str, Any]:
         "device": job.device.type,
         "device_name": device_name(job.device),
         "dtype": job.dtype,
+        **({"ranks": world_size()} if world_size() > 1 else {}),
         "moesaic_version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -312,6 +314,8 @@ def main(
 ) -> int:
     """Run the main job, print its tables and its JSON line, and return the exit code.
 
+    Under torchrun the experts are spread over its ranks, and rank 0 alone prints and reports.
+
     Args:
         model: a .safetensors file of a byte-level MoE model; None is the embedded one.
         text: any UTF-8 file; None is the held-out text of the package.
@@ -327,6 +331,12 @@ def main(
         RuntimeError: moesaic cannot run on this device.
         KeyboardInterrupt: interrupted before there was anything to report, or twice.
     """
+    if world_size() > 1 and experts is moe:
+        place = choose_device(device)
+        return on_ranks(
+            main, place, MOST_TOKENS[place.type], model=model, text=text, out=out, limit=limit,
+            device=device, dtype=dtype, trace_ids=trace_ids,
+        )  # fmt: skip
     job = prepare(model, text, limit, device, dtype)
     with Interrupt() as interrupt, ReportDirectory(out, job.started) as report:
         document = score(job, report, experts, trace_ids, interrupt)
