@@ -97,11 +97,21 @@ def _no_sync() -> Any:
 
 
 @dataclass
+class Pool:
+    """A memory pool of graphs and how many of them live; one that had none left is not used again,
+    for the allocator refuses that."""
+
+    handle: Any
+    live: int = 0
+
+
+@dataclass
 class CudaRecording:
     """A CUDA graph and what its call returned."""
 
     graph: torch.cuda.CUDAGraph
     outputs: Outputs
+    pool: Pool
 
     def replay(self) -> None:
         """Launch the graph on the current stream."""
@@ -111,6 +121,7 @@ class CudaRecording:
         """Destroy the graph; its memory goes back to the pool."""
         self.outputs = ()
         self.graph.reset()
+        self.pool.live -= 1
 
 
 class CudaCapturer:
@@ -134,7 +145,8 @@ class CudaCapturer:
         self.device = torch.device(device)
         self._streams = dict(streams or {})
         self._own: torch.cuda.Stream | None = None
-        self._pool: Any = None
+        self._pool: Pool | None = None
+        self._broken: list[torch.cuda.CUDAGraph] = []
         self._last: torch.cuda.Stream | None = None
 
     def _stream(self, sms: int | None) -> torch.cuda.Stream:
@@ -175,27 +187,57 @@ class CudaCapturer:
         between two captures would pay for.
         """
         side, outer = self._stream(sms), torch.cuda.current_stream(self.device)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        if self._pool is None or not self._pool.live:
+            self._pool = Pool(torch.cuda.graph_pool_handle())
+        graph, pool = torch.cuda.CUDAGraph(), self._pool
         side.wait_stream(outer)
         try:
             with torch.cuda.stream(side):
                 # Only this thread is kept from what a capture forbids.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
                 try:
                     outputs = call()
                 except BaseException:
-                    with contextlib.suppress(RuntimeError):
+                    with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+                        warnings.simplefilter("ignore")  # it says that the graph is empty
                         graph.capture_end()
                     raise
                 graph.capture_end()
-        except RuntimeError as error:
-            with contextlib.suppress(RuntimeError):
-                graph.reset()
+        except BaseException as error:
+            self._abandon(graph, pool, side)
+            if not isinstance(error, RuntimeError):
+                raise
             kind = OutOfMemory if is_out_of_memory(error) else CaptureFailed
             raise kind(one_line(error)) from error
-        return CudaRecording(graph, outputs)
+        pool.live += 1
+        return CudaRecording(graph, outputs, pool)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Pool, side: torch.cuda.Stream) -> None:
+        """Undo a capture that failed.
+
+        One that could not even be ended leaves torch's allocator (before 2.12) recording to the
+        pool, the pool with a user too many, and the random generator in a capture. So the pool is
+        let go by hand, a new one is used, and a capture that succeeds sets the generator right.
+        """
+        try:
+            graph.pool()
+        except RuntimeError:
+            self._broken.append(graph)  # the allocator may still ask it whose memory is whose
+        else:
+            graph.reset()
+            return
+        self._pool = None
+        for undo in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            with contextlib.suppress(RuntimeError):
+                getattr(torch._C, undo)(side.device_index, pool.handle)
+        cell = torch.zeros(1, device=self.device)
+        healing = torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with contextlib.suppress(RuntimeError), torch.cuda.stream(side):
+            healing.capture_begin(capture_error_mode="thread_local")
+            cell.add_(1)
+            healing.capture_end()
+        healing.reset()
 
     def before_replay(self) -> None:
         """Wait for the stream of the last replay when this is another."""
