@@ -16,6 +16,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,7 +129,7 @@ def scene(
     elif kind == "tenant":
         groups.append(SliceGroup(name="tenant", kind="tenant", curve="gemm"))
         half_ms = 0.5 * float(time_nE.sum(axis=1).mean())
-        work.append(tenant_ms(half_ms, steps=len(rows_nE), seed=layer))
+        work.append(tenant_ms(half_ms, steps=len(rows_nE), seed=crc32(name.encode())))
     else:
         raise ValueError(f"kind must be layer or tenant, got {kind!r}")
     context_nC = context_of(counts_nLE, layer, layers_before=layers_before)

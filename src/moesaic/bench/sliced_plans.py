@@ -88,12 +88,16 @@ class Layer:
 
 @dataclass
 class Replayable:
-    """A captured call: its graph, static ids, output and stream."""
+    """A captured call: its graph, static ids, output and stream.
+
+    `keep` holds what the graph reads beside them, which must live as long as the graph.
+    """
 
     graph: Any
     ids_TK: Tensor
     out_TH: Tensor
     stream: Any
+    keep: tuple[Any, ...] = ()
 
 
 def make_layer(tokens: int, device: torch.device, seed: int) -> Layer:
@@ -121,7 +125,7 @@ def capture(layer: Layer, ids_TK: Tensor, call: Any, stream: Any) -> Replayable:
             out_TH = call(*args)
         finally:
             graph.capture_end()
-    return Replayable(graph, ids_TK, out_TH, stream)
+    return Replayable(graph, ids_TK, out_TH, stream, keep=(call, args))
 
 
 def alone_ms(layer: Layer, ids_TK: Tensor, sms: int) -> float:

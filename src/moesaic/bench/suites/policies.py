@@ -31,6 +31,7 @@ from ...runtime.policies.adaptive import WAYS, by
 from ...runtime.policies.forecast import Way, expect, learn, start
 from ...runtime.policies.replay import WINDOW, Replay, oracle, replay
 from ...runtime.predictors import Array, Predictor
+from ..policy_pages import section
 from ..results import Line, Target, at_least, at_most, make_line, stamp
 from ..scenes import Scene, committed_curves, context_of, counts_of, names, scene
 from ..suite import Cell, Context, Suite
@@ -304,4 +305,5 @@ SUITE = Suite(
     devices=("cpu", "cuda"),
     budget_s=60.0,
     measured=measured,
+    section=section,
 )
