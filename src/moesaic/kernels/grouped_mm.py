@@ -398,6 +398,9 @@ def aot_cases() -> list[AotCase]:
         ("oss_tails", oss, "bfloat16", True),
         ("columns", plain, "bfloat16", True),
         ("fp32", gate, "float32", False),
+        ("fp32_tails", gate, "float32", False),
+        ("fp32_oss_tails", oss, "float32", True),
+        ("fp32_columns_tails", plain, "float32", True),
     )
     return [
         _aot_case(name, epilogue, dtype, transposed, tokens, arch)

@@ -206,7 +206,7 @@ def heuristic(problem: Problem) -> Config:
 
 def _by_rows(problem: Problem, rows: float) -> Config:
     if problem.dtype == "float32":
-        return _float32(rows)
+        return _float32(rows, problem.transposed)
     swap = 64 if problem.arch == 90 else 0
     if rows <= 24:
         # One token's few experts must still give every SM a column block.
@@ -231,11 +231,14 @@ def _by_rows(problem: Problem, rows: float) -> Config:
     return Config((128,), up if problem.gated else down, down, down, reason=why)
 
 
-def _float32(rows: float) -> Config:
-    """fp32 has no tensor core without TF32: products are FMA and tiles stay small."""
+def _float32(rows: float, transposed: bool) -> Config:
+    """fp32 has no tensor core without TF32: products are FMA and tiles stay small.
+
+    Ragged edges of transposed weights cost registers: the wider tile would spill.
+    """
     height, warps = (16, 4) if rows <= 24 else (64, 8)
     up = GemmConfig(32, FP32_BLOCK_K, warps, 3)
-    down = GemmConfig(64, FP32_BLOCK_K, warps, 3)
+    down = GemmConfig(32 if transposed else 64, FP32_BLOCK_K, warps, 3)
     return Config((height,), up, down, down, reason="fp32 without TF32: FMA tiles")
 
 
