@@ -105,7 +105,7 @@ def test_an_answer_that_differs_is_a_wrong_line(gpu: None, monkeypatch, tmp_path
     lines = [x for x in recorder.lines if x["clock"] == "measured"]
     assert all("answers differ" in x["wrong"] for x in lines)
     missed = {t.name for t in recorder.targets() if not t.met}
-    assert "measured: answers that differ" in missed
+    assert "measured: policies whose answers differ" in missed
 
 
 def test_rows_of_the_curves_are_even_and_of_their_group_only() -> None:
