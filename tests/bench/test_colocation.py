@@ -106,7 +106,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> li
 def test_the_targets_come_from_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = simulated(monkeypatch)
     targets = {t.name: t for t in SUITE.summarize(lines)}
-    assert len(targets) == 6 * len(cells()) + 1
+    assert len(targets) == 7 * len(cells()) + 1
     assert targets["1 tokens, closed loop: decode p99 over alone"].met
     assert targets["1 tokens, closed loop: chosen plan over the sweep's best"].value >= 0.9
     assert (
@@ -149,7 +149,7 @@ def test_every_policy_gives_a_plan_that_fits(loop: str) -> None:
     assert {OURS, "none", "static", "dynamic", "proportional", "adaptive"} <= set(plans)
     assert not plans["none"].sliced
     ours = plans[OURS]
-    assert CURVES["decode"].slowdown(ours.sizes["decode"]) <= 0.9 * LOOPS[loop][0]
+    assert CURVES["decode"].slowdown(ours.sizes["decode"]) <= LOOPS[loop][0]
     assert sum(ours.sizes.values()) == 128
 
 

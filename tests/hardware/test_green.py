@@ -167,9 +167,9 @@ def test_a_graph_keeps_the_sms_of_the_stream_that_captured_it() -> None:
             smid_kernel[(2048,)](out_P, WAIT=WAIT, num_warps=4)
         for stream in (small.stream, large.stream, torch.cuda.Stream()):
             out_P.fill_(-1)
-            torch.cuda.synchronize()
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 graph.replay()
-            torch.cuda.synchronize()
+            stream.synchronize()  # of the device, it returns before the graph has ended
             assert set(out_P.tolist()) == expected
         del graph

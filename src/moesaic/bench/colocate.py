@@ -181,7 +181,9 @@ def trial(
             line, rival, clockwork.arrivals,
             steps=steps, interval_ms=loop.interval_ms, limit_s=limit_s,
         )  # fmt: skip
-    torch.cuda.synchronize()
+    step.stream.synchronize()
+    if other is not None:
+        other.stream.synchronize()
     return found
 
 
@@ -189,7 +191,7 @@ def alone_per_s(clockwork: Clockwork, other: Replays, *, seconds: float) -> floa
     """Launches per second of the other tenant, back to back with the whole GPU to itself."""
     line = GpuLine(other.graphs, other.stream, clockwork.base)
     found = closed_loop(line, None, steps=10**9, limit_s=seconds)
-    torch.cuda.synchronize()
+    other.stream.synchronize()
     return 1e3 * len(found.latencies_ms) / sum(found.latencies_ms)
 
 

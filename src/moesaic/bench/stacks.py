@@ -97,14 +97,18 @@ class Stack:
 
 
 def replay(replays: Replays) -> list[Tensor]:
-    """The outputs of one replay of every graph, written afresh."""
+    """The outputs of one replay of every graph, written afresh.
+
+    Waits for the stream itself: `torch.cuda.synchronize` has been seen to return before graphs on
+    a green context's stream had ended.
+    """
     for out_TH in replays.outputs:
         out_TH.fill_(float("nan"))
-    torch.cuda.synchronize()
+    replays.stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(replays.stream):
         for graph in replays.graphs:
             graph.replay()
-    torch.cuda.synchronize()
+    replays.stream.synchronize()
     return replays.outputs
 
 

@@ -10,6 +10,10 @@ current context, and torch would route work to a stream of the wrong one. So ker
 and loaded under the primary context, and `probe_launch` says whether a Triton kernel then really
 runs where it should. A CUDA graph keeps the SMs of the stream that it was captured on.
 
+Wait for a part's stream, or an event on it: on driver 580 `torch.cuda.synchronize` has been seen to
+return before a graph on such a stream had ended. Right after a part was used, its SMs come free for
+another, overlapping part with a delay.
+
 SMs are all that is divided: caches, memory bandwidth, copy engines and power stay shared.
 
     with GreenDevice(0) as gpu:

@@ -35,10 +35,15 @@ def _say_once(reason: str) -> None:
     log.warning("the GPU is not sliced: %s", reason)
 
 
-def open_partition(device: int = 0, *, driver: Any = None) -> GreenDevice | None:
-    """The GPU in slices of `SLICE_SMS` SMs; None, and the reason once in the log, if it cannot."""
+def open_partition(
+    device: int = 0, *, clusters: bool = True, driver: Any = None
+) -> GreenDevice | None:
+    """The GPU in slices of `SLICE_SMS` SMs; None, and the reason once in the log, if it cannot.
+
+    `clusters`: as in `GreenDevice`; an H200 gives 15 slices with them and 16 without.
+    """
     try:
-        return GreenDevice(device, atom_sms=SLICE_SMS, driver=driver)
+        return GreenDevice(device, atom_sms=SLICE_SMS, clusters=clusters, driver=driver)
     except GreenUnavailable as error:
         _say_once(str(error))
         return None
