@@ -16,10 +16,10 @@ from moesaic.bench.whole_models import (
     layer_forward,
     make_step,
     random_model,
-    selected,
     typical_error,
     without_moe,
 )
+from moesaic.integrations.attach import selected
 
 TINY = {
     "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,

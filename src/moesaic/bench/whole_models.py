@@ -20,9 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..integrations.attach import Fuse, attach, detach, experts_modules
-
-OURS = "moesaic"
 CONTEXT = 512
 COMMON = {
     "vocab_size": 32000, "num_attention_heads": 32, "max_position_embeddings": 32768,
@@ -87,27 +84,6 @@ def random_model(name: str, device: torch.device, layers: int | None = None, **s
     for layer in model.model.layers:
         layer.self_attn.layer_idx = 0  # every layer has a cache of its own, and one compiled form
     return model.requires_grad_(False).eval()
-
-
-@contextmanager
-def selected(model: Any, name: str, fuse: Fuse = "auto") -> Iterator[None]:
-    """The model with an implementation: moesaic attached, or transformers' own of that name."""
-    if name == OURS:
-        attach(model, fuse_routers=fuse)
-        try:
-            yield
-        finally:
-            detach(model)
-        return
-    configs: dict[int, Any] = {id(m.config): m.config for _, m in experts_modules(model)}
-    before = {key: config._experts_implementation for key, config in configs.items()}
-    for config in configs.values():
-        config._experts_implementation_internal = name
-    try:
-        yield
-    finally:
-        for key, config in configs.items():
-            config._experts_implementation_internal = before[key]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -252,3 +253,24 @@ def detach(model: nn.Module) -> None:
     for config, before in attachment.before:
         config._experts_implementation_internal = before
     delattr(model, ATTACHMENT)
+
+
+@contextmanager
+def selected(model: nn.Module, name: str, fuse: Fuse = "auto") -> Iterator[None]:
+    """The model with an implementation for a while: "moesaic" attached, or one of transformers'."""
+    if name == NAME:
+        attach(model, fuse_routers=fuse)
+        try:
+            yield
+        finally:
+            detach(model)
+        return
+    configs: dict[int, Any] = {id(m.config): m.config for _, m in experts_modules(model)}
+    before = {key: config._experts_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._experts_implementation_internal = name
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation_internal = before[key]

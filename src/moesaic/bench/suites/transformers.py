@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...integrations.attach import selected
+from ...integrations.transformers import NAME as OURS
 from ..results import Line, Target, at_least, make_line, stamp
 from ..suite import Cell, Context, Suite
 from ..timing import (
@@ -35,14 +37,12 @@ from ..timing import (
 from ..whole_models import (
     CONFIGS,
     CONTEXT,
-    OURS,
     Step,
     layer_forward,
     make_step,
     moe_blocks,
     moe_inputs,
     random_model,
-    selected,
     tidy,
     typical_error,
     without_moe,
