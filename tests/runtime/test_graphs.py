@@ -89,7 +89,8 @@ def test_a_shape_must_come_several_times_in_a_row() -> None:
     cache, fake = cache_of(Layer(), GraphConfig(min_calls=4, min_tokens=1, stable_calls=2))
     for i in range(40):
         call(cache, 1 + i % 2, i)
-    assert fake.recorded == 0
+    # Three warm-ups a shape and no more, however often it comes without being stable.
+    assert (fake.recorded, fake.warmed) == (0, 6)
     call(cache, 2)
     assert fake.recorded == 1
 

@@ -50,7 +50,7 @@ ENERGY_TABLES: dict[str, tuple[str, Columns]] = {
         "The layer",
         (
             ("ms", "ms"), ("watts", "W"), ("share_of_tdp", "of TDP"),
-            ("joules_per_token", "J a token"), ("net_joules_per_token", "above idle"),
+            ("joules_per_token", "mJ a token"), ("net_joules_per_token", "above idle"),
             ("tokens_per_joule", "tokens a J"), ("spread", "spread of five"),
             ("sm_activity", "SM"), ("tensor_activity", "tensor"), ("dram_activity", "DRAM"),
         ),
@@ -87,6 +87,8 @@ def entry(line: Line, key: str) -> str:
     if key == "ms" and line.get("wrong"):
         return "wrong"
     value = line.get(key)
+    if value is not None and key.endswith("joules_per_token"):
+        value *= 1e3
     if key == "ms" and value is None and line.get("error"):
         return str(line["error"]).split(":")[0]
     if isinstance(value, str):

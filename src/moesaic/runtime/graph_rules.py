@@ -122,7 +122,8 @@ class Tracker:
             self._last.popitem(last=False)
         if calls >= c.min_calls and run >= c.stable_calls:
             return "capture"
-        return "warm" if calls >= c.min_calls - c.warmups else "eager"
+        # Once each: a shape that is never stable would else pay for warming up at every call.
+        return "warm" if c.min_calls - c.warmups <= calls < c.min_calls else "eager"
 
     def replayed(self, key: Key) -> None:
         """Note that the owner's last call was a replay of `key`."""
