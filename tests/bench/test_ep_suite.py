@@ -19,10 +19,10 @@ WORKER = Path(__file__).parent / "ep_bench_worker.py"
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
-def run_two(folder: Path, **environment: str) -> list[dict]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def run_ranks(ranks: int, folder: Path, **environment: str) -> list[dict]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*command, str(WORKER), str(folder)],
+        [*command, f"--nproc-per-node={ranks}", str(WORKER), str(folder)],
         env=os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
@@ -33,7 +33,7 @@ def run_two(folder: Path, **environment: str) -> list[dict]:
 
 
 def test_two_processes_measure_and_one_writes(tmp_path) -> None:
-    lines = run_two(tmp_path)
+    lines = run_ranks(2, tmp_path)
     found = {(x["clock"], x["impl"], x["mode"]) for x in lines}
     assert {("dispatch", i, "graph") for i in ("moesaic", "moesaic-32sm", "nccl")} <= found
     assert {("combine", "nccl-counts", "eager"), ("layer-ep1", "moesaic", "graph")} <= found
@@ -44,8 +44,16 @@ def test_two_processes_measure_and_one_writes(tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_four_processes_measure_groups_of_every_size(tmp_path) -> None:
+    lines = run_ranks(4, tmp_path)
+    assert not any(x.get("wrong") or x.get("error") for x in lines)
+    layers = {(x["clock"], x["ranks"]) for x in lines if x["clock"].startswith("layer")}
+    assert layers == {("layer-ep1", 1), ("layer-ep2", 2), ("layer-ep4", 4)}
+
+
+@pytest.mark.slow
 def test_rows_that_come_back_changed_are_wrong(tmp_path) -> None:
-    lines = run_two(tmp_path, SABOTAGE="1")
+    lines = run_ranks(2, tmp_path, SABOTAGE="1")
     exchanged = [x for x in lines if x["clock"] in ("dispatch", "combine")]
     assert {x["wrong"] for x in exchanged if x["impl"].startswith("moesaic")} == {True}
     assert ep.summarize(lines)[0].met is False

@@ -69,7 +69,7 @@ def measure_all(
     try:
         for number, cell in enumerate(wanted):
             ranks = ranks_of(cell)
-            if ranks > team.size or (team.size == 1 and not ranks):
+            if (ranks and team.size % ranks) or (team.size == 1 and not ranks):
                 continue
             spent = team.first(context.elapsed_s())
             if spent + estimate_s(cell, layers, widths) > context.budget_s:
@@ -271,7 +271,7 @@ def layer_lines(
     fixed: Line,
     seed: int,
 ) -> list[Line]:
-    """A layer on the first ranks: its bits against one GPU's, and its times."""
+    """A layer on groups of ranks, all groups at once: its bits against one GPU's, its times."""
     ranks = ranks_of(cell)
     group = team.group(ranks)
     samplers: dict[tuple[str, str], Sampler] = {}
@@ -279,10 +279,6 @@ def layer_lines(
     candidates = {"moesaic": "symmetric", "moesaic-nccl": dist.get_backend()} if ranks > 1 else {
         "moesaic": "local"
     }  # fmt: skip
-
-    def idle() -> float:
-        team.together()
-        return team.largest(0.0)
 
     def prepare() -> None:
         weights = full_weights(team, cell, layer, shelf, seed=7)
@@ -298,18 +294,13 @@ def layer_lines(
                 samplers[impl, "eager"] = loop_sampler(team, call, 4)
 
     error: Exception | None = None
-    member = team.rank < ranks
-    if member:
-        try:
-            prepare()
-        except Exception as raised:
-            error = raised
+    try:
+        prepare()
+    except Exception as raised:
+        error = raised
     if team.largest(float(error is not None)):
         raise error or RuntimeError("another rank could not prepare this layer")
-    modes = {impl: "graph" if impl == "moesaic" else "eager" for impl in candidates}
     wrong = {impl: team.largest(bad.get(impl, 0.0)) > 0 for impl in candidates}
-    if not member:
-        samplers = dict.fromkeys(((impl, modes[impl]) for impl in candidates), idle)
     for sampler in samplers.values():
         sampler()
     timed = take_turns(samplers, rounds=5, seed=seed)
@@ -337,7 +328,8 @@ def layer_calls(
     """One call of each candidate on this rank's tokens, and what one GPU makes of them."""
     ranks, spec = ranks_of(cell), layer.spec
     tokens = cell.tokens // ranks
-    generator = torch.Generator(team.device).manual_seed(seed + team.rank)
+    rank = team.rank % ranks
+    generator = torch.Generator(team.device).manual_seed(seed + rank)
     hidden_TH = torch.randn(tokens, spec.hidden_size, device=team.device, generator=generator)
     hidden_TH = hidden_TH.to(getattr(torch, cell.dtype))
     ids_TK = routing_ids(
@@ -350,7 +342,7 @@ def layer_calls(
     shape = (tokens, layer.top_k)
     share_TK = torch.rand(shape, device=team.device, generator=generator).softmax(-1)
     placement = contiguous(spec.num_experts, ranks)
-    own = weights if ranks == 1 else take_experts(weights, placement, layer=0, rank=team.rank)
+    own = weights if ranks == 1 else take_experts(weights, placement, layer=0, rank=rank)
     calls: dict[str, Call] = {}
     for impl, backend in candidates.items():
         options = Options(backend=backend, capacity=tokens)  # type: ignore[arg-type]

@@ -86,11 +86,18 @@ class Team:
         self.groups: dict[int, dist.ProcessGroup | None] = {1: None}
 
     def group(self, ranks: int) -> dist.ProcessGroup | None:
-        """The group of the first `ranks` ranks, None of one; every rank calls it."""
+        """This rank's group when the world is cut into groups of `ranks`; None of one rank.
+
+        Every rank calls it and belongs to a group: torch counts rendezvous of symmetric memory in
+        each process, and a group of some ranks alone would make a later one of all of them hang
+        (pytorch issue 196082).
+        """
         if ranks not in self.groups:
-            whole = ranks == self.size
-            made = dist.group.WORLD if whole else dist.new_group(list(range(ranks)))
-            self.groups[ranks] = made
+            if ranks == self.size:
+                self.groups[ranks] = dist.group.WORLD
+            else:
+                cuts = [list(range(r, r + ranks)) for r in range(0, self.size, ranks)]
+                self.groups[ranks], _ = dist.new_subgroups_by_enumeration(cuts)  # type: ignore[no-untyped-call]
         return self.groups[ranks]
 
     def first(self, value: float) -> float:

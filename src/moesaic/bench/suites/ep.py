@@ -8,10 +8,11 @@ rank; `uniform`, drawn; `zipf1`, drawn with rank r wanted as 1 / r. `moesaic` us
 sorted beforehand, in a graph: less work than a dispatch. `nccl-counts` exchanges its counts and
 reads them first, as variable splits ask for; no graph can hold that.
 
-`layer-epG`: routing given, from tokens to outputs, on the first G ranks, whose tokens together are
+`layer-epG`: routing given, from tokens to outputs, over G ranks, whose tokens together are
 `tokens`; the same total over more ranks is strong scaling, the same number a rank weak scaling.
-`moesaic` is the symmetric exchange in a graph, `moesaic-nccl` the one by collectives, eager. Bits
-of both are compared with one GPU that has all the experts.
+With more GPUs than G every group of G measures the same layer at the same time, and the slowest
+counts. `moesaic` is the symmetric exchange in a graph, `moesaic-nccl` the one by collectives,
+eager. Bits of both are compared with one GPU that has all the experts.
 
     T rows a rank · H width · E experts · K top-k · G ranks
 """
@@ -90,7 +91,7 @@ def cells() -> list[Cell]:
 
 def runnable(ranks: int) -> list[Cell]:
     """The cells that so many ranks can measure."""
-    layers = tuple(f"layer-ep{r}" for r in RANKS if r <= ranks)
+    layers = tuple(f"layer-ep{r}" for r in RANKS if ranks % r == 0)
     clocks = layers if ranks == 1 else ("exchange", *layers)
     return [cell for cell in cells() if cell.clock in clocks]
 

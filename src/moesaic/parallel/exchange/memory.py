@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+MADE: list[int] = []
+"""Bytes of every region that this process made by torch, kept or not: torch counts them too."""
+
 
 class SharedMemory(NamedTuple):
     """One allocation a rank; `own` is this rank's, uint8."""
@@ -41,6 +44,15 @@ def _by_torch(num_bytes: int, group: dist.ProcessGroup, device: torch.device) ->
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     import torch.distributed._symmetric_memory as symmetric
 
+    made: list[object] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(made, len(MADE), group=group)
+    if len(set(made)) > 1:
+        raise RuntimeError(
+            f"the ranks of this group have made {made} regions of symmetric memory before; torch "
+            "would wait for ever (pytorch issue 196082): make those of all ranks first, or cut all "
+            "ranks into groups that make equally many"
+        )
+    MADE.append(num_bytes)
     try:
         own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
         handle = symmetric.rendezvous(own, group)
