@@ -47,7 +47,7 @@ def steps(rows: np.ndarray) -> list[Step]:
     return [Step(loads_N=tuple(map(float, row))) for row in rows]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(machines, st.integers(1, 6), st.data())
 def test_every_policy_s_plan_fits_the_machine(machine, count, data) -> None:
     kinds = data.draw(st.lists(st.sampled_from(["gemm", "copy"]), min_size=count, max_size=count))
@@ -177,7 +177,7 @@ def test_adaptive_comes_near_the_oracle_where_there_is_something_to_learn() -> N
     assert regret["adaptive"] < 0.5 * min(regret["ewma"], regret["last"], regret["static"])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.5, 5), st.floats(0.5, 5))
 def test_noise_in_the_loads_does_not_make_plans_alternate(seed, hot, cold) -> None:
     noise = np.random.default_rng(seed).uniform(0.995, 1.005, (90, 2))

@@ -299,6 +299,7 @@ def summarize(lines: Sequence[Line]) -> list[Target]:
         *error_targets(lines),
         *regret_targets(lines),
         *measured_targets(lines),
+        at_least("lines", float(len(lines)), 1.0),
         at_most("lines failed or with faults", float(len(failed)), 0.0),
     ]
 
