@@ -221,10 +221,13 @@ class CudaCapturer:
         """
         try:
             graph.pool()
+            ended = True
         except RuntimeError:
+            ended = False
             self._broken.append(graph)  # the allocator may still ask it whose memory is whose
-        else:
+        with contextlib.suppress(RuntimeError):
             graph.reset()
+        if ended:
             return
         self._pool = None
         for undo in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
