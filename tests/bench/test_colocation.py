@@ -159,7 +159,14 @@ def test_the_page_shows_every_way_its_reason_and_the_front(
     lines = simulated(monkeypatch)
     assert SUITE.section is not None
     text, figures = SUITE.section(lines, SUITE.summarize(lines), tmp_path, "h200", "figures")
-    for word in ("no-control", "split@40", "policy:adaptive", "x alone", "| decode |", "open loop"):
+    for word in (
+        "no-control",
+        "split@40",
+        "policy:adaptive",
+        "x alone",
+        "decode, 1 tokens",
+        "open loop",
+    ):
         assert word in text
     (figure,) = figures.values()
     assert figure.count("<svg") == 1 and "every split" in figure

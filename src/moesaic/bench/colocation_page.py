@@ -46,17 +46,18 @@ def reasons_sheet(lines: Sequence[Line]) -> Sheet:
 
 
 def curves_sheet(lines: Sequence[Line]) -> Sheet:
-    """Slowdown over the whole GPU by SMs, alone and with both tenants at work."""
-    curve = [x for x in lines if x["clock"] == "curve" and x["ms"]]
-    sizes = sorted({int(x["sms"]) for x in curve})
-    rows = []
-    for model in dict.fromkeys(x["model"] for x in curve):
-        for work in dict.fromkeys(x["work"] for x in curve):
-            found = {int(x["sms"]): x for x in curve if (x["model"], x["work"]) == (model, work)}
-            if found:
-                cells = [short(found[n]["slowdown"]) if n in found else "" for n in sizes]
-                rows.append([model, work, short(found[max(found)]["ms"]), *cells])
-    return Sheet(["model", "work", "ms", *(str(n) for n in sizes)], rows)
+    """Slowdown over the whole GPU by SMs, alone and with both tenants at work (by loop)."""
+    found: dict[tuple[int, str], dict[int, Line]] = {}
+    for x in lines:
+        if x["clock"] == "curve" and x["ms"]:
+            found.setdefault((x["tokens"], x["work"]), {})[int(x["sms"])] = x
+    sizes = sorted({n for curve in found.values() for n in curve})
+    rows = [
+        [str(n), *(short(c[n]["slowdown"]) if n in c else "" for c in found.values())]
+        for n in sizes
+    ]
+    heads = [f"{work}, {tokens} tokens" for tokens, work in found]
+    return Sheet(["SMs", *heads], rows)
 
 
 def front_figure(loops: dict[tuple[str, str], list[Line]]) -> str:

@@ -21,6 +21,7 @@ from ..hardware.green import Cut, GreenDevice, GreenError, GreenUnavailable
 from ..hardware.mig import MigInventory, read_mig
 from ..hardware.nvml import NotAvailable, load_nvml, open_gpu
 from ..runtime.plan import Curve, MachineSlices, Plan
+from ..runtime.tenants import MARGIN
 from .colocate import (
     STEP_SMS,
     make_pair,
@@ -161,13 +162,14 @@ def facts_sheet(found: Found) -> Sheet:
 
 
 def curves_sheet(curves: Mapping[str, Curve]) -> Sheet:
-    """Slowdown over the whole GPU by SMs, a row for each kind of work."""
+    """Slowdown over the whole GPU by SMs, a column for each kind of work."""
     sizes = sorted({sms for curve in curves.values() for sms in curve.sms})
-    rows = []
-    for work, curve in curves.items():
-        cells = [short(curve.slowdown(n)) if n in curve.sms else "" for n in sizes]
-        rows.append([work, short(curve.ms[-1]), *cells])
-    return Sheet(["work", "ms", *(str(n) for n in sizes)], rows)
+    rows = [
+        [str(n), *(short(c.slowdown(n)) if n in c.sms else "" for c in curves.values())]
+        for n in sizes
+    ]
+    rows.append(["ms, whole GPU", *(short(c.ms[-1]) for c in curves.values())])
+    return Sheet(["SMs", *curves], rows)
 
 
 def plans_sheet(plans: Mapping[str, Plan]) -> Sheet:
@@ -188,7 +190,8 @@ def explain(curves: Mapping[str, Curve], machine: MachineSlices) -> dict[str, di
             f"{work}-{loop}": curves.get(f"{work}-{loop}") or curves[work]
             for work in ("decode", "prefill")
         }
-        plans[loop] = plans_of(loop, known, machine)
+        margin = 1.0 if f"decode-{loop}" in curves else MARGIN
+        plans[loop] = plans_of(loop, known, machine, margin=margin)
     return plans
 
 

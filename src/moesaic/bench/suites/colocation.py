@@ -137,11 +137,15 @@ def profile_of(loop: str, step_ms: float, history: int = 16) -> Profile:
     )
 
 
-def plans_of(loop: str, curves: Curves, machine: MachineSlices) -> dict[str, Plan]:
-    """The plan of every policy for a loop, all from the same curves; ours under its own name."""
+def plans_of(
+    loop: str, curves: Curves, machine: MachineSlices, *, margin: float = 1.0
+) -> dict[str, Plan]:
+    """The plan of every policy for a loop, all from the same curves; ours under its own name.
+
+    `margin`: of `protect`; 1 for curves that hold p99 with both tenants at work.
+    """
     profile = profile_of(loop, curves[f"decode-{loop}"].ms[-1])
-    # These curves hold p99 with both at work: there is nothing left that a margin would be for.
-    policies = dict(POLICIES) | {OURS: partial(protect, margin=1.0)}
+    policies = dict(POLICIES) | {OURS: partial(protect, margin=margin)}
     return {name: Guard(policy, curves, machine)(profile) for name, policy in policies.items()}
 
 
