@@ -233,13 +233,14 @@ class CudaCapturer:
         for undo in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             with contextlib.suppress(RuntimeError):
                 getattr(torch._C, undo)(side.device_index, pool.handle)
-        cell = torch.zeros(1, device=self.device)
         healing = torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with contextlib.suppress(RuntimeError), torch.cuda.stream(side):
-            healing.capture_begin(capture_error_mode="thread_local")
-            cell.add_(1)
-            healing.capture_end()
+        with contextlib.suppress(RuntimeError):
+            cell = torch.zeros(1, device=self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                healing.capture_begin(capture_error_mode="thread_local")
+                cell.add_(1)
+                healing.capture_end()
         healing.reset()
 
     def before_replay(self) -> None:
