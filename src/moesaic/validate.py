@@ -147,14 +147,20 @@ def check_counters(counters: Tensor, num_experts: int, like: Tensor) -> None:
         TypeError: they are not int32.
         ValueError: their shape is not (3, E), or they are not on the device of `like`.
     """
+    if (
+        counters.dtype is torch.int32
+        and counters.shape == (3, num_experts)
+        and counters.device == like.device
+        and counters.is_contiguous()
+    ):
+        return
     if counters.dtype != torch.int32:
         raise TypeError(f"counters must be int32, got {counters.dtype}")
     _shape("counters", counters, (3, num_experts))
-    if counters.device != like.device or not counters.is_contiguous():
-        raise ValueError(
-            f"counters must be contiguous and on {like.device}, got strides {counters.stride()} "
-            f"on {counters.device}; attach the profiler after moving the model"
-        )
+    raise ValueError(
+        f"counters must be contiguous and on {like.device}, got strides {counters.stride()} "
+        f"on {counters.device}; attach the profiler after moving the model"
+    )
 
 
 def check_route(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None) -> None:
