@@ -170,6 +170,8 @@ def test_a_poll_never_waits_for_the_device() -> None:
         assert profiler.poll() is not None
 
 
+# torch's graph trees begin with an empty graph, and say so.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @torch.no_grad()
 def test_compiled_models_are_counted(mode: str) -> None:
@@ -190,6 +192,7 @@ def test_compiled_models_are_counted(mode: str) -> None:
             assert counters[ROWS].cpu().tolist() == (3 * counts).tolist()
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 @torch.no_grad()
 def test_steps_lie_on_the_axis_of_torchs_streams(tmp_path: Path) -> None:
     net, x = model(layers=2), inputs(64)
