@@ -411,12 +411,7 @@ def aot_cases() -> list[AotCase]:
 
 
 def _aot_case(
-    name: str,
-    epilogue: Epilogue,
-    dtype: str,
-    transposed: bool,
-    tokens: int,
-    arch: int,
+    name: str, epilogue: Epilogue, dtype: str, transposed: bool, tokens: int, arch: int
 ) -> AotCase:
     uneven = name.endswith("tails")
     problem = Problem(tokens, 8, 128, 2048, 768, True, 2, dtype, arch, transposed=transposed)
