@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.bench import ranks
+from moesaic.bench.ep_page import exchange_sheet, layer_sheet
 from moesaic.bench.results import REQUIRED, Recorder, make_line
 from moesaic.bench.suites import ep
 from moesaic.bench.timing import percentile
@@ -87,6 +88,28 @@ def test_targets_come_from_the_lines() -> None:
     alone = line("layer-ep1", 8192, "moesaic", 1.0) | {"ranks": 1, "model": "wide-16-k1"}
     told = {t.name: t for t in ep.summarize([alone | {"routing": "uniform"}])}
     assert len(told) == 2 and told["cells with a right time"].value == 1.0
+
+
+def test_the_page_shows_losses_and_scaling() -> None:
+    def layer(ranks: int, tokens: int, impl: str, ms: float, **more) -> dict:
+        made = line(f"layer-ep{ranks}", tokens, impl, ms, **more)
+        return made | {"ranks": ranks, "model": "m"}
+
+    lines = [
+        line("combine", 8192, "moesaic", 1.0), line("combine", 8192, "nccl", 0.5),
+        line("dispatch", 8192, "moesaic", 1.0, wrong=True),
+        layer(1, 8192, "moesaic", 9.0), layer(2, 8192, "moesaic", 5.0),
+        layer(2, 16384, "moesaic", 10.0), layer(2, 8192, "moesaic-nccl", 6.0),
+        layer(4, 8192, "moesaic", 1.0, wrong=True),
+    ]  # fmt: skip
+    rows = {tuple(row[:4]): row[4:] for row in exchange_sheet(lines).rows}
+    assert rows["combine", "rows-7168", "even", "8,192"][:3] == ["1000", "-", "500"]
+    assert rows["dispatch", "rows-7168", "even", "8,192"][0] == "wrong"
+    layers = layer_sheet(lines).rows
+    assert layers[0] == ["m", "1", "8,192", "9", "-", "-", "-"]
+    assert layers[1] == ["m", "2", "8,192", "5", "6", "1.80x", "-"]
+    assert layers[2] == ["m", "2", "16,384", "10", "-", "-", "0.90"]
+    assert len(layers) == 3, "a wrong line has no scaling"
 
 
 def test_a_line_names_its_cell() -> None:

@@ -23,7 +23,15 @@ from .suite import registry
 OURS = "moesaic"
 PAGES = tuple(
     Path(f"docs/{name}.md")
-    for name in ("performance", "paper", "graphs", "energy", "slices", "profiler", "expert-parallel")
+    for name in (
+        "performance",
+        "paper",
+        "graphs",
+        "energy",
+        "slices",
+        "profiler",
+        "expert-parallel",
+    )
 )
 CELL = ("model", "tokens", "routing", "dtype", "mode")
 WORDS = ("impl", "state", "target", "executor", "layer", "stage", "rung", "component", "claim")

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...types import ExpertSpec
+from ..ep_page import ep_section
 from ..results import Line, Target, at_least, at_most, geomean
 from ..suite import Cell, Context, Suite
 
@@ -181,4 +182,5 @@ SUITE = Suite(
     summarize=summarize,
     budget_s=140.0,
     measured=measured,
+    section=ep_section,
 )
