@@ -81,7 +81,7 @@ def _gradients(model: nn.Module, ids_BN: Tensor) -> dict[str, Tensor]:
 
 def _same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     assert ours.keys() == theirs.keys() and theirs, "other parameters have gradients"
-    worst = [close(ours[n], g, f"gradients of {n}", 1e-4) for n, g in theirs.items() if g.any()]
+    worst = [close(ours[n], g, f"gradients of {n}", 3e-4) for n, g in theirs.items() if g.any()]
     assert all(not ours[n].any() for n, g in theirs.items() if not g.any())
     return max(worst)
 
@@ -224,7 +224,10 @@ def checkpointed(family: str) -> str:
         return "not supported by the family"
     ids_BN = token_ids(model)
     theirs = _gradients(model, ids_BN)
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    except ValueError as error:
+        return f"not supported by the family: {str(error)[:60]}"
     return f"{_same_gradients(_gradients(model, ids_BN), theirs):.0e}"
 
 

@@ -68,6 +68,7 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {
         "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16,
     } | MIXED,
+    "hunyuan_v1_moe": {"moe_topk": 2},
     "hy_v3": SPARSE,
     "hy_v4": SPARSE,
     "jamba": {

@@ -84,7 +84,10 @@ def _top(
 def run(
     model: Annotated[
         Path | None,
-        typer.Argument(help="A byte-level MoE model in one .safetensors file; default: embedded."),
+        typer.Argument(
+            help="A byte-level MoE model in one .safetensors file, or the directory of "
+            "a transformers model; default: embedded."
+        ),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Any UTF-8 file; default: held-out text of the package.")
@@ -96,11 +99,37 @@ def run(
     trace_ids: Annotated[
         bool, typer.Option("--trace-ids", help="Record every token's experts in the trace.")
     ] = False,
+    generate: Annotated[
+        int | None, typer.Option("--generate", help="Generate so many tokens instead.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What --generate continues.")] = None,
 ) -> None:
     """A language model over a text, through moesaic and through the sequential loop."""
     with edge():
         from .run import command
 
+        if generate is not None or prompt is not None:
+            from .run import generate as room
+
+            raise typer.Exit(
+                room.main(
+                    model, tokens=generate, text=text, prompt=prompt, device=device, dtype=dtype
+                )
+            )
+        if model is not None and model.is_dir():
+            from .run import pretrained
+
+            raise typer.Exit(
+                pretrained.main(
+                    model,
+                    text=text,
+                    out=out,
+                    limit=limit,
+                    device=device,
+                    dtype=dtype,
+                    trace_ids=trace_ids,
+                )
+            )
         code = command.main(
             model,
             text=text,
@@ -170,12 +199,33 @@ def report(
 
 @app.command()
 def profile(
-    trace: Annotated[Path, typer.Argument(help="A routing trace, such as `run` writes.")],
-    every: Annotated[int, typer.Option(help="Steps of one profile.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="JSON lines, a new file.")] = None,
+    trace: Annotated[
+        Path, typer.Argument(help="A routing trace, such as `run` writes, or a model's directory.")
+    ],
+    every: Annotated[int, typer.Option(help="Steps of one profile, of a trace.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON lines, a new file; of a model: folder of reports.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="What a model reads; UTF-8.")] = None,
+    limit: Annotated[int | None, typer.Option("--bytes", help="Of the text, at most.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
-    """What a recorded routing trace says of its experts: loads, hot and cold, drift."""
+    """What a recorded trace, or a model on a text, says of experts: loads, hot and cold, drift."""
     with edge():
+        if trace.is_dir():
+            from .run import profiling
+
+            raise typer.Exit(
+                profiling.main(
+                    trace,
+                    text=text,
+                    out=out or Path("runs"),
+                    limit=limit,
+                    device=device,
+                    dtype=dtype,
+                )
+            )
         from .integrations import top as room
 
         raise typer.Exit(room.show_trace(trace, every=every, out=out))

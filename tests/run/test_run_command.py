@@ -215,7 +215,7 @@ def bad_files(tmp_path: Path, model: Path) -> dict[str, Path]:
         (["{model}", "--text", "{binary}"], "not UTF-8 text, byte 0x80 at offset 0"),
         (["{model}", "--text", "{folder}"], "is a directory"),
         (["{missing}"], "no such file"),
-        (["{folder}"], "is a directory; this version runs"),
+        (["{folder}"], "holds no config.json"),
         (["{truncated}"], "not a complete safetensors file"),
         (["{no_header}"], "not a complete safetensors file"),
         (["{pickle}"], "not a complete safetensors file"),

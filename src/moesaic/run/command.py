@@ -88,8 +88,8 @@ def choose_model(model: str | os.PathLike[str] | None) -> Path:
     path = Path(model)
     if path.is_dir():
         raise ValueError(
-            f"{path}: is a directory; this version runs byte-level MoE models in one .safetensors "
-            "file (examples/train_moe_lm.py writes them): give such a file, or no MODEL"
+            f"{path}: is a directory; this job runs byte-level MoE models in one .safetensors file "
+            "(examples/train_moe_lm.py writes them), run.pretrained those of transformers"
         )
     return path
 

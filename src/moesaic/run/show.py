@@ -87,15 +87,17 @@ def difference_line(document: Document) -> str:
             f"{document['moesaic']['rows_routed']:,} slots went to another expert"
         )
     flipped = f"{document['top_byte_differs']:,} of {document['bytes']:,}"
-    return f"{text}; likeliest byte differs at {flipped} positions"
+    unit = document.get("unit", "bytes").removesuffix("s")
+    return f"{text}; likeliest {unit} differs at {flipped} positions"
 
 
 def headline(document: Document) -> str:
     """What ran, on what, and whether to its end."""
     part = "" if document["status"] == "complete" else f" of {document['planned_bytes']:,}"
     state = "" if document["status"] == "complete" else ", INTERRUPTED"
+    unit = document.get("unit", "bytes")
     return (
-        f"{document['text']}: {document['bytes']:,}{part} bytes through {document['model']} "
+        f"{document['text']}: {document['bytes']:,}{part} {unit} through {document['model']} "
         f"on {document['device_name']}, {document['dtype']}{state}"
     )
 

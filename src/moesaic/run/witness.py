@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.activation import activate_ref
 from ..models.byte_lm import ExpertsFn
 from ..types import ExpertSpec, ExpertWeights
 from .facts import Rows
@@ -50,6 +51,37 @@ def witness_weights(spec: ExpertSpec, dtype: torch.dtype, device: torch.device) 
     experts = torch.arange(spec.num_experts, device=device)
     down[experts, experts, 0] = 1.0
     return ExpertWeights(up=up, down=down)
+
+
+@lru_cache(maxsize=8)
+def unit_weights(spec: ExpertSpec, dtype: torch.dtype, device: torch.device) -> ExpertWeights:
+    """Weights of any two-layer `spec` whose expert e maps the first unit vector to unit vector e.
+
+    What the activation makes of the chosen inputs is divided out again by the last product, so the
+    output is 1 but for a rounding.
+
+    Raises:
+        ValueError: the spec has three layers, or more experts than columns.
+    """
+    if spec.layers != 2 or spec.num_experts > spec.hidden_size:
+        raise ValueError(f"the witness needs two layers and E <= H, got {spec}")
+    high = GATE if spec.activation in ("silu", "gelu", "gelu_tanh") else 1.0
+    gate = min(high, spec.limit) if spec.limit is not None else high
+    pair = torch.tensor([[gate, UP]] if spec.gated else [[gate]], dtype=torch.float64)
+    made = activate_ref(
+        pair, activation=spec.activation, gated=spec.gated, interleaved=spec.interleaved,
+        limit=spec.limit, alpha=spec.alpha, up_offset=spec.up_offset,
+    )  # fmt: skip
+    named = {k: torch.zeros(v, dtype=dtype) for k, v in spec.weight_shapes().items()}
+    up, down = named["up"], named["down"]
+    up_EUH = up.transpose(1, 2) if spec.transposed else up
+    down_EHI = down.transpose(1, 2) if spec.transposed else down
+    up_EUH[:, 0, 0] = gate
+    if spec.gated:
+        up_EUH[:, 1 if spec.interleaved else spec.intermediate_size, 0] = UP
+    experts = torch.arange(spec.num_experts)
+    down_EHI[experts, experts, 0] = 1.0 / float(made[0, 0])
+    return ExpertWeights(**{k: v.to(device) for k, v in named.items()})
 
 
 def count_rows(
