@@ -9,7 +9,7 @@ that were recorded. Every answer is compared bit for bit with the unsliced layer
 
 Clock `curve`: hot experts with their rows (`gemm`: bound by products) and cold experts with an
 eighth of theirs (`copy`: bound by reading weights), each alone on every size. Clock `measured`: the
-mean over the steps of the median of some replays, under each policy's plan for that step; plans are
+mean over the steps of the median of some rounds of replays, under each policy's plan for that step; plans are
 from the curves just measured.
 """
 
@@ -40,7 +40,7 @@ from .workloads import make_weights
 
 LAYER = 4
 STEPS = 8
-REPLAYS = 7
+ROUNDS = 5
 MOST_PLANS = 16
 SPEC = replace(WIDTHS, num_experts=WIDTHS.num_experts + 1)
 SHARED = WIDTHS.num_experts
@@ -213,10 +213,10 @@ def capture_plan(layer: Layer, view: Scene, sizes: tuple[int, ...], ids_TK: Tens
 
 
 def sample(made: Replayable, ids_TK: Tensor) -> float:
-    """Milliseconds of one replay with these ids."""
+    """Median milliseconds of three replays with these ids, after one that takes over the SMs."""
     with torch.cuda.stream(made.stream):
         made.ids_TK.copy_(ids_TK)
-    return time_ms([made.graph], made.stream, repeats=1)
+    return time_ms([made.graph], made.stream, repeats=3)
 
 
 def measure_steps(
@@ -236,7 +236,7 @@ def measure_steps(
         mine["streams"] = STREAMS
         needed = [sizes for sizes in dict.fromkeys([(), *mine.values()]) if sizes in made]
         times: dict[tuple[int, ...], list[float]] = {sizes: [] for sizes in needed}
-        for _ in range(REPLAYS):
+        for _ in range(ROUNDS):
             for sizes in needed:
                 times[sizes].append(sample(made[sizes], ids_TK))
         different += sum(
