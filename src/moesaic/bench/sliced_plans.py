@@ -9,8 +9,8 @@ that were recorded. Every answer is compared bit for bit with the unsliced layer
 
 Clock `curve`: hot experts with their rows (`gemm`: bound by products) and cold experts with an
 eighth of theirs (`copy`: bound by reading weights), each alone on every size. Clock `measured`: the
-mean over the steps of the median of some rounds of replays, under each policy's plan for that step; plans are
-from the curves just measured.
+mean over the steps of the median of some rounds, under each policy's plan for that step; plans are
+from the curves just measured. `streams` is no policy: the groups on ordinary streams.
 """
 
 from __future__ import annotations
