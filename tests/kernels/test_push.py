@@ -67,6 +67,7 @@ CASES = {
     "as many as choices": (2, (9, 4), 2, 4, 2, SPARSE),
     "fewer than choices": (3, (6, 6, 1), 4, 6, 2, SPARSE),
     "alone": (1, (6,), 2, 4, 4, SMALL),
+    "gathered": (2, (90, 70), 2, 4, 2, Tile(3, 2, 64, 32, 64, 64, 4)),
 }
 
 
@@ -178,7 +179,7 @@ def test_a_lost_peer_shows_here_and_at_the_others(kernel_device) -> None:
 
 
 @pytest.mark.parametrize("programs", [8, 32, 132])
-@pytest.mark.parametrize("rows", [1, 3, 32, 128, 1000, 65536])
+@pytest.mark.parametrize("rows", [1, 3, 32, 128, 1000, 2000, 4096, 65536])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_plans_keep_the_budget(rows, ranks, programs) -> None:
     tile = plan_push(rows, 3584, ranks, programs)

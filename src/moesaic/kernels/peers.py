@@ -81,10 +81,11 @@ def plan_push(rows: int, words: int, ranks: int, programs: int) -> Tile:
     blocks = min((programs - own) // max(1, ranks - 1), UNITS.value)
     block = min(512, triton.next_power_of_2(words))
     whole = triton.cdiv(words, block) * block
-    if rows > 2048:
+    few = programs <= 64
+    if rows > (1024 if few else 2048):
         # Few programs need more bytes in flight each: measured on 2 H200s, 32 programs.
-        gathered = 32 if programs <= 64 else 16
-        return Tile(max(1, blocks), own, 256, gathered, whole, block, 16)
+        chunk = 256 if rows >= 8192 else 64
+        return Tile(max(1, blocks), own, chunk, 32 if few else 16, whole, block, 16)
     if rows > 256:
         chunk, width = 16, whole
     elif rows > 8:
