@@ -226,6 +226,18 @@ def _verdict(found: dict[tuple[str, str], Prediction], phase: str) -> list[str]:
             f"times the throughput per GPU of {rival}; its fastest step takes "
             f"{quick.step_s * 1e3:.1f} ms, the fastest of the others {slow.step_s * 1e3:.1f} ms."
         )
+    alone, spread = "one expert/GPU, EP256", "one expert/GPU, EP512 (256 replicas)"
+    for what, name in (
+        ("without replicas", alone),
+        ("with 256 replicas", spread),
+        ("EP64", "EP64"),
+    ):
+        even, skewed = (found.get((name, r)) for r in (ROUTINGS[0], ROUTINGS[-1]))
+        if even and skewed:
+            lines.append(
+                f"- {phase}, skew of {ROUTINGS[-1]} against even routing, {what}: "
+                f"{skewed.per_gpu / even.per_gpu:.2f} times the throughput."
+            )
     return [*lines, ""]
 
 

@@ -62,14 +62,14 @@ def optimum(problem: NodeProblem, *, seconds_limit: float = 60.0, gap: float = 0
             upper.append(np.full(nodes, float(problem.apart)))
     limited = [_per_node(problem, q, unit) for q in range(links)]
     base = [problem.base_NQ[:, q] / unit for q in range(links)]
+    # Implied, and what makes the bound tight under skew: wherever an instance is, its own rows
+    # alone already load the way into that node.
+    each = (np.repeat(np.arange(instances), nodes), column.ravel())
+    alone = csr_array((problem.add_INQ[:, :, 0].ravel() / unit, each), shape=(instances, size))
+    limited.append(alone)
+    base.append(np.full(instances, problem.base_NQ[:, 0].min() / unit))
     if problem.own_IN.any():
-        own = csr_array(
-            (
-                problem.own_IN.ravel() / unit,
-                (np.repeat(np.arange(instances), nodes), column.ravel()),
-            ),
-            shape=(instances, size),
-        )
+        own = csr_array((problem.own_IN.ravel() / unit, each), shape=(instances, size))
         limited.append(own)
         base.append(np.zeros(instances))
     if problem.rail_R.any():

@@ -32,6 +32,8 @@ from .topology import Link, Topology
 
 Ints = npt.NDArray[np.int64]
 KICKS, SMALL = 40, 4096
+# Pairs of instances that all layers together may try for a swap, times the swaps made.
+WORK = 90_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ def plan(
     replicas: int | None = None,
     affinity: npt.NDArray[Any] | None = None,
     stay: float = 1.0,
-    rounds: int = 400,
+    rounds: int | None = None,
     kicks: int | None = None,
 ) -> PlacementPlan:
     """Place the experts of every layer for the smallest maximal link time.
@@ -112,7 +114,8 @@ def plan(
         replicas: extra instances a layer; None fills every slot.
         affinity: (L - 1, E, E) rows of expert e of a layer that go to expert f of the next.
         stay: the share of tokens that stay at their expert, used with `affinity`.
-        rounds, kicks: how long to improve, see `nodes.solve`; None kicks small problems only.
+        rounds, kicks: how long to improve, see `nodes.solve`; None spends about as long on any
+            problem, with kicks on small ones.
 
     Raises:
         ValueError: counts, affinity or slots that do not fit the topology.
@@ -125,6 +128,9 @@ def plan(
     if not experts <= wanted <= slots:
         raise ValueError(f"replicas must be in [0, {slots - experts}], got {replicas}")
     _check_affinity(affinity, stay, layers, experts)
+    if rounds is None:
+        tried = layers * slots * room * topology.gpus_per_node
+        rounds = max(40, min(400, WORK // tried))
     if kicks is None:
         kicks = KICKS if layers * slots * topology.nodes <= SMALL else 0
     copies_LE = replica_counts(counts.sum(axis=1), wanted, ranks)

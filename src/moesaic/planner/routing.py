@@ -92,10 +92,12 @@ def sample_counts(
             concentration of a Dirichlet distribution around the shares, times E).
         seed: of the draws; equal arguments give equal counts.
     """
-    random = np.random.default_rng(seed)
     counts = np.empty((layers, ranks, experts), np.int64)
     for layer in range(layers):
-        share = capped(shares(routing, experts, random), top_k)
+        # A layer's popularity depends on the seed alone, however many tokens are drawn: a placement
+        # made for one batch must meet the same hot experts in the next.
+        share = capped(shares(routing, experts, np.random.default_rng([seed, layer])), top_k)
+        random = np.random.default_rng([seed, layer, 1])
         leaning = share
         if locality > 0:
             leaning = random.dirichlet(np.maximum(share, 1e-9) * experts / locality, ranks)

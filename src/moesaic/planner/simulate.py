@@ -102,23 +102,21 @@ def run(chains: Sequence[Sequence[Task]], *, overlap: bool, gpus: int = 1) -> Ti
     free: dict[str, Floats] = {}
     busy: dict[str, Floats] = {}
     spans: list[Span] = []
-    while True:
-        best: tuple[float, int, int] | None = None
-        for number, chain in enumerate(chains):
-            if at[number] < len(chain):
-                task = chain[at[number]]
-                resource = task.resource if overlap else "all"
-                idle = free.get(resource)
+    # Per micro-batch when its next task could start; None once what it depends on has changed.
+    starts: list[tuple[float, Floats] | None] = [None] * len(chains)
+
+    def resource_of(number: int) -> str:
+        return chains[number][at[number]].resource if overlap else "all"
+
+    while waiting := [n for n, chain in enumerate(chains) if at[n] < len(chain)]:
+        for number in waiting:
+            if starts[number] is None:
+                idle = free.get(resource_of(number))
                 start = ready[number] if idle is None else np.maximum(ready[number], idle)
-                key = (float(start.max()), at[number], number)
-                if best is None or key < best:
-                    best = key
-        if best is None:
-            break
-        number = best[2]
-        task = chains[number][at[number]]
-        resource = task.resource if overlap else "all"
-        start = np.maximum(ready[number], free.get(resource, np.zeros(gpus)))
+                starts[number] = (float(start.max()), start)
+        number = min(waiting, key=lambda n: (starts[n][0], at[n], n))  # type: ignore[index]
+        task, resource = chains[number][at[number]], resource_of(number)
+        start = starts[number][1]  # type: ignore[index]
         end = start + task.seconds
         busy[task.resource] = busy.get(task.resource, np.zeros(gpus)) + task.seconds
         last = int(end.argmax())
@@ -129,6 +127,9 @@ def run(chains: Sequence[Sequence[Task]], *, overlap: bool, gpus: int = 1) -> Ti
             end = np.full(gpus, end.max())
         ready[number] = free[resource] = end
         at[number] += 1
+        for other in waiting:
+            if other == number or resource_of(other) == resource:
+                starts[other] = None
     seconds = float(max((r.max() for r in ready), default=0.0))
     return TimeLine(seconds, tuple(spans), {k: float(v.mean()) for k, v in busy.items()})
 
