@@ -129,6 +129,13 @@ def test_a_cell_that_does_not_fit_is_left_out_and_a_second_run_takes_it(tmp_path
     assert all(paper.measured(x | {"ms": None}) is None for x in ours)
 
 
+def test_the_cell_table_says_which_rule_a_cell_keeps() -> None:
+    rows = {(r[0], r[1]): r for r in tables.cell_by_cell(whole(ours=0.12)).rows}
+    assert len(rows) == 30
+    assert rows["Small", "32"][3:] == ["0.12", "20", "16.7", "20 %", "0.115", "no"]
+    assert rows["Small", "512"][7:] == ["0.14", "yes"]
+
+
 def verdicts(lines: list[Line]) -> dict[str, bool]:
     names = ("faster", "energy", "rule", "grouped", "bits", "wrong")
     return dict(zip(names, (t.met for t in targets.summarize(lines)), strict=True))
@@ -173,6 +180,10 @@ def test_gains_are_without_over_with_and_a_loss_is_shown() -> None:
     by_name = {row[0]: row for row in break_even.overview(lines).rows}
     assert by_name["a graph of the layer"][1].startswith("0 of ")
     assert by_name["dynamic slicing"][1] == "not measured"
+    assert break_even.measured_of_map(lines) == "32 of the map's 32 cells are measured."
+    few = [x for x in lines if x["model"] in ("e16-k2", "paper-small")]
+    assert break_even.measured_of_map(few).startswith("11 of") and not figures.break_even(few)
+    assert {row[0] for row in break_even.by_layer(few).rows} == {"Small"}
     assert "0.05" in figures.break_even(whole(ours=40.0))
     slower = [
         x | {"ms": 0.3} if x["impl"] == OURS and x["model"].startswith("e4-") else x for x in lines
@@ -186,7 +197,7 @@ def test_a_rung_without_an_executor_is_not_measured_and_one_with_lines_is() -> N
     rows = {row[0]: row for row in tables.ablation(lines, "paper-small").rows}
     titles = dict(LADDER)
     for name in ("slices", "slices-streams"):
-        assert rows[titles[name]][1] == "not measured" and rows[titles[name]][4] != "-"
+        assert rows[titles[name]][1] == "not measured" and rows[titles[name]][6] != "-"
     filled = [*lines, line(Cell("paper-small", 256), "slices", "eager", ms=0.25)]
     row = {r[0]: r for r in tables.ablation(filled, "paper-small").rows}[titles["slices"]]
     assert row[2] == "8.00×"

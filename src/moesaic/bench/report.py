@@ -31,10 +31,22 @@ PAGES = tuple(
         "slices",
         "profiler",
         "expert-parallel",
+        "transformers",
     )
 )
 CELL = ("model", "tokens", "routing", "dtype", "mode")
-WORDS = ("impl", "state", "target", "executor", "layer", "stage", "rung", "component", "claim")
+WORDS = (
+    "impl",
+    "state",
+    "target",
+    "executor",
+    "layer",
+    "stage",
+    "rung",
+    "component",
+    "claim",
+    "device",
+)
 MARK = re.compile(
     r"(<!-- results: (?P<suite>[\w-]+) on (?P<device>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 )

@@ -14,13 +14,22 @@ from dataclasses import dataclass
 from ..report import Sheet
 from ..results import Line, geomean
 from ..suite import Cell
-from .configuration import break_even_cells, break_even_model, break_even_name, claims, grid
+from .configuration import (
+    break_even_cells,
+    break_even_model,
+    break_even_name,
+    claims,
+    grid,
+    layers,
+    main_cells,
+)
 from .executor import GROUPED, LOOP, OURS
 from .tables import ABSENT, Variant, mean_gain
 from .targets import key_of
 
 Gains = dict[Cell, float]
 OVER_LOOP = "all, over the loop"
+EVERYWHERE = ("break-even", "experts")
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,10 @@ COMPONENTS = (
         "the groups side by side on streams of their slices, against one after the other",
     ),
     Component(
+        "slices and streams", ("slices-streams", "graph"), (OURS, "graph"),
+        "the groups side by side on slices of the GPU, against all experts on all SMs",
+    ),
+    Component(
         OVER_LOOP, (OURS, "graph"), (LOOP, "eager"),
         "the static batch under a graph, against the sequential loop",
     ),
@@ -77,18 +90,26 @@ COMPONENTS = (
 )  # fmt: skip
 
 
-def gains(lines: Sequence[Line], component: Component) -> Gains:
-    """Gain by cell, where both executors gave a right answer."""
+def gains(
+    lines: Sequence[Line], component: Component, clocks: Sequence[str] = ("break-even",)
+) -> Gains:
+    """Gain by cell of these clocks, where both executors gave a right answer."""
     ms = {
         (key_of(x), x["impl"], x["mode"]): x["ms"]
         for x in lines
-        if x["clock"] == "break-even" and x["ms"] and not x.get("wrong")
+        if x["clock"] in clocks and x["ms"] and not x.get("wrong")
     }
     found: Gains = {}
     for cell, impl, mode in ms:
         if (impl, mode) == component.with_it and (cell, *component.without) in ms:
             found[cell] = ms[cell, *component.without] / ms[cell, impl, mode]
     return found
+
+
+def on_map(found: Gains) -> Gains:
+    """The gains over E and K, at the map's batch and uniform routing."""
+    batch = grid()["break_even"]["batch"]
+    return {c: g for c, g in found.items() if c.tokens == batch and c.routing == "uniform"}
 
 
 def of_cells(found: Gains, cells: Sequence[Cell]) -> list[float]:
@@ -104,11 +125,12 @@ def shown(found: Gains, model: str, tokens: int, routing: str = "uniform") -> st
 
 
 def overview(lines: Sequence[Line]) -> Sheet:
-    """Per component: in how many cells it pays, its mean, its extremes and where they are."""
+    """Per component, over the map and the paper's layers: in how many cells it pays, its mean, its
+    extremes and where they are."""
     heads = ["component", "pays in", "mean gain", "lowest", "at", "highest", "at "]
     rows = []
     for component in COMPONENTS:
-        found = gains(lines, component)
+        found = gains(lines, component, EVERYWHERE)
         if not found:
             rows.append([component.name, ABSENT, *["-"] * 5])
             continue
@@ -121,14 +143,36 @@ def overview(lines: Sequence[Line]) -> Sheet:
     return Sheet(heads, rows)
 
 
+def measured_of_map(lines: Sequence[Line]) -> str:
+    """How much of the map has lines."""
+    cells = {Cell(c.model, c.tokens, c.routing, c.dtype) for c in break_even_cells()}
+    there = {key_of(x) for x in lines if x["clock"] == "break-even" and x["ms"]} & cells
+    return f"{len(there)} of the map's {len(cells)} cells are measured."
+
+
+def by_layer(lines: Sequence[Line]) -> Sheet:
+    """Every component over the batches of the paper's three layers (clock `experts`)."""
+    found = [(c, gains(lines, c, ("experts",))) for c in COMPONENTS]
+    rows = []
+    for layer in layers().values():
+        name = layer.model.name
+        for tokens in sorted({c.tokens for _, g in found for c in g if c.model == name}):
+            cells = [shown(g, name, tokens) for _, g in found]
+            rows.append([layer.title, str(tokens), *cells])
+    return Sheet(["layer", "tokens", *(c.name for c, _ in found)], rows)
+
+
 def place(cell: Cell) -> str:
     """A cell in words.
 
-    >>> place(Cell("e16-k2", 256))
-    'E 16, K 2, 256 tokens'
+    >>> place(Cell("e16-k2", 256)), place(Cell("paper-small", 8))
+    ('E 16, K 2, 256 tokens', 'Small, 8 tokens')
     """
-    experts, top_k = (part[1:] for part in cell.model.split("-"))
     routing = "" if cell.routing == "uniform" else f", {cell.routing}"
+    titles = {layer.model.name: layer.title for layer in layers().values()}
+    if cell.model in titles:
+        return f"{titles[cell.model]}, {cell.tokens} tokens{routing}"
+    experts, top_k = (part[1:] for part in cell.model.split("-"))
     return f"E {experts}, K {top_k}, {cell.tokens} tokens{routing}"
 
 
@@ -174,6 +218,7 @@ def statements() -> list[Statement]:
     square = [c for c in cells if c.tokens == b["batch"] and c.routing == "uniform"]
     line = [c for c in cells if c.model == break_even_name(**b["along"])]
     batches = [c for c in line if c.routing == "uniform"]
+    batches += [*main_cells("paper"), *main_cells("wide")]
     many, (low, high), over = said["num_experts"], said["top_k"], said["not_top_k_over"]
     large, small = said["batch"], said["not_batch_under"]
     experts = {c: break_even_model(c.model).num_experts for c in square}
@@ -193,14 +238,16 @@ def statements() -> list[Statement]:
         ),
         Statement(
             "best with imbalanced experts", [c for c in line if c.routing != "uniform"],
-            "uniform", [c for c in batches if c.tokens == b["batch"]],
+            "uniform", [c for c in line if c.routing == "uniform" and c.tokens == b["batch"]],
         ),
     ]  # fmt: skip
 
 
 def excels(lines: Sequence[Line]) -> Sheet:
-    """The paper's statements on when its approach pays, and the mean gain over the loop there."""
-    found = gains(lines, next(c for c in COMPONENTS if c.name == OVER_LOOP))
+    """The paper's statements on when its approach pays, and the mean gain over the loop there: of
+    E and K over the map, of batch over the paper's layers too."""
+    whole = next(c for c in COMPONENTS if c.name == OVER_LOOP)
+    found = gains(lines, whole, EVERYWHERE)
     rows = []
     for s in statements():
         there, elsewhere = (geomean(of_cells(found, part)) for part in (s.inside, s.outside))

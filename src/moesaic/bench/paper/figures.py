@@ -15,7 +15,7 @@ from io import StringIO
 from typing import Any
 
 from ..results import Line
-from .break_even import COMPONENTS, gains
+from .break_even import COMPONENTS, gains, on_map
 from .configuration import break_even_name, claims, grid, layers
 from .executor import LOOP, OURS, registry
 from .tables import RUNGS, Variant, head_of, one, pick, value_of, variants
@@ -148,32 +148,38 @@ def energy(lines: Sequence[Line]) -> str:
 
 
 def ablation(lines: Sequence[Line]) -> str:
-    """Speed over the loop rung by rung, measured and claimed."""
-    tokens = grid()["energy"]["every_executor_at"]
-    drawn = []
+    """Speed over the loop rung by rung: launched by the host, in one graph, and claimed."""
+    tokens, said = grid()["energy"]["every_executor_at"], claims()["ablation"]
+
+    def time(model: str, name: str, mode: str) -> float | None:
+        return value_of(one(lines, "experts", (name, mode), model=model, tokens=tokens), "ms")
 
     def draw(axes: Sequence[Any]) -> bool:
+        drawn = False
         for axis, layer in zip(axes, layers().values(), strict=True):
-            ms = {
-                v: value_of(one(lines, "experts", v, model=layer.model.name, tokens=tokens), "ms")
-                for _, v in RUNGS
-            }
-            base, said = ms[LOOP, "eager"], claims()["ablation"]
-            for place, (_, variant) in enumerate(RUNGS):
-                mine, theirs = ms[variant], said.get(variant[0])
-                if base and mine:
-                    axis.barh(place - 0.2, base / mine, 0.4, color="C0", label="measured")
-                    drawn.append(mine)
-                if theirs:
-                    axis.barh(place + 0.2, theirs / said[LOOP], 0.4, color="C7", label="claimed")
-                if not mine:
-                    axis.annotate("not measured", (0.1, place - 0.15), fontsize=7)
-            axis.set_yticks(range(len(RUNGS)), [title.split(":")[0] for title, _ in RUNGS])
+            model = layer.model.name
+            base = time(model, LOOP, "eager")
+            for place, (name, _) in enumerate(RUNGS):
+                host, graph = time(model, name, "eager"), time(model, name, "graph")
+                bars = [
+                    (base / host if base and host else None, "C0", "launched by the host"),
+                    (base / graph if base and graph else None, "C2", "one graph of the layer"),
+                    (said[name] / said[LOOP] if name in said else None, "C7", "claimed"),
+                ]
+                for step, (height, colour, label) in enumerate(bars):
+                    if height:
+                        axis.barh(
+                            place + 0.27 * (step - 1), height, 0.27, color=colour, label=label
+                        )
+                drawn = drawn or host is not None
+                if host is None:
+                    axis.annotate("not measured", (0.1, place - 0.2), fontsize=7)
+            axis.set_yticks(range(len(RUNGS)), [title.split(":")[0] for _, title in RUNGS])
             axis.set(xscale="symlog", xlabel="times the loop")
             axis.set_title(f"{layer.title}, {tokens} tokens")
             axis.invert_yaxis()
             axis.grid(True, axis="x", alpha=0.3)
-        return bool(drawn)
+        return drawn
 
     return canvas(len(layers()), "Ablation", draw)
 
@@ -181,7 +187,7 @@ def ablation(lines: Sequence[Line]) -> str:
 def break_even(lines: Sequence[Line]) -> str:
     """A panel a component: its gain over E and K; red is a loss, white is break-even."""
     b = grid()["break_even"]
-    maps = [(c, found) for c in COMPONENTS if (found := gains(lines, c))]
+    maps = [(c, found) for c in COMPONENTS if len(on_map(found := gains(lines, c))) > 1]
 
     def draw(axes: Sequence[Any]) -> bool:
         for axis, (component, found) in zip(axes, maps, strict=True):

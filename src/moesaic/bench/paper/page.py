@@ -125,12 +125,15 @@ def power(lines: Sequence[Line], figure: Callable[[str], Parts]) -> Parts:
 def map_of(lines: Sequence[Line], figure: Callable[[str], Parts]) -> Parts:
     """The break-even map."""
     batch = grid()["break_even"]["batch"]
-    parts = ["### Break-even", *figure("break-even"), shown(break_even.overview(lines))]
+    parts = ["### Break-even", break_even.measured_of_map(lines), *figure("break-even")]
+    parts += ["Each component over the map and the paper's layers:"]
+    parts += [shown(break_even.overview(lines)), "Gains on the paper's layers:"]
+    parts.append(shown(break_even.by_layer(lines)))
     parts += ["When the paper's approach excels, by its own words:"]
     parts += [shown(break_even.excels(lines)), "Gains over batch and routing:"]
     parts.append(shown(break_even.along(lines)))
     for component in break_even.COMPONENTS:
-        if break_even.gains(lines, component):
+        if len(break_even.on_map(break_even.gains(lines, component))) > 1:
             parts += [f"{component.name}, {batch} tokens: {component.about}."]
             parts += [shown(break_even.expert_map(lines, component))]
     return parts
@@ -147,7 +150,8 @@ def section(
         return [f"![{name}]({folder}/{file})"] if file in drawn else []
 
     tokens = grid()["energy"]["every_executor_at"]
-    parts = [provenance(lines), markdown(targets_sheet(targets)), *speed(lines, figure)]
+    parts = [provenance(lines), markdown(targets_sheet(targets))]
+    parts += ["Cell by cell:", shown(tables.cell_by_cell(lines)), *speed(lines, figure)]
     parts += power(lines, figure)
     parts += ["### Across GPUs (table 5)", f"At {tokens} tokens."]
     parts += [shown(tables.devices(lines_by_device(root)))]

@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..layer_targets import LAUNCHES_MS
 from ..report import Sheet, short, word
 from ..results import Line, geomean
+from ..suite import Cell
 from .configuration import PaperLayer, claims, grid, layers
 from .executor import LADDER, LOOP, OURS, registry
 from .stages import STAGES
+from .targets import Row, over_rule, rows_of, share_of_floor
 
 ABSENT = "not measured"
 Variant = tuple[str, str]
@@ -237,33 +240,64 @@ def fastest(lines: Sequence[Line], impl: str) -> Line | None:
     return min(found, key=lambda x: float(x["ms"]), default=None)
 
 
-RUNGS: tuple[tuple[str, Variant], ...] = (
-    *((title, (name, "eager")) for name, title in LADDER),
-    ("moesaic: all experts in one launch a layer", (OURS, "eager")),
-    ("+ one graph of the whole layer", (OURS, "graph")),
-)
+RUNGS = (*LADDER, (OURS, "moesaic: all experts in one launch a layer"))
 
 
 def ablation(lines: Sequence[Line], model: str) -> Sheet:
-    """The paper's ladder, each rung with all above it, and then the static batch."""
+    """The paper's ladder and the static batch: launched by the host, and in one graph of the layer
+    where a graph can hold it; `this rung` is the host's time of the rung above over its own."""
     tokens = grid()["energy"]["every_executor_at"]
-    at = {v: one(lines, "experts", v, model=model, tokens=tokens) for _, v in RUNGS}
-    base = value_of(at[LOOP, "eager"], "ms")
+    said_base = claims()["ablation"][LOOP]
     before: float | None = None
     said_before: float | None = None
+    base: float | None = None
     rows = []
-    for title, variant in RUNGS:
-        ms = value_of(at[variant], "ms")
-        said = claims()["ablation"].get(variant[0])
-        step = f"{before / ms:.2f}×" if before and ms else "-"
-        total = f"{base / ms:.2f}×" if base and ms else "-"
-        said_total = f"{said / claims()['ablation'][LOOP]:.2f}×" if said else "-"
-        said_step = f"{said / said_before:.2f}×" if said and said_before else "-"
-        rate = whole(1e3 * tokens / ms) if ms else ABSENT
-        rows.append([title, rate, total, step, whole(said) if said else "-", said_total, said_step])
-        before, said_before = ms or before, said or said_before
-    heads = ["rung", "tokens/s", "over the loop", "this rung", "claimed tokens/s",
-             "claimed, over the loop", "claimed, this rung"]  # fmt: skip
+    for name, title in RUNGS:
+        host, graph = (
+            value_of(one(lines, "experts", (name, mode), model=model, tokens=tokens), "ms")
+            for mode in ("eager", "graph")
+        )
+        base = base if name != LOOP else host
+        said = claims()["ablation"].get(name)
+        row = [title]
+        for ms in (host, graph):
+            row.append(whole(1e3 * tokens / ms) if ms else (ABSENT if ms is host else "-"))
+            row.append(ratio(base, ms))
+        row.append(ratio(before, host))
+        row += [whole(said) if said else "-", ratio(said, said_base), ratio(said, said_before)]
+        rows.append(row)
+        before, said_before = host or before, said or said_before
+    heads = ["rung", "tokens/s, host", "over the loop", "tokens/s, one graph", "over the loop ",
+             "this rung, host", "claimed tokens/s", "claimed, over the loop",
+             "claimed, this rung"]  # fmt: skip
+    return Sheet(heads, rows)
+
+
+def ratio(above: float | None, below: float | None) -> str:
+    """A quotient as times, or that there is none."""
+    return f"{above / below:.2f}×" if above and below else "-"
+
+
+def cell_by_cell(lines: Sequence[Line]) -> Sheet:
+    """What the targets are made of: every cell's loop, floor, gain, energy, and the cell rule."""
+    heads = ["layer", "tokens", "floor ms", "moesaic ms", "loop ÷ floor", "loop ÷ moesaic",
+             "share of the loop's joules", "limit of the cell rule, ms", "within"]  # fmt: skip
+    rows = []
+    found = rows_of(lines)
+    for layer in layers().values():
+        for tokens in sorted({c.tokens for c in found if c.model == layer.model.name}):
+            cell = Cell(layer.model.name, tokens)
+            row = found.get(cell, Row())
+            limit = None
+            if row.floor_ms:
+                limit = row.floor_ms / share_of_floor(tokens) + LAUNCHES_MS
+            over = over_rule(cell, row)
+            rows.append(
+                [layer.title, str(tokens), number(row.floor_ms), number(row.ours()),
+                 number(row.loop_over_floor()), number(row.over_loop()),
+                 percent(row.energy_share()), number(limit),
+                 "-" if over is None else ("no" if over else "yes")]
+            )  # fmt: skip
     return Sheet(heads, rows)
 
 
