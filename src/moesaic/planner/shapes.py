@@ -25,3 +25,13 @@ SHAPES: dict[str, tuple[ExpertSpec, int]] = {
     "paper-medium": (_spec(16, 1024, 2048, **_RELU3), 2),
     "paper-large": (_spec(32, 2048, 4096, **_RELU3), 4),
 }
+
+_WIDE: dict[str, Any] = {"gated": False, "activation": "gelu"}
+# The layers that suite `ep` spreads over GPUs.
+SPREAD: dict[str, tuple[ExpertSpec, int]] = {
+    "deepseek-v3-256": (_spec(256, 7168, 2048), 8),
+    "deepseek-v3-64": (_spec(64, 7168, 2048), 8),
+    "deepseek-v3-16": (_spec(16, 7168, 2048), 8),
+    "wide-16-k1": (_spec(16, 8192, 32768, **_WIDE), 1),
+    "wide-16-k2": (_spec(16, 8192, 32768, **_WIDE), 2),
+}

@@ -22,7 +22,7 @@ import numpy as np
 from ..parallel.links import link_times
 from ..parallel.placement import contiguous
 from .cluster import load_cluster
-from .costs import exchange_s
+from .costs import distinct, exchange_s
 from .documents import Block, parse
 from .exchange import table_from
 from .kernels import (
@@ -39,7 +39,7 @@ from .kernels import (
 from .model import Model, load_model
 from .predict import predict
 from .routing import sample_counts
-from .shapes import SHAPES
+from .shapes import SHAPES, SPREAD
 from .strategies import Strategy
 from .workload import Workload
 
@@ -107,6 +107,44 @@ def own_exchange(results: Path) -> list[Row]:
                 what, source = f"{clock}, {num_bytes:.3g} bytes", "suite ep, 4 GPUs held out"
                 group = "own exchange, 4 H200 (us)"
                 rows.append(Row(group, what, source, seconds * 1e6, found * 1e6))
+    return rows
+
+
+def own_spread(results: Path) -> list[Row]:
+    """Whole layers over 1, 2 and 4 GPUs: experts by the table of the other suites' layers,
+    exchanges by those of 2 GPUs, so that nothing measured on 4 is used."""
+    from .exchange import measured_exchange
+
+    lines, gpu = device_lines(results, "h200"), load_cluster("H200").gpu
+    layers = measured_layers(lines, SHAPES)
+    if not layers:
+        return []
+    table = fit_table(layers, gpu, "layers on one GPU")
+    ways = {}
+    for clock in ("dispatch", "combine"):
+        measured = measured_exchange(lines, clock)
+        ways[clock] = table_from([x for x in measured if x[0] == 2], "2 GPUs")
+    rows = []
+    for x in lines:
+        clock = str(x["clock"])
+        fits = x["suite"] == "ep" and clock.startswith("layer-ep") and x["impl"] == "moesaic"
+        if not fits or not x["ms"] or x.get("wrong") or x["model"] not in SPREAD:
+            continue
+        gpus, tokens = int(clock.removeprefix("layer-ep")), int(x["tokens"])
+        if gpus > 1 and not ways["dispatch"]:
+            continue
+        spec, top_k = SPREAD[x["model"]]
+        active = expected_active(spec.num_experts, top_k, tokens) / gpus
+        seconds = float(expert_layer_s(gpu, spec, tokens * top_k / gpus, active, 2, table))
+        if gpus > 1:
+            whole = 2.0 * tokens / gpus * spec.hidden_size
+            # As many bytes leave a GPU as if two exchanged so many.
+            leaves = (gpus - 1) / gpus / 0.5
+            seconds += ways["dispatch"].seconds(2, whole * distinct(gpus, top_k) * leaves)
+            seconds += ways["combine"].seconds(2, whole * top_k * leaves)
+        what = f"{x['model']}, {tokens} tokens in all, {gpus} GPUs"
+        rows.append(Row("own layers over GPUs (ms)", what, "suite ep, 4 GPUs held out", x["ms"],
+                        seconds * 1e3))  # fmt: skip
     return rows
 
 
@@ -239,7 +277,7 @@ def all_rows(results: Path) -> list[Row]:
     """Every comparison there is."""
     text = files("moesaic.planner").joinpath("public.yaml").read_text("utf-8")
     public = parse(text, "public.yaml")
-    rows = own_layers(results) + own_exchange(results)
+    rows = own_layers(results) + own_exchange(results) + own_spread(results)
     for block in public.blocks("low_latency"):
         rows += low_latency(block, normal=False)
     for block in public.blocks("normal"):
