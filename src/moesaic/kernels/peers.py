@@ -85,7 +85,8 @@ def plan_push(rows: int, words: int, ranks: int, programs: int) -> Tile:
     if rows > (1024 if few else 2048):
         # Few programs need more bytes in flight each: measured on 2 H200s, 32 programs.
         chunk = 256 if rows >= 8192 else 64
-        return Tile(max(1, blocks), own, chunk, 32 if few else 16, whole, block, 16)
+        gathered = 32 if few or chunk == 64 else 16
+        return Tile(max(1, blocks), own, chunk, gathered, whole, block, 16)
     if rows > 256:
         chunk, width = 16, whole
     elif rows > 8:

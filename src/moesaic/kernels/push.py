@@ -371,7 +371,7 @@ def aot_cases() -> list[Any]:
         (8192, 3584, 8, 8, 64, False),
         (8192, 1024, 8, 1, 1, True),
         (8192, 1024, 8, 4, 4, False),
-        (4096, 3584, 8, 2, 2, False),
+        (4096, 3584, 8, 8, 8, False),
     )
     at = dict.fromkeys(("flags_at", "status_at", "choice_at"), "i32")
     for bound, words, top_k, width, local, quick in pushes:
