@@ -22,6 +22,8 @@ from .tables import RUNGS, Variant, head_of, one, pick, value_of, variants
 
 Draw = Callable[[Any, Sequence[Line]], bool]
 WIDTH, HEIGHT = 4.2, 3.4
+SAID = {"loop": "loop", "ours": "theirs"}
+TICKS = (1, 8, 32, 64, 128, 256, 512, 1024, 8192)
 
 
 def canvas(panels: int, title: str, draw: Callable[[Sequence[Any]], bool], columns: int = 3) -> str:
@@ -55,8 +57,16 @@ def canvas(panels: int, title: str, draw: Callable[[Sequence[Any]], bool], colum
 
 def colour_of(variant: Variant) -> str:
     """A colour for each executor, the same in every figure; modes differ by the line."""
-    names = list(registry())
+    names = [name for name in registry() if name != OURS]
     return f"C{names.index(variant[0]) % 10}" if variant[0] in names else "black"
+
+
+def mark_tokens(axis: Any, tokens: Sequence[int]) -> None:
+    """A logarithmic axis of tokens with plain numbers."""
+    axis.set_xscale("log")
+    ticks = [t for t in TICKS if min(tokens, default=1) <= t <= max(tokens, default=1)]
+    axis.set_xticks(ticks, [str(t) for t in ticks], fontsize=8)
+    axis.minorticks_off()
 
 
 def throughput(lines: Sequence[Line]) -> str:
@@ -82,9 +92,14 @@ def throughput(lines: Sequence[Line]) -> str:
             for who, mark in (("loop", "x"), ("ours", "+")):
                 rates = [v[who] for v in said.values()]
                 axis.plot(
-                    list(said), rates, mark, color="black", label=f"claimed on an A100: {who}"
+                    list(said),
+                    rates,
+                    mark,
+                    color="dimgrey",
+                    label=f"claimed on an A100: {SAID[who]}",
                 )
-            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="tokens/s")
+            axis.set(yscale="log", xlabel="tokens", ylabel="tokens/s")
+            mark_tokens(axis, [x["tokens"] for x in mine])
             axis.set_title(layer.title)
             axis.grid(True, which="major", alpha=0.3)
         return bool(some)
@@ -110,7 +125,7 @@ def activity_over_time(lines: Sequence[Line]) -> str:
             for who, share in claims()["sm_activity"].items():
                 if who in ("loop", "ours"):
                     axis.axhline(100 * share, color="black", linestyle=":", linewidth=0.8)
-                    axis.annotate(f"claimed: {who}", (0, 100 * share + 1), fontsize=7)
+                    axis.annotate(f"claimed: {SAID[who]}", (0, 100 * share + 1), fontsize=7)
             axis.set(xlabel="seconds", ylabel="SMs active, %", ylim=(0, 105))
             axis.set_title(f"{layer.title}, {tokens} tokens")
             axis.grid(True, alpha=0.3)
@@ -138,8 +153,9 @@ def energy(lines: Sequence[Line]) -> str:
                     )  # fmt: skip
             for who, joules in claims()["energy"][layer.model.name].items():
                 axis.axhline(joules, color="black", linestyle=":", linewidth=0.8)
-                axis.annotate(f"claimed: {who}", (32, joules), fontsize=7)
-            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="J per 1000 tokens, gross")
+                axis.annotate(f"claimed: {SAID[who]}", (32, joules), fontsize=7)
+            axis.set(yscale="log", xlabel="tokens", ylabel="J per 1000 tokens, gross")
+            mark_tokens(axis, [x["tokens"] for x in some if x["model"] == layer.model.name])
             axis.set_title(layer.title)
             axis.grid(True, alpha=0.3)
         return bool(some)
