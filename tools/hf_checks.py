@@ -111,8 +111,8 @@ def generation(family: str) -> str:
 
 
 def bf16_agreement(family: str, seeds: int = 4) -> tuple[Tensor, Tensor]:
-    """Per position, whether the likeliest token in bf16 is that of the fp32 model: moesaic's, then
-    grouped_mm's."""
+    """Whether the likeliest token in bf16 is that of the fp32 model, by sequence and position:
+    moesaic's, then grouped_mm's."""
     agree: dict[str, list[Tensor]] = {"moesaic": [], "grouped_mm": []}
     for seed in range(seeds):
         model = tiny_model(family, seed)
@@ -121,17 +121,19 @@ def bf16_agreement(family: str, seeds: int = 4) -> tuple[Tensor, Tensor]:
             want = output(select(model, "eager"), ids_BN).argmax(-1)
             low = copy.deepcopy(model).bfloat16()
             for name, found in agree.items():
-                found.append(output(select(low, name), ids_BN).argmax(-1).eq(want).flatten())
+                found.append(output(select(low, name), ids_BN).argmax(-1).eq(want))
     return torch.cat(agree["moesaic"]), torch.cat(agree["grouped_mm"])
 
 
-def not_worse(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether ours is right where theirs is as often as the other way round, but for chance.
+def not_worse(ours_SN: Tensor, theirs_SN: Tensor) -> bool:
+    """Whether ours wins as many sequences as theirs, but for chance.
 
-    Two ways of rounding disagree at random on near ties: of the positions where just one is right,
-    the share that theirs wins must lie within 2.33 standard deviations of a half (1 %, one side).
+    Two ways of rounding disagree at random on near ties, and everything after one in its sequence
+    with them. Of the sequences in which they have not equally many right positions, the share that
+    theirs wins must lie within 2.33 standard deviations of a half (1 %, one side).
     """
-    won, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    margin_S = ours_SN.sum(1) - theirs_SN.sum(1)
+    won, lost = int((margin_S > 0).sum()), int((margin_S < 0).sum())
     return bool(lost - won <= 2.33 * (won + lost) ** 0.5)
 
 
