@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...integrations.attach import selected
-from ...integrations.transformers import NAME as OURS
 from ..results import Line, Target, at_least, make_line, stamp
 from ..suite import Cell, Context, Suite
 from ..timing import (
@@ -48,7 +46,7 @@ from ..whole_models import (
     without_moe,
 )
 
-NAME = "transformers"
+NAME, OURS = "transformers", "moesaic"
 BATCHES = (1, 16, 64, 128)
 PREFILL = 8192
 RIVALS = ("grouped_mm", "batched_mm")
@@ -124,6 +122,8 @@ def prepare(
     timer: Timer, model: Any, cell: Cell, forward: Callable[..., Tensor], seed: int
 ) -> dict[Key, float]:
     """Every call of a cell in the timer; the errors of our blocks."""
+    from ...integrations.attach import selected
+
     decode = cell.routing == "decode"
     batch, length = (cell.tokens, 1) if decode else (1, cell.tokens)
     context = CONTEXT if decode else length
