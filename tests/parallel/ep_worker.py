@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from moesaic.functional import moe
+from moesaic.parallel.exchange import memory
 from moesaic.parallel.expert_parallel import ExpertParallel, Options, take_experts
 from moesaic.parallel.placement import Placement, contiguous
 from moesaic.types import ExpertSpec, ExpertWeights
@@ -190,6 +191,13 @@ def control(rank: int, world: int) -> dict:
             told[name] = len(hidden) * 3 <= 7 and name == "too many"
         except (ValueError, RuntimeError) as error:
             told[name] = any(w in str(error) for w in ("make the layer", "parts()"))
+    if rank == 0:
+        memory.MADE.append(256)  # as if for a group that rank 1 is not in
+    try:
+        memory._by_torch(256, dist.group.WORLD, torch.device("cpu"))
+        told["uneven"] = False
+    except RuntimeError as error:
+        told["uneven"] = "196082" in str(error)
     return told
 
 

@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused() -> None:
         LocalExchange(seat_of(two, 0, rank=1))
     with pytest.raises(ValueError, match="needs a process group"):
         choose_backend("symmetric", None, torch.device("cpu"))
-    with pytest.raises(ValueError, match="config.max_ctas"):
+    with pytest.raises(ValueError, match=r"config\.max_ctas"):
         ExpertParallel(SPEC, None, weights, top_k=2, options=Options(num_sms=32))
     with pytest.raises(ValueError, match="backend must be one of"):
         choose_backend("carrier pigeon", None, torch.device("cpu"))
