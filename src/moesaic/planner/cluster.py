@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..parallel.machine import Machine, from_nccl, from_smi
+from ..parallel.machine import Machine, from_nccl, from_nvml, from_smi
 from ..parallel.topology import Topology
 from .documents import Block, parse, read
 
@@ -190,9 +190,12 @@ def _machine(block: Block, folder: Path) -> Machine | None:
     if inner is None:
         return None
     smi, nccl = inner.text("nvidia_smi", None), inner.text("nccl_xml", None)
+    here = inner.boolean("nvml", False)
     inner.done()
-    if (smi is None) == (nccl is None):
-        raise ValueError(f"{block.where('machine')}: give one of nvidia_smi and nccl_xml")
+    if bool(smi) + bool(nccl) + here != 1:
+        raise ValueError(f"{block.where('machine')}: give one of nvidia_smi, nccl_xml and nvml")
+    if here:
+        return from_nvml()
     path = folder / (smi or nccl)
     try:
         text = path.read_text("utf-8")

@@ -103,7 +103,8 @@ def serve(question: Question, best: Prediction, ttft_s: float) -> Queued:
         steps.append(one.step_s)
     service = Service(
         copies=best.copies, slots=max(1, int(batches[-1])), batches=tuple(batches),
-        step_s=tuple(steps), prefill_s=ttft_s / strategy.homes, output=q.workload.output,
+        step_s=tuple(steps), prefill_s=ttft_s / strategy.homes, first_s=ttft_s,
+        output=q.workload.output,
     )  # fmt: skip
     return simulate_queue(service, q.workload.arrival, seed=q.workload.seed)
 

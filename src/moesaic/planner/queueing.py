@@ -24,7 +24,8 @@ class Service:
         copies: copies side by side.
         slots: sequences that one copy holds at most.
         batches, step_s: step times at rising numbers of sequences of a copy.
-        prefill_s: seconds that one prompt occupies a copy.
+        prefill_s: seconds that one prompt occupies a copy, its share of a step of several.
+        first_s: seconds from a prompt's start to its first token.
         output: tokens of an answer.
     """
 
@@ -33,6 +34,7 @@ class Service:
     batches: tuple[float, ...]
     step_s: tuple[float, ...]
     prefill_s: float
+    first_s: float
     output: int
 
 
@@ -105,7 +107,7 @@ def simulate_queue(service: Service, arrival: Arrival, *, seed: int = 0) -> Queu
 
     def admit(came: float, running: list[list[float]]) -> Generator[Any, Any, None]:
         yield env.timeout(service.prefill_s)
-        first.append(env.now - came)
+        first.append(env.now - came + max(0.0, service.first_s - service.prefill_s))
         tokens[0] += 1
         running.append([1.0, env.now])
 
