@@ -29,6 +29,7 @@ PAGES = tuple(
         "graphs",
         "energy",
         "slices",
+        "policies",
         "profiler",
         "expert-parallel",
         "transformers",

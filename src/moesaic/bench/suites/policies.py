@@ -244,30 +244,46 @@ def regret_targets(lines: Sequence[Line]) -> list[Target]:
     rows = {k: v for k, v in by_impl(lines, "replay", "regret").items() if is_recorded(k)}
     if not rows:
         return []
-    mine = [row["adaptive"] for row in rows.values()]
-    ewma = [best_ewma(row) for row in rows.values()]
-    bound = [row[f"adaptive by {LEARNED}"] for row in rows.values()]
-    others = [min(row[name] for name in POLICIES if name != "adaptive") for row in rows.values()]
-    oracles = [row["oracle"] for row in rows.values()]
-    pairs = list(zip(mine, ewma, strict=True))
+    mine = {k: row["adaptive"] for k, row in rows.items()}
+    ewma = {k: best_ewma(row) for k, row in rows.items()}
+    bound = sum(row[f"adaptive by {LEARNED}"] for row in rows.values())
+    others = sum(min(row[n] for n in POLICIES if n != "adaptive") for row in rows.values())
+    targets = []
+    for kind in dict.fromkeys(scene_kind for _, _, scene_kind in rows):
+        ours, theirs = (sum(v for k, v in some.items() if k[2] == kind) for some in (mine, ewma))
+        targets.append(
+            at_most(
+                f"regret of adaptive over the best ewma's in hindsight, sums, scene {kind}",
+                over(ours, theirs), 1.0,
+            )
+        )  # fmt: skip
     return [
+        *targets,
         at_most(
             "regret of adaptive over the best ewma's in hindsight, sums over recorded scenes",
-            sum(mine) / sum(ewma), 1.0,
+            over(sum(mine.values()), sum(ewma.values())), 1.0,
         ),
         at_most(
             "regret by learned alone over the best ewma's in hindsight, sums",
-            sum(bound) / sum(ewma), 1.0,
+            over(bound, sum(ewma.values())), 1.0,
         ),
         at_least(
             "part of the recorded scenes in which adaptive regrets no more than the best ewma",
-            part([a <= b for a, b in pairs]), 1.0,
+            part([mine[k] <= ewma[k] for k in rows]), 1.0,
         ),
         at_most(
-            "regret of adaptive over the best other policy's, sums", sum(mine) / sum(others), 1.0
+            "regret of adaptive over the best other policy's, sums",
+            over(sum(mine.values()), others), 1.0,
         ),
-        at_most("largest regret of the oracle", max(oracles), 0.0),
+        at_most("largest regret of the oracle", max(r["oracle"] for r in rows.values()), 0.0),
     ]  # fmt: skip
+
+
+def over(ours: float, theirs: float) -> float | None:
+    """One regret over another: 1 where there is none at all, None where only ours is."""
+    if theirs == 0:
+        return 1.0 if ours == 0 else None
+    return ours / theirs
 
 
 def measured_targets(lines: Sequence[Line]) -> list[Target]:
