@@ -114,7 +114,8 @@ def placement_of(question: Question, best: Prediction) -> Placement | None:
     if best.strategy.family == "tp-pp":
         return None
     q = question
-    sampler = Sampler(q.model, q.cluster, q.workload, layers=q.model.moe_layers)
+    work = replace(q.workload, sequences=best.batch, batches=())
+    sampler = Sampler(q.model, q.cluster, work, layers=q.model.moe_layers)
     homes = best.strategy.homes
     tokens = max(1, round(best.sequences if best.phase == "decode" else q.workload.prefill_tokens))
     counts = sampler.counts(homes, tokens)
@@ -133,7 +134,7 @@ def show(plan: Plan, explained: bool) -> None:
     wide = console if console.is_terminal else Console(width=200)
     table = Table(box=None, header_style="bold")
     for number, head in enumerate(HEADS):
-        table.add_column(head, justify="left" if number in (0, 11) else "right")
+        table.add_column(head, justify="left" if number in (0, 12) else "right")
     for p in shown(plan.predictions):
         table.add_row(*(Text(cell, "" if p.fits else "dim") for cell in row(p)))
     wide.print(table)
@@ -181,7 +182,7 @@ def main(
     print(
         json.dumps(
             {
-                "strategies": len(plan.predictions),
+                "predictions": len(plan.predictions),
                 "recommended": None if best is None else best.strategy.name,
                 "tokens_per_s_per_gpu": None if best is None else round(best.per_gpu, 1),
                 "step_ms": None if best is None else round(best.step_s * 1e3, 3),

@@ -179,6 +179,12 @@ class Block:
             raise self.wrong(name, "a list", _plain(node))
         return [Block(item, self.source) for item in node.value]
 
+    def is_list(self, name: str) -> bool:
+        """Whether a field that is there holds a list."""
+        import yaml
+
+        return isinstance(self._nodes[name][0], yaml.SequenceNode)
+
     def names(self) -> Iterator[str]:
         """The fields that are there."""
         return iter(self._nodes)

@@ -26,6 +26,7 @@ class Prediction:
     """What a deployment does.
 
     Args:
+        batch: sequences that the workload asks for, per GPU or in all.
         gpus: GPUs in use, over all copies.
         step_s: one decode step, or one prefill step.
         tokens_per_s: of the whole deployment.
@@ -40,6 +41,7 @@ class Prediction:
 
     strategy: Strategy
     phase: str
+    batch: int
     copies: int
     gpus: int
     sequences: float
@@ -120,6 +122,7 @@ def predict(
     return Prediction(
         strategy=strategy,
         phase=workload.phase,
+        batch=workload.sequences,
         copies=copies,
         gpus=gpus,
         sequences=sequences,

@@ -13,8 +13,8 @@ from .predict import Prediction
 from .queueing import Queued
 from .search import Question, Verdict
 
-HEADS = ("strategy", "GPUs", "tok/s/GPU", "tok/s/node", "step ms", "tok/s/seq", "memory GB", "fits",
-         "balance", "overlap", "J/token", "waits for")  # fmt: skip
+HEADS = ("strategy", "batch", "GPUs", "tok/s/GPU", "tok/s/node", "step ms", "tok/s/seq",
+         "memory GB", "fits", "balance", "overlap", "J/token", "waits for")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ def row(p: Prediction) -> tuple[str, ...]:
     """A prediction as text under `HEADS`."""
     return (
         p.strategy.name,
+        str(p.batch) if p.phase == "decode" else "-",
         str(p.gpus),
         f"{p.per_gpu:.0f}",
         f"{p.per_node:.0f}",
@@ -49,13 +50,13 @@ def row(p: Prediction) -> tuple[str, ...]:
 
 def shown(predictions: Sequence[Prediction], limit: int = 24) -> list[Prediction]:
     """The best that fit, the best of every family, and the best that do not fit."""
-    found: dict[str, Prediction] = {}
+    found: dict[tuple[str, int], Prediction] = {}
     for p in [p for p in predictions if p.fits][: limit // 2]:
-        found[p.strategy.name] = p
+        found[p.strategy.name, p.batch] = p
     for family in dict.fromkeys(p.strategy.family for p in predictions):
         for fits in (True, False):
             some = [p for p in predictions if p.strategy.family == family and p.fits == fits][:2]
-            found |= {p.strategy.name: p for p in some}
+            found |= {(p.strategy.name, p.batch): p for p in some}
     return sorted(found.values(), key=lambda p: (not p.fits, -p.per_gpu))[:limit]
 
 
@@ -64,6 +65,7 @@ def entry(p: Prediction) -> dict[str, Any]:
     return {
         "strategy": p.strategy.name,
         "family": p.strategy.family,
+        "batch": p.batch,
         "gpus": p.gpus,
         "copies": p.copies,
         "step_ms": p.step_s * 1e3,
@@ -97,7 +99,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "phase": q.workload.phase,
         "routing": q.workload.routing if q.workload.trace is None else "trace",
         "kernels": q.table.source,
-        "strategies": len(plan.predictions),
+        "predicted": len(plan.predictions),
         "recommended": None if v.best is None else v.best.strategy.name,
         "verdict": v.sentence,
         "one_expert_per_gpu": v.one_per_gpu,
@@ -114,7 +116,8 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     m, c, w = plan.question.model, plan.question.cluster, plan.question.workload
     a, gpu = m.attention, c.gpu
     work = (
-        f"decode, {w.sequences} sequences a {'deployment' if w.total else 'GPU'}, {w.context} "
+        f"decode, {' or '.join(map(str, w.batches or (w.sequences,)))} sequences a "
+        f"{'deployment' if w.total else 'GPU'}, {w.context} "
         "tokens of context each"
         if w.phase == "decode"
         else f"prefill of {w.prompt}-token prompts, "

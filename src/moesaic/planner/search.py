@@ -78,11 +78,23 @@ def _together(strategies: Sequence[Strategy]) -> list[list[Strategy]]:
 
 def predict_group(question: Question, strategies: Sequence[Strategy]) -> list[Prediction]:
     """The predictions of strategies that share a shape."""
-    q = question
-    sampler = Sampler(q.model, q.cluster, q.workload, q.sampled_layers)
+    found = []
+    for one in each_batch(question):
+        sampler = Sampler(one.model, one.cluster, one.workload, one.sampled_layers)
+        found += [
+            predict(one.model, one.cluster, one.workload, s,
+                    sampler=sampler, table=one.table, inside=one.inside)
+            for s in strategies
+        ]  # fmt: skip
+    return found
+
+
+def each_batch(question: Question) -> list[Question]:
+    """The question for each number of sequences that the workload wants tried."""
+    w = question.workload
     return [
-        predict(q.model, q.cluster, q.workload, s, sampler=sampler, table=q.table, inside=q.inside)
-        for s in strategies
+        replace(question, workload=replace(w, sequences=batch, batches=()))
+        for batch in w.batches or (w.sequences,)
     ]
 
 
@@ -108,7 +120,7 @@ def predict_all(
     def add(more: list[Prediction]) -> None:
         found.extend(more)
         if progress is not None:
-            progress(len(found), len(strategies))
+            progress(len(found), len(strategies) * len(each_batch(question)))
 
     if count == 1 or len(groups) == 1:
         for group in groups:
@@ -121,7 +133,7 @@ def predict_all(
             jobs = [pool.submit(predict_group, question, group) for group in groups]
             for job in as_completed(jobs):
                 add(job.result())
-    return sorted(found, key=lambda p: (-p.per_gpu, p.strategy.name))
+    return sorted(found, key=lambda p: (-p.per_gpu, p.strategy.name, p.batch))
 
 
 def search(
@@ -175,11 +187,16 @@ def judge(predictions: Sequence[Prediction], workload: Workload) -> Verdict:
     return Verdict(
         best=best,
         sentence=(
-            f"{best.strategy.name}: {best.per_gpu:.0f} tokens/s per GPU, "
+            f"{best.strategy.name}{_batch(best)}: {best.per_gpu:.0f} tokens/s per GPU, "
             f"{best.step_s * 1e3:.1f} ms a step; it waits for {best.binding}."
         ),
         one_per_gpu=_one_per_gpu(good),
     )
+
+
+def _batch(p: Prediction) -> str:
+    """The batch in words, in decode."""
+    return f" with {p.batch} sequences" if p.phase == "decode" else ""
 
 
 def _one_per_gpu(predictions: Sequence[Prediction]) -> str:
@@ -212,15 +229,19 @@ def explain(question: Question, predictions: Sequence[Prediction], verdict: Verd
     """The verdict with what each doubled resource, and even routing, would do to it."""
     if verdict.best is None:
         return verdict
-    leaders: dict[str, Strategy] = {}
+    leaders: dict[str, Prediction] = {}
     for p in predictions:
         if keeps_limits(p, question.workload):
-            leaders.setdefault(p.strategy.family, p.strategy)
+            leaders.setdefault(p.strategy.family, p)
+    rows: dict[str, list[Prediction]] = {}
+    for leader in leaders.values():
+        work = replace(question.workload, sequences=leader.batch, batches=())
+        for what, changed in _changed(replace(question, workload=work)):
+            rows.setdefault(what, []).extend(predict_group(changed, [leader.strategy]))
     changes = []
-    for what, changed in _changed(question):
-        again = [p for s in leaders.values() for p in predict_group(changed, [s])]
+    for what, again in rows.items():
         same = next(p for p in again if p.strategy == verdict.best.strategy)
-        best = max(again, key=lambda p: p.per_gpu * keeps_limits(p, changed.workload))
+        best = max(again, key=lambda p: p.per_gpu * keeps_limits(p, question.workload))
         changes.append(Change(what=what, gain=same.per_gpu / verdict.best.per_gpu,
                               best=best.strategy.name))  # fmt: skip
     return replace(verdict, changes=tuple(changes))

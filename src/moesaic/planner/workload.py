@@ -20,6 +20,7 @@ from .routing import Counts, parse_routing
 
 FAMILIES = ("one-per-gpu", "literal", "ep", "tp-pp", "tp-ep-dp", "disaggregated")
 ENGINES = ("moesaic", "node-sums")
+DEFAULT_BATCHES = (16, 64, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class Workload:
     Args:
         phase: what a step does.
         sequences: per GPU in decode (the batch), of the whole deployment when `total`.
+        batches: further values of it that a search tries; empty for that one alone.
         prompt, output: tokens of a sequence.
         context: cached tokens of a sequence in a decode step.
         prefill_tokens: tokens of a GPU in a prefill step.
@@ -69,6 +71,7 @@ class Workload:
 
     phase: Literal["decode", "prefill"] = "decode"
     sequences: int = 64
+    batches: tuple[int, ...] = ()
     total: bool = False
     prompt: int = 2048
     output: int = 512
@@ -116,10 +119,12 @@ def workload_from(block: Block, folder: Path, *, num_experts: int, layers: int) 
             parse_routing(routing)
         except ValueError as error:
             raise ValueError(f"{block.where('routing')}: {error}") from error
+    batches = _batches(block, phase)
     prompt, output = block.integer("prompt", base.prompt), block.integer("output", base.output)
     found = Workload(
         phase=phase,
-        sequences=block.integer("sequences", base.sequences),
+        sequences=batches[len(batches) // 2],
+        batches=batches if len(batches) > 1 else (),
         total=block.text("sequences_of", "gpu", among=("gpu", "deployment")) == "deployment",
         prompt=prompt,
         output=output,
@@ -141,6 +146,15 @@ def workload_from(block: Block, folder: Path, *, num_experts: int, layers: int) 
     )
     block.done()
     return found
+
+
+def _batches(block: Block, phase: str) -> tuple[int, ...]:
+    """The sequences to try: the file's number or list; without one several, for decode."""
+    if "sequences" not in block:
+        return DEFAULT_BATCHES if phase == "decode" else (Workload().sequences,)
+    if block.is_list("sequences"):
+        return tuple(sorted(set(block.integers("sequences"))))
+    return (int(block.integer("sequences")),)
 
 
 def _trace(block: Block, folder: Path, experts: int, layers: int) -> Counts | None:
