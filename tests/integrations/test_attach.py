@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hf_checks import output, select, token_ids
-from hf_families import tiny_model
+from hf_families import families, tiny_model
 from torch import nn
 
 import moesaic
@@ -134,6 +134,8 @@ def test_every_refusal_is_clear(change: Any, problem: str, monkeypatch: pytest.M
 def test_families_without_the_interface_are_told_so() -> None:
     from transformers import Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
 
+    if "llama4" in families():
+        pytest.skip("this transformers gives llama4 the interface")
     llama4 = Llama4ForCausalLM(
         Llama4TextConfig(
             hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
@@ -165,6 +167,7 @@ def test_a_version_outside_the_tested_range_warns_and_inside_does_not() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapter.check_version("5.17.0")
+        adapter.check_version("5.23.1")
 
 
 def test_expert_parallel_sentinels_add_nothing() -> None:

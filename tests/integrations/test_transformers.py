@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import hf_checks
@@ -21,9 +23,14 @@ def test_layout(family: str, check: str) -> None:
     hf_checks.CHECKS[check](family)
 
 
+# The families whose tiny models the pinned version builds; a newer one may have more.
+TABLE = Path(__file__).parents[2] / "benchmarks" / "transformers-families.json"
+KNOWN = [f for f in json.loads(TABLE.read_text("utf-8")) if f in families() and f not in LAYOUTS]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("check", hf_checks.CHECKS)
-@pytest.mark.parametrize("family", [f for f in families() if f not in LAYOUTS])
+@pytest.mark.parametrize("family", KNOWN)
 def test_family(family: str, check: str) -> None:
     hf_checks.CHECKS[check](family)
 

@@ -24,7 +24,7 @@ from ..types import ExpertWeights
 from .layouts import spec_of, unsupported, weights_of
 
 NAME = "moesaic"
-TESTED = ((5, 17), (5, 18))  # from the first to before the second
+TESTED = ((5, 17), (5, 24))  # from the first to before the second; both ends were run
 STATE = "_moesaic"
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
