@@ -93,13 +93,16 @@ sys.modules["triton"] = sys.modules["transformers"] = None
 import pkgutil, importlib, torch, moesaic
 from moesaic import ExpertSpec, ExpertWeights, RouterSpec
 skip = ("moesaic.kernels.", "moesaic.__main__")
+needs_extra = (
+    "moesaic.integrations.", "moesaic.models.pretrained",
+    "moesaic.run.pretrained", "moesaic.run.generate", "moesaic.run.profiling",
+)
 for module in pkgutil.walk_packages(moesaic.__path__, "moesaic."):
     if not module.name.startswith(skip):
         try:
             importlib.import_module(module.name)
         except ImportError as error:
-            extra = module.name.startswith("moesaic.integrations.")
-            assert extra and "pip install 'moesaic[" in str(error), (module.name, error)
+            assert module.name.startswith(needs_extra) and "pip install 'moesaic[" in str(error), (module.name, error)
 spec = ExpertSpec(num_experts=4, hidden_size=8, intermediate_size=16)
 weights = ExpertWeights(up=torch.randn(4, 32, 8), down=torch.randn(4, 8, 16))
 routing = moesaic.route(torch.randn(3, 4), RouterSpec(num_experts=4, top_k=2))
