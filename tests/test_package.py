@@ -102,7 +102,8 @@ for module in pkgutil.walk_packages(moesaic.__path__, "moesaic."):
         try:
             importlib.import_module(module.name)
         except ImportError as error:
-            assert module.name.startswith(needs_extra) and "pip install 'moesaic[" in str(error), (module.name, error)
+            assert module.name.startswith(needs_extra), (module.name, error)
+            assert "pip install 'moesaic[" in str(error), (module.name, error)
 spec = ExpertSpec(num_experts=4, hidden_size=8, intermediate_size=16)
 weights = ExpertWeights(up=torch.randn(4, 32, 8), down=torch.randn(4, 8, 16))
 routing = moesaic.route(torch.randn(3, 4), RouterSpec(num_experts=4, top_k=2))
