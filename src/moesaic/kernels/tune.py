@@ -1,9 +1,10 @@
 """Which tiles a layer runs with: measured tables where there are some, pure heuristics elsewhere.
 
 `choose` is a function of the shape of the problem alone (never of the routing), so a captured graph
-and an eager call agree, and none of its answers can change a bit of the output. The tables are
-`configs/<device family>.json`; a table's row is found by the shape of the layer and the measured
-token count nearest to that of the call, as powers of two.
+and an eager call agree, and none of its answers can change a bit of the output. The tables are the
+shipped `configs/<device family>.json` and, over it, the user's (`tables`), read once a process; a
+row is found by the shape of the layer and the measured token count nearest to that of the call by
+ratio, and speaks for counts within a factor of REACH of its own.
 
     T tokens · H hidden width · I intermediate width · E experts · K top-k
 
@@ -14,12 +15,15 @@ token count nearest to that of the call, as powers of two.
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from .hopper.fit import layer_problem
+from .tables import NONE, Rows, Tables, over, read_table, user_path
+
 CONFIGS = Path(__file__).parent / "configs"
+REACH = 4
 FP32_BLOCK_K = 32
 """Terms that an fp32 product sums apart: near the root of common widths, where errors are least."""
 
@@ -140,24 +144,78 @@ def config_to_json(config: Config) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=8)
-def load_table(family: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """The measured table of a device family: shape, then token bucket; empty if there is none."""
-    path = CONFIGS / f"{family}.json"
-    if not family or not path.exists():
-        return {}
-    shapes: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())["shapes"]
-    return shapes
+def load_table(family: str) -> Tables:
+    """The measured rows of a device family: the user's over the shipped; none where there are none.
+
+    Read once a process, so that one shape always gets one choice.
+    """
+    if not family:
+        return NONE
+    checks = {"shapes": _row_problem, "hopper": lambda _, row: layer_problem(row)}
+    shipped, own = (
+        NONE if path is None else read_table(path, family, device_family, checks)
+        for path in (CONFIGS / f"{family}.json", user_path(family))
+    )
+    return Tables(over(shipped.shapes, own.shapes), over(shipped.hopper, own.hopper))
+
+
+def _row_problem(shape: str, row: Any) -> str | None:
+    """Why a row of the Triton path cannot run, or None; shared memory as of the largest device."""
+    try:
+        config = _config_from_json(row, "")
+        cuts = {"up": config.up, "mid": config.mid, "down": config.down}
+        numbers = {*config.heights, *(number for cut in cuts.values() for number in cut)}
+    except (TypeError, KeyError, AttributeError) as error:
+        return f"it is not a configuration ({error!r})"
+    if not all(type(n) is int and 0 <= n <= 4096 for n in numbers):
+        return f"sizes must be whole numbers in [0, 4096], got {row}"
+    heights = list(config.heights)
+    if not heights or heights != sorted({*heights} & {16, 32, 64, 128}):
+        return f"heights must ascend in (16, 32, 64, 128), got {heights}"
+    if config.order not in ("index", "large_first", "mixed") or type(config.fused) is not bool:
+        return f"order must be index, large_first or mixed and fused a truth value, got {row}"
+    itemsize = 4 if shape.endswith("float32") else 2
+    for name, cut in cuts.items():
+        gated = name == "up" and "_gated" in shape
+        if problem := _cut_problem(cut, heights[-1], gated=gated, itemsize=itemsize):
+            return f"{name}: {problem}"
+    return None
+
+
+def _cut_problem(cut: GemmConfig, height: int, *, gated: bool, itemsize: int) -> str | None:
+    """Why a product cannot be cut so under tiles of `height` rows, or None."""
+    blocks = (cut.block_n, cut.block_k)
+    if any(n & (n - 1) for n in blocks) or min(blocks) < 16 or cut.num_warps not in (1, 2, 4, 8):
+        return f"blocks must be powers of two from 16 on and warps 1, 2, 4 or 8, got {cut}"
+    if cut.num_stages < 1 or cut.group_m < 1:
+        return f"num_stages and group_m must be at least 1, got {cut}"
+    used, limit = shared_bytes(cut, height, gated=gated, itemsize=itemsize), shared_limit(90)
+    return f"{used} bytes of shared memory are needed, there are {limit}" if used > limit else None
+
+
+def _row_for(rows: Rows, problem: Problem) -> tuple[int, Any] | None:
+    """The row that speaks for a call and the token count it was measured at."""
+    found = rows.get(shape_key(problem))
+    if not found:
+        return None
+    bucket = nearest_bucket(problem.tokens, tuple(sorted(map(int, found))))
+    low, high = sorted((bucket, max(1, problem.tokens)))
+    return (bucket, found[str(bucket)]) if high <= REACH * low else None
+
+
+def hopper_row(problem: Problem) -> dict[str, Any] | None:
+    """The measured row of the Hopper path for a call, as in the table; None: nothing measured."""
+    found = _row_for(load_table(problem.family).hopper, problem)
+    return None if found is None else found[1]
 
 
 @lru_cache(maxsize=4096)
 def choose(problem: Problem) -> Config:
     """The configuration of a call: measured for its shape and bucket, or the heuristic's."""
-    rows = load_table(problem.family).get(shape_key(problem), {})
-    if not rows:
+    found = _row_for(load_table(problem.family).shapes, problem)
+    if found is None:
         return heuristic(problem)
-    bucket = nearest_bucket(problem.tokens, tuple(sorted(map(int, rows))))
-    why = f"measured on {problem.family} at {bucket} tokens"
-    return _config_from_json(rows[str(bucket)], why)
+    return _config_from_json(found[1], f"measured on {problem.family} at {found[0]} tokens")
 
 
 SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}

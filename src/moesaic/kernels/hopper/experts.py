@@ -6,7 +6,7 @@ T tokens · H hidden width · I intermediate width · E experts · K top-k · S 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..combine import combine
 from ..device import sm_count
 from ..gather import gather_rows
 from ..taskmap import TaskMap
+from ..tune import Problem, device_family, hopper_row
 from .launch import GLUON_DTYPES, HopperConfig, grouped_mm_hopper
 from .tiles import triton_problem
 
@@ -55,6 +56,39 @@ def choose(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) ->
     else:
         tile = HopperConfig("tall", 256, 128, 4)
     return LayerConfig(tile, tile)
+
+
+@lru_cache(maxsize=4096)
+def choose_measured(
+    tokens: int,
+    top_k: int,
+    up_shape: tuple[int, ...],
+    gated: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_sms: int,
+) -> LayerConfig:
+    """The tiles measured for this shape on this kind of device, whatever the budget; else `choose`.
+
+    Args:
+        up_shape: (E, U, H), U = 2I when `gated`.
+    """
+    experts, up_rows, hidden = up_shape
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    problem = Problem(
+        tokens, top_k, experts, hidden, up_rows // (2 if gated else 1), gated, 2,
+        str(dtype).removeprefix("torch."), 90, device_family(name),
+    )  # fmt: skip
+    row = hopper_row(problem)
+    if row is None:
+        return choose(tokens, top_k, experts, up_rows, num_sms)
+    return layer_config(row)
+
+
+def layer_config(row: dict[str, Any]) -> LayerConfig:
+    """A table's row as a configuration."""
+    up, down = HopperConfig(**row["up"]), HopperConfig(**row["down"])
+    return LayerConfig(up, down, row.get("order", "index"))
 
 
 @lru_cache(maxsize=64)
@@ -121,7 +155,7 @@ def experts_hopper(
         topk_ids: (T, K) int32 or int64. topk_weights: (T, K), fp32 or the dtype of `hidden`.
         up: (E, U, H), U = 2I when `gated`. down: (E, H, I).
         num_sms: SM budget of the products; None: all.
-        config: instead of `choose`'s; moves time, never bits.
+        config: instead of `choose_measured`'s; moves time, never bits.
         counters: (3, E) int32 to which each expert's rows and tiles are added: by the sort, and of
             a single token, which is not sorted, by the combine.
     """
@@ -129,7 +163,9 @@ def experts_hopper(
     if tokens == 0:
         return torch.empty_like(hidden)
     num_sms = num_sms or sm_count(hidden.device)
-    config = config or choose(tokens, top_k, up.shape[0], up.shape[1], num_sms)
+    config = config or choose_measured(
+        tokens, top_k, up.shape, gated, hidden.dtype, hidden.device, num_sms
+    )
     if tokens == 1:
         order_S, tasks = _one_token(topk_ids)
         position = order_S

@@ -1,0 +1,74 @@
+"""Which tiles the Hopper kernels can have: a check of numbers alone, before anything is compiled.
+
+    BM token rows · BN weight rows · BK depth of a stage
+
+>>> tile_problem({"kernel": "decode", "bm": 16, "bn": 128, "stages": 10})
+>>> tile_problem({"kernel": "decode", "bm": 24, "bn": 128, "stages": 10})
+'decode tiles have bm in (16, 32, 64, 128), got 24'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SHARED_LIMIT = 227 * 1024
+STAGED_BYTES = 4 * 64 * 64 * 2
+BARRIER_BYTES = 1024
+"""Barriers, notes and what the partitions are started with: an upper bound of what is compiled."""
+
+ROWS = {"prefill": (128,), "tall": (64, 128, 192, 256, 320, 384), "decode": (16, 32, 64, 128)}
+COLUMNS = {"prefill": (256,), "tall": (128,), "decode": (64, 128)}
+DEFAULTS = {"bk": 64, "group_m": 8, "ctas_per_sm": 1}
+RANGES = {"stages": (2, 16), "group_m": (1, 64), "ctas_per_sm": (1, 4)}
+ORDERS = ("index", "large_first", "mixed")
+
+
+def shared_bytes(kernel: str, bm: int, bn: int, stages: int, bk: int = 64) -> int:
+    """Shared memory of one program: the ring of 16-bit operands, staged output, barriers.
+
+    >>> shared_bytes("prefill", 128, 256, 4)
+    230400
+    """
+    staged = bm * bn * 2 if kernel == "decode" else STAGED_BYTES
+    return stages * (bm + bn) * bk * 2 + staged + BARRIER_BYTES
+
+
+def tile_problem(row: Mapping[str, Any]) -> str | None:
+    """Why a tile, given as the fields of `HopperConfig`, cannot exist, or None."""
+    known = {"kernel", "bm", "bn", "stages", *DEFAULTS}
+    if odd := sorted(set(row) - known) + sorted({"kernel", "bm", "bn", "stages"} - set(row)):
+        return f"unknown or missing fields: {', '.join(odd)}"
+    values = DEFAULTS | dict(row)
+    kernel = values.pop("kernel")
+    if kernel not in ROWS:
+        return f"kernel must be one of {', '.join(ROWS)}, got {kernel!r}"
+    if not all(type(value) is int for value in values.values()):
+        return f"sizes must be whole numbers, got {values}"
+    for name, allowed in (("bm", ROWS[kernel]), ("bn", COLUMNS[kernel]), ("bk", (64,))):
+        if values[name] not in allowed:
+            return f"{kernel} tiles have {name} in {allowed}, got {values[name]}"
+    for name, (low, high) in RANGES.items():
+        if not low <= values[name] <= high:
+            return f"{name} must be in [{low}, {high}], got {values[name]}"
+    sizes = (values[name] for name in ("bm", "bn", "stages", "bk"))
+    used = values["ctas_per_sm"] * shared_bytes(kernel, *sizes)
+    if used > SHARED_LIMIT:
+        return f"{used} bytes of shared memory are needed, an SM has {SHARED_LIMIT}"
+    return None
+
+
+def layer_problem(row: Any) -> str | None:
+    """Why a table's row, two tiles and an order, cannot exist, or None."""
+    if not isinstance(row, dict) or not {"up", "down"} <= set(row) <= {"up", "down", "order"}:
+        return "a row must have up, down and perhaps order"
+    for name in ("up", "down"):
+        if not isinstance(row[name], dict):
+            return f"{name} must be an object"
+        if problem := tile_problem(row[name]):
+            return f"{name}: {problem}"
+    if row["up"]["bm"] != row["down"]["bm"]:
+        return f"up and down share one map: bm {row['up']['bm']} and {row['down']['bm']} differ"
+    if row.get("order", "index") not in ORDERS:
+        return f"order must be one of {', '.join(ORDERS)}, got {row['order']!r}"
+    return None
