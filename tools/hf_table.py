@@ -19,7 +19,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "transformers-families.json"
-BEGIN, END = "<!-- families -->\n", "<!-- end of families -->"
+OWN_TESTS = ROOT / "benchmarks" / "transformers-own-tests.json"
+BEGIN, END = "<!-- {} -->\n", "<!-- end of {} -->"
 Results = dict[str, dict[str, str]]
 
 
@@ -57,17 +58,39 @@ def table(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(page: str, results: Results) -> str:
-    """The page with the table between its marks.
+def own_tests(outcomes: dict[str, dict[str, dict[str, list[str]]]]) -> str:
+    """How transformers' generic tests went, with moesaic and with the default, in Markdown."""
+    heads = ("family", "passed", "failed", "skipped", "default fails", "only moesaic fails")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for family, both in sorted(outcomes.items()):
+        ours, theirs = both["moesaic"], both["default"]
+        counts = [str(len(ours[k])) for k in ("passed", "failed", "skipped")]
+        only = sorted(set(ours["failed"]) - set(theirs["failed"]))
+        words = [", ".join(f"`{n}`" for n in names) or "none" for names in (theirs["failed"], only)]
+        lines.append("| " + " | ".join([family, *counts, *words]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def put(page: str, name: str, text: str) -> str:
+    """The page with a text between the marks of a name.
 
     Raises:
-        ValueError: the page has no marks.
+        ValueError: the page has no such marks.
     """
-    head, mark, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not mark or not end:
-        raise ValueError(f"the page needs the marks {BEGIN.strip()} and {END}")
-    return head + mark + table(results) + end + tail
+    begin, end = BEGIN.format(name), END.format(name)
+    head, mark, rest = page.partition(begin)
+    _, found, tail = rest.partition(end)
+    if not mark or not found:
+        raise ValueError(f"the page needs the marks {begin.strip()} and {end}")
+    return head + mark + text + end + tail
+
+
+def filled(page: str, results: Results) -> str:
+    """The page with both tables."""
+    page = put(page, "families", table(results))
+    if OWN_TESTS.exists():
+        page = put(page, "own tests", own_tests(json.loads(OWN_TESTS.read_text("utf-8"))))
+    return page
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,10 +100,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "transformers.md")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--write", action="store_true", help="run nothing, write the page")
     chosen = parser.parse_args(arguments)
     old: Any = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     results: Results = old
-    if not chosen.check:
+    if not chosen.check and not chosen.write:
         from hf_families import families
         from transformers import logging
 

@@ -1,0 +1,51 @@
+"""On a GPU: tiny models attached with fused routers, and decoding by one CUDA graph a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hf_checks import output, select, token_ids
+from hf_families import tiny_model
+
+import moesaic
+from moesaic.run.generate import Decoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+FAMILIES = ("qwen3_moe", "deepseek_v3", "minimax_m3_vl", "gpt_oss", "openai_privacy_filter")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attached_models_agree_with_eager(family: str) -> None:
+    model = tiny_model(family).to(CUDA)
+    ids_BN = token_ids(model).to(CUDA)
+    with torch.no_grad():
+        want = output(select(model, "eager"), ids_BN)
+        layers = moesaic.attach(model).layers
+        got = output(model, ids_BN)
+    assert [layer.router for layer in layers] == ["fused"] * len(layers)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_a_decode_step_is_one_graph_and_gives_the_same_tokens(family: str) -> None:
+    model = tiny_model(family).to(CUDA)
+    ids = token_ids(model, 1, 9)[0].tolist()
+    moesaic.attach(model)
+    tokens = {}
+    for captured in (False, True):
+        with moesaic.profile(model) as profiler, torch.no_grad():
+            decoder = Decoder(model, CUDA, 64, profiler.step)
+            decoder.prefill(ids)
+            if captured:
+                decoder.capture(profiler.counters)
+                assert decoder.graph == "captured"
+            tokens[captured] = [decoder.step() for _ in range(16)]
+            torch.cuda.synchronize()
+            profiler.poll()
+            rows = [int(total[1].sum()) for total in profiler.totals]
+        assert rows == [(len(ids) + 16) * 2] * len(rows)
+    assert tokens[True] == tokens[False]
