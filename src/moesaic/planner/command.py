@@ -135,7 +135,7 @@ def show(plan: Plan, explained: bool) -> None:
     table = Table(box=None, header_style="bold")
     for number, head in enumerate(HEADS):
         table.add_column(head, justify="left" if number in (0, 12) else "right")
-    for p in shown(plan.predictions):
+    for p in shown(plan.predictions, plan.verdict.best):
         table.add_row(*(Text(cell, "" if p.fits else "dim") for cell in row(p)))
     wide.print(table)
     for name, text in facts(plan):

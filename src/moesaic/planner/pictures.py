@@ -15,6 +15,8 @@ COLORS = {
     "dispatch": "#54a24b", "combine": "#88d27a", "all-reduce": "#b279a2", "dense": "#e45756",
     "head": "#9d755d",
 }  # fmt: skip
+FAMILY_COLORS = {"one-per-gpu": "#d62728", "literal": "#e377c2", "ep": "#1f77b4", "tp-ep-dp":
+                 "#17becf", "tp-pp": "#2ca02c", "disaggregated": "#9467bd"}  # fmt: skip
 MARKS = {"one-per-gpu": "o", "literal": "D", "ep": "s", "tp-ep-dp": "^", "tp-pp": "v",
          "disaggregated": "P"}  # fmt: skip
 
@@ -44,7 +46,8 @@ def pareto_svg(predictions: Sequence[Prediction]) -> str:
             if some:
                 axes.scatter(
                     [p.step_s * 1e3 for p in some], [p.per_gpu for p in some], marker=mark, s=26,
-                    facecolors=None if fits else "none", edgecolors="gray" if not fits else None,
+                    color=FAMILY_COLORS[family] if fits else None,
+                    facecolors=None if fits else "none", edgecolors=None if fits else "lightgray",
                     label=family if fits else f"{family} (does not fit)",
                 )  # fmt: skip
     front = pareto([p for p in predictions if p.fits])

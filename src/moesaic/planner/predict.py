@@ -16,7 +16,7 @@ from .exchange import NO_TABLE, ExchangeTable
 from .kernels import ROOFLINE, KernelTable
 from .memory import Memory, memory
 from .model import Model
-from .simulate import Task, TimeLine, pipeline_s, run
+from .simulate import Task, TimeLine, pipeline_s, run_best
 from .strategies import Strategy
 from .workload import Workload
 
@@ -212,7 +212,7 @@ def _step(
     last = [Task("head", "compute", head)]
     if strategy.stages == 1:
         chain = [task for tasks in layers for task in tasks] + last
-        line = run([chain] * strategy.micro_batches, overlap=strategy.overlap,
+        line = run_best([chain] * strategy.micro_batches, overlap=strategy.overlap,
                    gpus=strategy.ranks)  # fmt: skip
         return line.seconds, line
     per = -(-len(layers) // strategy.stages)
@@ -223,7 +223,7 @@ def _step(
         chain = [task for tasks in layers[stage : stage + per] for task in tasks]
         key = tuple(float(_longest(task)) for task in chain)
         if key not in lines:
-            lines[key] = run([chain] * together, overlap=strategy.overlap, gpus=strategy.ranks)
+            lines[key] = run_best([chain] * together, overlap=strategy.overlap, gpus=strategy.ranks)
         stage_s.append(lines[key].seconds / together)
         first = lines[key]
     stage_s[-1] += head

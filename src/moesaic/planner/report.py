@@ -48,16 +48,21 @@ def row(p: Prediction) -> tuple[str, ...]:
     )
 
 
-def shown(predictions: Sequence[Prediction], limit: int = 24) -> list[Prediction]:
-    """The best that fit, the best of every family, and the best that do not fit."""
+def shown(
+    predictions: Sequence[Prediction], best: Prediction | None = None, limit: int = 24
+) -> list[Prediction]:
+    """The recommended one, the best that fit, and of every family the best that do and do not."""
     found: dict[tuple[str, int], Prediction] = {}
+    if best is not None:
+        found[best.strategy.name, best.batch] = best
     for p in [p for p in predictions if p.fits][: limit // 2]:
         found[p.strategy.name, p.batch] = p
     for family in dict.fromkeys(p.strategy.family for p in predictions):
         for fits in (True, False):
             some = [p for p in predictions if p.strategy.family == family and p.fits == fits][:2]
             found |= {(p.strategy.name, p.batch): p for p in some}
-    return sorted(found.values(), key=lambda p: (not p.fits, -p.per_gpu))[:limit]
+    some = list(found.values())[:limit]
+    return sorted(some, key=lambda p: (p is not best, not p.fits, -p.per_gpu))
 
 
 def entry(p: Prediction) -> dict[str, Any]:
@@ -157,7 +162,7 @@ def html(plan: Plan, title: str) -> str:
     best = plan.verdict.best or plan.predictions[0]
     return template.render(
         title=title, plan=plan, heads=HEADS, facts=facts(plan), best=best,
-        rows=[(p.fits, row(p)) for p in shown(plan.predictions)],
+        rows=[(p.fits, row(p)) for p in shown(plan.predictions, plan.verdict.best)],
         pareto=pareto_svg(plan.predictions), timeline=timeline_svg(best.line),
         breakdown=sorted(best.breakdown.items(), key=lambda x: -x[1]),
     )  # fmt: skip

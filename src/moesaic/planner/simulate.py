@@ -88,7 +88,21 @@ def _overlap(some: Sequence[Span], others: Sequence[Span]) -> float:
     return total
 
 
-def run(chains: Sequence[Sequence[Task]], *, overlap: bool, gpus: int = 1) -> TimeLine:
+def run_best(chains: Sequence[Sequence[Task]], *, overlap: bool, gpus: int = 1) -> TimeLine:
+    """The shorter of two schedules: whoever can start first, and strictly in turns.
+
+    Either can be a poor order for some durations, as greedy schedules are; see `run`.
+    """
+    first = run(chains, overlap=overlap, gpus=gpus)
+    if not overlap or len(chains) == 1:
+        return first
+    turns = run(chains, overlap=overlap, gpus=gpus, turns=True)
+    return turns if turns.seconds < first.seconds else first
+
+
+def run(
+    chains: Sequence[Sequence[Task]], *, overlap: bool, gpus: int = 1, turns: bool = False
+) -> TimeLine:
     """Simulate micro-batches that start together.
 
     Args:
@@ -96,6 +110,8 @@ def run(chains: Sequence[Sequence[Task]], *, overlap: bool, gpus: int = 1) -> Ti
         overlap: whether different resources may work at the same time; otherwise every task
             waits for the one before, whatever it takes.
         gpus: G of the per-GPU arrays.
+        turns: whether the micro-batch furthest behind goes next, even if another could start
+            earlier.
     """
     ready = [np.zeros(gpus) for _ in chains]
     at = [0] * len(chains)
@@ -114,7 +130,10 @@ def run(chains: Sequence[Sequence[Task]], *, overlap: bool, gpus: int = 1) -> Ti
                 idle = free.get(resource_of(number))
                 start = ready[number] if idle is None else np.maximum(ready[number], idle)
                 starts[number] = (float(start.max()), start)
-        number = min(waiting, key=lambda n: (starts[n][0], at[n], n))  # type: ignore[index]
+        number = min(
+            waiting,
+            key=lambda n: (0.0 if turns else starts[n][0], at[n], n),  # type: ignore[index]
+        )
         task, resource = chains[number][at[number]], resource_of(number)
         start = starts[number][1]  # type: ignore[index]
         end = start + task.seconds
