@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import warnings
 from typing import Any
 
@@ -230,3 +232,19 @@ def test_detach_refuses_when_a_router_was_wrapped_since() -> None:
         moesaic.detach(model)
     router.forward = inner
     moesaic.detach(model)
+
+
+def test_attached_models_can_be_copied_and_pickled() -> None:
+    model = tiny_model("mixtral")
+    ids_BN = token_ids(model)
+    moesaic.attach(model, fuse_routers="always")
+    with torch.no_grad():
+        want = output(model, ids_BN)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        for again in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+            torch.testing.assert_close(output(again, ids_BN), want, rtol=0, atol=1e-6)
+            again.model.layers[0].mlp.gate.weight.zero_()
+            moesaic.detach(again)
+        assert torch.equal(output(model, ids_BN), want)

@@ -237,8 +237,9 @@ def detach(model: nn.Module) -> None:
         raise RuntimeError("the model is not attached; call moesaic.attach(model) first")
     routers = [module for module in model.modules() if PLAN in vars(module)]
     for router in routers:
-        ours = getattr(vars(router).get("forward"), "__func__", None) is fused_forward
-        if not ours:
+        found = getattr(vars(router).get("forward"), "__func__", None)
+        # A router that was unpickled holds its class's own.
+        if found not in (fused_forward, type(router).forward):
             raise RuntimeError(
                 f"the forward of {type(router).__name__} was replaced after moesaic.attach; undo "
                 "that first (accelerate: remove_hook_from_submodules)"

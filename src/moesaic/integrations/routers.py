@@ -54,6 +54,10 @@ def fused_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tenso
     return logits_TE, routing.topk_weights_TK.to(dtype), routing.topk_ids_TK
 
 
+# Bound methods are pickled by name: a router that is unpickled finds its class's own forward.
+fused_forward.__name__ = "forward"
+
+
 def _shape_problem(router: nn.Module) -> str | None:
     """Why a router cannot be one of ours by its outside, or None."""
     if "forward" in vars(router):
