@@ -245,6 +245,15 @@ def test_skew_hurts_one_expert_per_gpu_and_not_tensor_parallelism() -> None:
     assert relieved.per_gpu * 2 > lone.per_gpu and relieved.balancedness > lone.balancedness
 
 
+def test_a_recorded_trace_takes_the_place_of_the_distribution() -> None:
+    one_hot = np.zeros((2, 3, 16), np.int64)
+    one_hot[:, :, 5] = 64
+    found = at(trace=one_hot)
+    assert found.balancedness == pytest.approx(1 / 16)
+    flat = at(trace=np.full((2, 3, 16), 4))
+    assert flat.balancedness > 0.6 and flat.step_s < found.step_s
+
+
 def test_memory_counts_a_replicas_weights_and_a_longer_cache() -> None:
     base, longer = at(), at(context=1024)
     assert longer.memory.cache == pytest.approx(2 * base.memory.cache)
