@@ -12,12 +12,12 @@ already sorted, by TMA.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 from triton.language.core import base_value
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .tiles import load_weight, locate, next_tile, tile_count
+from .tiles import load_weight, locate, next_tile, store_ragged, tile_count
 
 
 @aggregate
@@ -205,3 +205,15 @@ def load_rows(p, work):
     mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
     _write_note(p, i, 0, 0, 0, 0)
     mbarrier.arrive(p.full.index(i), count=1)
+
+
+@gluon.jit
+def put_piece(p, y, c_buf, row_start, rows, row, col):
+    """Round 64 rows by 64 columns, stage them in shared memory and send them off.
+
+    At most one earlier store may still read shared memory: callers alternate two buffers.
+    """
+    tma.store_wait(1)
+    c_buf.reshape([64, 64]).store(y.to(p.out_desc.dtype))
+    fence_async_shared()
+    store_ragged(p.out_desc, c_buf, row_start, rows, row, col)

@@ -23,20 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .pipeline import Stage, load_gathered, load_rows, read_note
-from .tiles import Work, activate, activate_alone, store_ragged
-
-
-@gluon.jit
-def _put(p, y, c_buf, row_start, rows, row, col):
-    """Round 64 rows by 64 columns, stage them in shared memory and send them off.
-
-    At most one earlier store may still read shared memory: callers alternate two buffers.
-    """
-    tma.store_wait(1)
-    c_buf.reshape([64, 64]).store(y.to(p.out_desc.dtype))
-    fence_async_shared()
-    store_ragged(p.out_desc, c_buf, row_start, rows, row, col)
+from .pipeline import Stage, load_gathered, load_rows, put_piece, read_note
+from .tiles import Work, activate, activate_alone
 
 
 @gluon.jit
@@ -49,8 +37,8 @@ def _halves(x, COLS: gl.constexpr):
 def _put_pair(p, x, PART: gl.constexpr, row_start, rows, row, col):
     """Store an ungated (64, 128) in two pieces of 64 columns."""
     left, right = _halves(activate_alone(x, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha), 128)
-    _put(p, left, p.c_bufs.index(2 * PART), row_start, rows, row, col)
-    _put(p, right, p.c_bufs.index(2 * PART + 1), row_start, rows, row, col + 64)
+    put_piece(p, left, p.c_bufs.index(2 * PART), row_start, rows, row, col)
+    put_piece(p, right, p.c_bufs.index(2 * PART + 1), row_start, rows, row, col + 64)
 
 
 @gluon.jit
@@ -66,8 +54,10 @@ def _epilogue(p, acc, PART: gl.constexpr, row_start, rows, row, n):
     left, right = _halves(acc, p.BN)
     if p.GATED:
         col = n * (p.BN // 2)
-        _put(p, _activated(p, left), p.c_bufs.index(2 * PART), row_start, rows, row, col)
-        _put(p, _activated(p, right), p.c_bufs.index(2 * PART + 1), row_start, rows, row, col + 64)
+        put_piece(p, _activated(p, left), p.c_bufs.index(2 * PART), row_start, rows, row, col)
+        put_piece(
+            p, _activated(p, right), p.c_bufs.index(2 * PART + 1), row_start, rows, row, col + 64
+        )
     else:
         col = n * p.BN
         _put_pair(p, left, PART, row_start, rows, row, col)

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .pipeline import Stage, begin
+from .pipeline import Stage, begin, put_piece
 from .tiles import (
     Work,
     activate,
@@ -35,7 +35,6 @@ from .tiles import (
     load_weight,
     locate,
     next_tile,
-    store_ragged,
     tile_count,
 )
 
@@ -123,31 +122,19 @@ def load_rows_tall(p, work):
 
 
 @gluon.jit
-def _put(p, y, c_buf, row_start, rows, row, col):
-    """Round 64 rows by 64 columns, stage them in shared memory and send them off.
-
-    At most one earlier store may still read shared memory: callers alternate two buffers.
-    """
-    tma.store_wait(1)
-    c_buf.reshape([64, 64]).store(y.to(p.out_desc.dtype))
-    fence_async_shared()
-    store_ragged(p.out_desc, c_buf, row_start, rows, row, col)
-
-
-@gluon.jit
 def _put_unit(p, acc, PART: gl.constexpr, puts, row_start, rows, row, n):
     """Activate and store one unit (64, 128), in pieces of 64 columns; the count of pieces sent."""
     if p.GATED:
         g, u = acc.reshape(64, 8, 2, 8).permute(0, 1, 3, 2).split()
         y = activate(g, u, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha, p.up_offset)
         c_buf = p.c_bufs.index(2 * PART + (puts & 1))
-        _put(p, y.reshape(64, 64), c_buf, row_start, rows, row, n * 64)
+        put_piece(p, y.reshape(64, 64), c_buf, row_start, rows, row, n * 64)
         return puts + 1
     else:
         y = activate_alone(acc, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha)
         left, right = y.reshape(64, 2, 64).permute(0, 2, 1).split()
-        _put(p, left, p.c_bufs.index(2 * PART), row_start, rows, row, n * 128)
-        _put(p, right, p.c_bufs.index(2 * PART + 1), row_start, rows, row, n * 128 + 64)
+        put_piece(p, left, p.c_bufs.index(2 * PART), row_start, rows, row, n * 128)
+        put_piece(p, right, p.c_bufs.index(2 * PART + 1), row_start, rows, row, n * 128 + 64)
         return puts
 
 
