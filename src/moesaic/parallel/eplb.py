@@ -4,8 +4,8 @@
 
 Replicas go to the largest load per replica; instances are packed into equally many a bin, largest
 first, each into the bin with the least load. With whole groups of experts a node the groups are
-packed onto nodes first. It knows nothing of who sends the rows. With one slot a GPU packing changes
-only the order. The idea is that of DeepSeek's expert-parallel load balancer; the code is not.
+packed onto nodes first. It knows nothing of who sends the rows. With one slot a GPU there is nothing
+to pack: experts keep their order and replicas follow, the hottest first. The idea is that of DeepSeek's expert-parallel load balancer; the code is not.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def pack(loads: Floats, bins: int) -> list[list[int]]:
     [[0, 3], [1, 2]]
     """
     room = len(loads) // bins
+    if room == 1:
+        return [[item] for item in range(bins)]
     found: list[list[int]] = [[] for _ in range(bins)]
     heap = [(0.0, b) for b in range(bins)]
     for item in np.argsort(-loads, kind="stable").tolist():
@@ -69,7 +71,9 @@ def _layer(load_E: Floats, ranks: int, per_rank: int, nodes: int, groups: int) -
         experts = [e for g in sorted(members) for e in range(g * size, (g + 1) * size)]
         here = load_E[experts]
         copies = replica_counts(here[None], gpus * per_rank, gpus)[0]
-        owner = np.repeat(np.arange(len(experts)), copies)
+        again = np.repeat(np.arange(len(experts)), copies - 1)
+        again = again[np.argsort(-(here / copies)[again], kind="stable")]
+        owner = np.concatenate([np.arange(len(experts)), again])
         share = (here / copies)[owner]
         empty = gpus * per_rank - len(owner)
         owner = np.concatenate([owner, np.full(empty, -1)])

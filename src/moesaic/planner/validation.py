@@ -360,9 +360,9 @@ The first comparison, with these parameters, gave a median error of 55.7 % end t
 then added, neither with a free parameter: the memory traffic of attention's intermediates, counted
 from their sizes, and for prefill the published times of the experts themselves (the block
 `context_experts`, an input and so not compared) in place of the roofline. That gave 12.5 % end to
-end. Then a defect was mended: layers drew other hot experts for other batch sizes, so that a placement
-met routing that it was not made for. End-to-end rows below are with all three, hence not blind; those of
-operations depend on none of them but for the draws of uniform routing.
+end. Then a defect was mended: layers drew other hot experts for other batch sizes, so that a
+placement met routing that it was not made for. End-to-end rows below are with all three, hence not
+blind; those of operations depend on none of them but for the draws of uniform routing.
 """
 
 
