@@ -4,8 +4,9 @@
 
 Replicas go to the largest load per replica; instances are packed into equally many a bin, largest
 first, each into the bin with the least load. With whole groups of experts a node the groups are
-packed onto nodes first. It knows nothing of who sends the rows. With one slot a GPU there is nothing
-to pack: experts keep their order and replicas follow, the hottest first. The idea is that of DeepSeek's expert-parallel load balancer; the code is not.
+packed onto nodes first. It knows nothing of who sends the rows. With one slot a GPU there is
+nothing to pack: experts keep their order and replicas follow, the hottest first. The idea is that
+of DeepSeek's expert-parallel load balancer; the code is not.
 """
 
 from __future__ import annotations
