@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import hf_checks
+import hf_table
 import pytest
 import torch
 from hf_families import families
@@ -53,3 +54,7 @@ def test_a_wrong_implementation_is_found_out(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("logits", "gradients"):
         with pytest.raises(AssertionError, match="differ by"):
             hf_checks.CHECKS[name]("qwen3_moe")
+
+
+def test_the_page_holds_the_committed_tables() -> None:
+    assert hf_table.main(["--check"]) == 0
