@@ -9,6 +9,7 @@ from hf_families import tiny_model
 
 import moesaic
 from moesaic.run.generate import Decoder
+from moesaic.runtime.capture import CudaCapturer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,10 +39,10 @@ def test_a_decode_step_is_one_graph_and_gives_the_same_tokens(family: str) -> No
     tokens = {}
     for captured in (False, True):
         with moesaic.profile(model) as profiler, torch.no_grad():
-            decoder = Decoder(model, CUDA, 64, profiler.step)
+            decoder = Decoder(model, CUDA, 64, profiler.step, static=True)
             decoder.prefill(ids)
             if captured:
-                decoder.capture(profiler.counters)
+                decoder.capture(CudaCapturer(CUDA), profiler.counters)
                 assert decoder.graph == "captured"
             tokens[captured] = [decoder.step() for _ in range(16)]
             torch.cuda.synchronize()

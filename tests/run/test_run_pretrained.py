@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from typer.testing import CliRunner
 from moesaic.cli import app
 from moesaic.models.pretrained import load_pretrained
 from moesaic.run import pretrained
-from moesaic.run.generate import Stream
+from moesaic.run.generate import Decoder, Stream
 from moesaic.run.witness import unit_weights
+from moesaic.runtime.capture import CaptureFailed
 from moesaic.trace import read_trace
 from moesaic.types import ExpertSpec
 
@@ -139,6 +141,51 @@ def test_generation_streams_the_tokens_that_transformers_generates(directory: Pa
     rows = [sum(layer) for layer in found["rows_per_expert"].values()]
     assert rows == [(ids.shape[1] + found["tokens"]) * 2] * 2
     assert output.count(found["text"][:5]) >= 1
+
+
+class Recorder:
+    """Records without a GPU: a replay calls again; `fails` refuses as a capture would."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails, self.replays = fails, 0
+
+    def warm(self, call: Any, sms: Any) -> Any:
+        return call()
+
+    def record(self, call: Any, sms: Any) -> Any:
+        if self.fails:
+            raise CaptureFailed("waits for the device")
+
+        def replay() -> None:
+            self.replays += 1
+            call()
+
+        return SimpleNamespace(replay=replay)
+
+
+@pytest.mark.parametrize("recorder", [None, Recorder(False), Recorder(True)])
+def test_a_static_cache_and_recorded_steps_give_the_same_tokens(
+    directory: Path, recorder: Recorder | None
+) -> None:
+    loaded = load_pretrained(directory, dtype=torch.float32, device=torch.device("cpu"))
+    ids, tokens = [loaded.start, *loaded.encode("Mosaics are")], {}
+    for static in (False, True):
+        ends: list[int] = []
+        counter = torch.zeros(1)
+        decoder = Decoder(
+            loaded.model, torch.device("cpu"), 40, lambda ends=ends: ends.append(1), static=static
+        )
+        with torch.no_grad():
+            decoder.prefill(ids)
+            if static and recorder is not None:
+                decoder.capture(recorder, [counter])  # type: ignore[arg-type]
+                assert decoder.graph == (
+                    "none: waits for the device" if recorder.fails else "captured"
+                )
+            tokens[static] = [decoder.step() for _ in range(12)]
+        assert len(ends) == 13 and decoder.cache.get_seq_length() == len(ids) + 12
+    assert tokens[True] == tokens[False]
+    assert recorder is None or recorder.replays == (0 if recorder.fails else 12)
 
 
 def test_a_character_waits_for_its_bytes(directory: Path) -> None:

@@ -30,6 +30,7 @@ from ..integrations.attach import selected
 from ..integrations.top import draw, view_of_profile
 from ..integrations.transformers import NAME
 from ..models.pretrained import Pretrained, load_pretrained
+from ..runtime.capture import CaptureFailed, Capturer, CudaCapturer, Recording
 from ..runtime.profiler import Profiler, profile
 from .command import TOLERANCE, choose_device, device_name
 from .text import inspect_text
@@ -50,20 +51,20 @@ class Decoder:
     device: torch.device
     length: int
     end_step: Callable[[], None]
+    static: bool = False
     graph: str = "none on a CPU"
     token_11: Tensor = field(init=False)
     cache: Any = field(init=False)
-    _captured: torch.cuda.CUDAGraph | None = field(default=None, init=False)
+    _recording: Recording | None = field(default=None, init=False)
 
     def prefill(self, ids: list[int]) -> None:
         """Read the prompt; its last logits give the first token."""
         from transformers import DynamicCache, StaticCache
 
         config = self.model.config
-        static = self.device.type == "cuda"
         self.cache = (
             StaticCache(config=config, max_cache_len=self.length)
-            if static
+            if self.static
             else DynamicCache(config=config)
         )
         ids_1N = torch.tensor([ids], device=self.device)
@@ -75,12 +76,16 @@ class Decoder:
         token_11: Tensor = out.logits[:, -1:].argmax(-1)
         return token_11
 
-    def _advance(self) -> None:
-        self.token_11.copy_(self._forward(self.token_11))
-        self.end_step()
+    def _next(self) -> Tensor:
+        return self.token_11.copy_(self._forward(self.token_11))
 
-    def capture(self, counters: Sequence[Tensor] = ()) -> None:
-        """Capture one step; warm-ups leave the cache, the token and `counters` as they were."""
+    def _advance(self) -> Tensor:
+        self._next()
+        self.end_step()
+        return self.token_11
+
+    def capture(self, capturer: Capturer, counters: Sequence[Tensor] = ()) -> None:
+        """Record one step; warm-ups leave the cache, the token and `counters` as they were."""
         lengths: list[Any] = [getattr(x, "cumulative_length", None) for x in self.cache.layers]
         if any(not isinstance(length, Tensor) for length in lengths):
             self.graph = "none: the family's cache is not static"
@@ -88,30 +93,23 @@ class Decoder:
         state: list[Tensor] = [*lengths, self.token_11, *counters]
         kept = [tensor.clone() for tensor in state]
         try:
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
-                    self.token_11.copy_(self._forward(self.token_11))
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._advance()
-            self._captured, self.graph = graph, "captured"
-        except RuntimeError as error:
-            torch.cuda.synchronize()
-            self.graph = f"none: {' '.join(str(error).split())[:200]}"
-        finally:
+            for _ in range(WARM_UPS):
+                capturer.warm(self._next, None)
+            for tensor, value in zip(state, kept, strict=True):
+                tensor.copy_(value)
+            self._recording, self.graph = capturer.record(self._advance, None), "captured"
+        except CaptureFailed as error:
+            self.graph = f"none: {error}"
             for tensor, value in zip(state, kept, strict=True):
                 tensor.copy_(value)
 
     def step(self) -> int:
         """The current token; the next one is being computed."""
         token = int(self.token_11)
-        if self._captured is None:
+        if self._recording is None:
             self._advance()
         else:
-            self._captured.replay()
+            self._recording.replay()
         return token
 
 
@@ -194,7 +192,8 @@ def decode(
 ) -> tuple[dict[str, Any], str]:
     """Generate; the facts of the run, and its text."""
     profiler = profile(loaded.model)
-    decoder = Decoder(loaded.model, device, len(ids) + tokens + WARM_UPS + 1, profiler.step)
+    length, on_gpu = len(ids) + tokens + WARM_UPS + 1, device.type == "cuda"
+    decoder = Decoder(loaded.model, device, length, profiler.step, static=on_gpu)
     stream, screen = Stream(loaded), Screen(profiler)
     prompt = loaded.decode(ids)
     stops = loaded.model.generation_config.eos_token_id
@@ -204,8 +203,8 @@ def decode(
         decoder.prefill(ids)
         int(decoder.token_11)
         prefill_s = time.perf_counter() - begun
-        if device.type == "cuda":
-            decoder.capture(profiler.counters)
+        if on_gpu:
+            decoder.capture(CudaCapturer(device), profiler.counters)
         profiler.poll()
         begun = time.perf_counter()
 
