@@ -350,10 +350,11 @@ give. The error is prediction over figure, minus one.
 
 Parameters are in `src/moesaic/planner/presets.yaml`, published figures with their sources in
 `src/moesaic/planner/public.yaml`. The parameters were committed first (`git log --follow` on both
-files), from datasheets and from this project's own measurements on an H200, and were not changed
-after the first comparison. Their author had read some of the published pages before; where such a
-figure guided a parameter (the network's latency, at two nodes) the row is marked `fitted` and not
-counted. `shown` rows are not counted either: conditions are missing, or another tool estimates.
+files), from datasheets, this project's own measurements on an H200 and, for a kernel's constant and
+the network's latency and fall-off, estimates; they were not changed after the first comparison.
+Their author had read some of the published pages before; where such a figure guided a parameter (the
+network's latency, at two nodes) the row is marked `fitted` and not counted. `shown` rows are not
+counted either: conditions are missing, or another tool estimates.
 
 The first comparison, with these parameters, gave a median error of 55.7 % end to end (prefill 46 to
 83 % too fast, decode 2 and 30 %), and 4.8 % for operations. Two things that it had left out were
