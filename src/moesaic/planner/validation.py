@@ -352,8 +352,8 @@ Parameters are in `src/moesaic/planner/presets.yaml`, published figures with the
 `src/moesaic/planner/public.yaml`. The parameters were committed first (`git log --follow` on both
 files), from datasheets, this project's own measurements on an H200 and, for a kernel's constant and
 the network's latency and fall-off, estimates; they were not changed after the first comparison.
-Their author had read some of the published pages before; where such a figure guided a parameter (the
-network's latency, at two nodes) the row is marked `fitted` and not counted. `shown` rows are not
+Their author had read some of the published pages before; where such a figure guided a parameter,
+the network's latency at two nodes, the row is marked `fitted` and not counted. `shown` rows are not
 counted either: conditions are missing, or another tool estimates.
 
 The first comparison, with these parameters, gave a median error of 55.7 % end to end (prefill 46 to
