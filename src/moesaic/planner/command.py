@@ -68,7 +68,7 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Search, judge, and look closer at what is recommended."""
     predictions = search(question, workers=workers, progress=progress)
-    verdict = judge(predictions, question.workload)
+    verdict = judge(predictions, question.workload, question.cluster.gpus)
     if explained:
         verdict = explain(question, predictions, verdict)
     ttft, queued = None, None

@@ -62,7 +62,7 @@ def shown(
             some = [p for p in predictions if p.strategy.family == family and p.fits == fits][:2]
             found |= {(p.strategy.name, p.batch): p for p in some}
     some = list(found.values())[:limit]
-    return sorted(some, key=lambda p: (p is not best, not p.fits, -p.per_gpu))
+    return sorted(some, key=lambda p: (p is not best, not p.fits, -p.tokens_per_s))
 
 
 def entry(p: Prediction) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def predict_all(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
-    """Predict every strategy, best throughput per GPU first.
+    """Predict every strategy, best throughput of the whole cluster first.
 
     Args:
         question: model, cluster and workload.
@@ -133,7 +133,7 @@ def predict_all(
             jobs = [pool.submit(predict_group, question, group) for group in groups]
             for job in as_completed(jobs):
                 add(job.result())
-    return sorted(found, key=lambda p: (-p.per_gpu, p.strategy.name, p.batch))
+    return sorted(found, key=lambda p: (-p.tokens_per_s, p.strategy.name, p.batch))
 
 
 def search(
@@ -167,8 +167,14 @@ def pareto(predictions: Sequence[Prediction]) -> list[Prediction]:
     return front
 
 
-def judge(predictions: Sequence[Prediction], workload: Workload) -> Verdict:
-    """Recommend the most throughput per GPU within the limits, or say that nothing is within."""
+def judge(predictions: Sequence[Prediction], workload: Workload, gpus: int = 0) -> Verdict:
+    """Recommend the most throughput within the limits, or say that nothing is within.
+
+    Args:
+        predictions: of one cluster.
+        workload: with its limits.
+        gpus: of the cluster, to tell those that stay idle; 0 leaves that out.
+    """
     good = [p for p in predictions if keeps_limits(p, workload)]
     if not good:
         fits = [p for p in predictions if p.fits]
@@ -183,12 +189,14 @@ def judge(predictions: Sequence[Prediction], workload: Workload) -> Verdict:
             nearest = min(predictions, key=lambda p: p.memory.total)
             why = f"nothing fits: {nearest.strategy.name} needs {nearest.memory.why()}"
         return Verdict(best=None, sentence=f"Don't: {why}.", one_per_gpu=_one_per_gpu(predictions))
-    best = max(good, key=lambda p: p.per_gpu)
+    best = max(good, key=lambda p: p.tokens_per_s)
+    idle = gpus - best.gpus if gpus else 0
     return Verdict(
         best=best,
         sentence=(
             f"{best.strategy.name}{_batch(best)}: {best.per_gpu:.0f} tokens/s per GPU, "
             f"{best.step_s * 1e3:.1f} ms a step; it waits for {best.binding}."
+            + (f" {idle} of {gpus} GPUs stay idle: its copies do not need them." if idle else "")
         ),
         one_per_gpu=_one_per_gpu(good),
     )
@@ -241,7 +249,7 @@ def explain(question: Question, predictions: Sequence[Prediction], verdict: Verd
     changes = []
     for what, again in rows.items():
         same = next(p for p in again if p.strategy == verdict.best.strategy)
-        best = max(again, key=lambda p: p.per_gpu * keeps_limits(p, question.workload))
+        best = max(again, key=lambda p: p.tokens_per_s * keeps_limits(p, question.workload))
         changes.append(Change(what=what, gain=same.per_gpu / verdict.best.per_gpu,
                               best=best.strategy.name))  # fmt: skip
     return replace(verdict, changes=tuple(changes))
