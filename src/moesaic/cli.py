@@ -279,6 +279,41 @@ def plan(
 
 
 @app.command()
+def tune(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A known name, a transformers directory, or its config.json."),
+    ] = None,
+    experts: Annotated[int | None, typer.Option(help="E, instead of a model.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="K.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="H.")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="I.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Token counts; none: 1 to 8192.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    impl: Annotated[str, typer.Option(help="triton, hopper or all.")] = "all",
+    budget: Annotated[float, typer.Option("--budget-s", help="Seconds to spend.")] = 600.0,
+    out: Annotated[Path | None, typer.Option(help="A table; none: the user's cache.")] = None,
+) -> None:
+    """The fastest tiles of a layer on this GPU, measured and kept for later runs."""
+    with edge():
+        from .bench.tuning import command
+
+        code = command.main(
+            model,
+            experts=experts,
+            top_k=top_k,
+            hidden=hidden,
+            intermediate=intermediate,
+            tokens=tokens or (),
+            dtype=dtype,
+            impl=impl,
+            budget_s=budget,
+            out=out,
+        )
+        raise typer.Exit(code)
+
+
+@app.command()
 def slices(
     explain: Annotated[
         bool, typer.Option("--explain", help="What each policy would do, and why.")

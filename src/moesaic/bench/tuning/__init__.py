@@ -1,0 +1,1 @@
+"""`moesaic tune`: candidates, their times on this GPU, and the table of the fastest."""

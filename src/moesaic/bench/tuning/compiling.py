@@ -1,0 +1,206 @@
+"""Every candidate compiled before any is timed, by as many processes as there are cores.
+
+A process makes each launch on memory that is never touched, with the launch itself left out, so
+that the kernel lands in Triton's cache under the key that the real call looks up:
+
+    python -m moesaic.bench.tuning.compiling '<request as JSON>' SHARE OF
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...types import ExpertWeights
+from ..workloads import Model
+from .grid import Group, Tile, hopper_space, problem_for, triton_space
+from .labs import hopper_config, hopper_heuristic, hopper_products
+
+DRY_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is tuned: a layer, its dtype, token counts, paths, and the device's facts."""
+
+    model: Model
+    dtype: str
+    tokens: tuple[int, ...]
+    impls: tuple[str, ...]
+    arch: int
+    family: str
+    num_sms: int
+
+    def to_json(self) -> str:
+        """As text for another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Request:
+        """Read back."""
+        values = json.loads(text)
+        model = Model(**values.pop("model"))
+        tokens, impls = tuple(values.pop("tokens")), tuple(values.pop("impls"))
+        return cls(model=model, tokens=tokens, impls=impls, **values)
+
+
+def space_of(request: Request, impl: str, tokens: int) -> Any:
+    """The candidates of one cell."""
+    problem = problem_for(request.model, tokens, request.dtype, request.arch, request.family)
+    if impl == "triton":
+        return triton_space(problem)
+    return hopper_space(problem, hopper_heuristic(problem, request.num_sms))
+
+
+def jobs(request: Request) -> list[tuple[str, bool, Group, str, Any]]:
+    """Every distinct compilation: path, whether of one token, heights, product, cut."""
+    found: dict[tuple[str, bool, Group, str, Any], None] = {}
+    for impl in request.impls:
+        for tokens in request.tokens:
+            for group, part, cut in space_of(request, impl, tokens):
+                found[impl, impl == "hopper" and tokens == 1, group, part, cut] = None
+    return list(found)
+
+
+def dry_weights(request: Request) -> ExpertWeights:
+    """Weights of the right shapes on memory of one element."""
+    shapes = request.model.spec().weight_shapes()
+    one = torch.empty(1, dtype=getattr(torch, request.dtype))
+    return ExpertWeights(**{name: one.expand(shape) for name, shape in shapes.items()})
+
+
+def dry_map(request: Request, one_token: bool) -> tuple[Any, Any]:
+    """Sort and task map with the sizes and alignment of real ones; read and written by nobody."""
+    from ...kernels.batching import RowSort
+    from ...kernels.taskmap import new_task_map
+
+    slots, experts = DRY_TOKENS * request.model.top_k, request.model.num_experts
+    entries = request.model.top_k if one_token else experts
+    _, tasks = new_task_map(entries, torch.device("cpu"))
+    order_S = torch.zeros(slots, dtype=torch.int32)
+    offsets = torch.zeros(experts + 1, dtype=torch.int32)
+    return RowSort(order_S, order_S, offsets), tasks
+
+
+def launch(
+    request: Request, weights: ExpertWeights, job: tuple[str, bool, Group, str, Any]
+) -> None:
+    """The launch of one job, on memory that is never touched."""
+    impl, one_token, group, part, cut = job
+    model, dtype = request.model, getattr(torch, request.dtype)
+    sort, tasks = dry_map(request, one_token)
+    slots = sort.order_S.numel()
+
+    def rows(count: int, width: int) -> Tensor:
+        return torch.empty(count, width, dtype=dtype)
+
+    if impl == "hopper":
+        tile: Tile = cut
+        first, last = hopper_products(
+            model, hopper_config(tile), hopper_config(tile), num_sms=request.num_sms,
+            one_token=one_token,
+        )  # fmt: skip
+        if part == "up":
+            first(rows(DRY_TOKENS, model.hidden_size), sort.order_S, tasks, weights)
+        else:
+            last(rows(slots, model.intermediate_size), tasks, weights)
+        return
+    from ...kernels.grouped_mm import grouped_mm
+    from .labs import epilogue_of
+
+    top_k = model.top_k if part == "up" else 0
+    width = model.hidden_size if part == "up" else model.intermediate_size
+    named = dict(weights.named())
+    grouped_mm(
+        rows(DRY_TOKENS if top_k else slots, width), named[part], sort, tasks, top_k=top_k,
+        heights=group, transposed=model.spec().transposed, bias=named.get(f"{part}_bias"),
+        epilogue=epilogue_of(model, part), config=cut,
+    )  # fmt: skip
+
+
+def compile_share(request: Request, share: int, of: int, told: Callable[[str], None]) -> None:
+    """Compile every `of`-th job into Triton's cache without running anything."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        return kernel.result() if hasattr(kernel, "result") else kernel
+
+    weights = dry_weights(request)
+    JITFunction.run = compile_only
+    try:
+        for job in jobs(request)[share::of]:
+            try:
+                launch(request, weights, job)
+                told("compiled")
+            except Exception as error:
+                told(f"does not compile: {job}: {error}".replace("\n", " ")[:300])
+    finally:
+        JITFunction.run = run
+
+
+def lines_of(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[str]:
+    """Lines that the workers print, as they come, until all have ended."""
+    with selectors.DefaultSelector() as waiting:
+        for worker in workers:
+            assert worker.stdout is not None
+            waiting.register(worker.stdout, selectors.EVENT_READ, bytearray())
+        while waiting.get_map():
+            for key, _ in waiting.select():
+                data = os.read(key.fd, 65536)
+                key.data.extend(data)
+                *whole, rest = bytes(key.data).split(b"\n")
+                key.data[:] = rest
+                yield from (line.decode("utf-8", "replace") for line in whole)
+                if not data:
+                    waiting.unregister(key.fileobj)
+
+
+def compile_all(
+    request: Request, advance: Callable[[], None], say: Callable[[str], None],
+    processes: int | None = None,
+) -> None:  # fmt: skip
+    """Compile every candidate, telling of each; what does not compile fails again when it is timed.
+
+    Raises:
+        RuntimeError: a process ended badly; says with which status.
+    """
+    count = processes or max(1, (os.cpu_count() or 2) - 1)
+    command = [sys.executable, "-m", "moesaic.bench.tuning.compiling", request.to_json()]
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        for share in range(min(count, len(jobs(request)))):
+            part = [*command, str(share), str(count)]
+            workers.append(subprocess.Popen(part, stdout=subprocess.PIPE))
+        for line in lines_of(workers):
+            advance()
+            if line != "compiled":
+                say(line)
+        failed = [status for worker in workers if (status := worker.wait())]
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+                worker.wait()
+            if worker.stdout is not None:
+                worker.stdout.close()
+    if failed:
+        raise RuntimeError(f"a compiling process ended with status {failed[0]}; see its message")
+
+
+if __name__ == "__main__":
+    compile_share(
+        Request.from_json(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]),
+        lambda text: print(text, flush=True),
+    )  # fmt: skip

@@ -1,0 +1,268 @@
+"""The two paths on a GPU: how candidates of a cell are called and timed.
+
+T tokens · H hidden width · I intermediate width · E experts · K top-k · S = T*K routed rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.tune import Config, GemmConfig, Problem, config_to_json, fused_stages
+from ...kernels.tune import heuristic as triton_heuristic
+from ...types import ExpertWeights
+from ..workloads import Model
+from .clock import Rotation, SameBits, seconds_of
+from .grid import Group, Tile
+from .routing import time_routing
+
+if TYPE_CHECKING:
+    from ...kernels.grouped_mm import Epilogue
+    from ...kernels.hopper.experts import LayerConfig
+
+
+def arithmetic(model: Model) -> dict[str, Any]:
+    """What the expert function does between its products."""
+    s = model.spec()
+    return {"activation": s.activation, "gated": s.gated, "limit": s.limit, "alpha": s.alpha,
+            "up_offset": s.up_offset}  # fmt: skip
+
+
+def epilogue_of(model: Model, part: str) -> Epilogue:
+    """What follows a product of the Triton path."""
+    from ...kernels.grouped_mm import Epilogue
+
+    s = model.spec()
+    if part == "up":
+        return Epilogue(s.activation, s.gated, s.interleaved, s.limit, s.alpha, s.up_offset)
+    return Epilogue(s.activation) if part == "mid" else Epilogue()
+
+
+def rows_in(part: str, problem: Problem, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random sorted rows (S, I), which the products after the first read."""
+    shape = (problem.tokens * problem.top_k, problem.intermediate)
+    generator = torch.Generator(device).manual_seed(len(part))
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+
+@dataclass
+class TritonLab:
+    """The Triton path: `grouped_mm` per product, `experts_triton` whole."""
+
+    model: Model
+    problem: Problem
+    turn: Rotation
+    num_sms: int
+    bits: SameBits = field(default_factory=SameBits)
+    batches: dict[Group, list[Any]] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+    def _batches(self, group: Group) -> list[Any]:
+        from ...kernels.batching import batch_rows
+
+        if group not in self.batches:
+            made = [batch_rows(ids, self.model.num_experts, heights=group)
+                    for ids in self.turn.ids_TK]  # fmt: skip
+            self.batches = {group: made}
+        return self.batches[group]
+
+    def _call(self, part: str, group: Group, cut: GemmConfig, turn: int) -> Tensor:
+        from ...kernels.grouped_mm import grouped_mm
+
+        spec = self.model.spec()
+        sort, tasks = self._batches(group)[turn]
+        weight = self.turn.set_of(turn)
+        x = self.turn.hidden_TH[turn] if part == "up" else self.rows[part]
+        named = dict(weight.named())
+        return grouped_mm(
+            x, named[part], sort, tasks, top_k=self.model.top_k if part == "up" else 0,
+            heights=group, transposed=spec.transposed, bias=named.get(f"{part}_bias"),
+            epilogue=epilogue_of(self.model, part), config=cut,
+        )  # fmt: skip
+
+    def part_s(self, part: str, group: Group, cut: GemmConfig, best_s: float) -> float:
+        """Seconds of one product with one cut."""
+        hidden = self.turn.hidden_TH[0]
+        if part != "up" and part not in self.rows:
+            self.rows[part] = rows_in(part, self.problem, hidden.dtype, hidden.device)
+        calls = [partial(self._call, part, group, cut, i) for i in range(len(self.turn))]
+        self.bits.check(part, calls[0])
+        return seconds_of(calls, best_s)
+
+    def layer_s(self, config: Config) -> float:
+        """Seconds of the layer."""
+        from ...kernels.experts import experts_triton
+
+        spec, calls = self.model.spec(), []
+        for i in range(len(self.turn)):
+            named: dict[str, Any] = dict(self.turn.set_of(i).named())
+            calls.append(
+                partial(
+                    experts_triton, self.turn.hidden_TH[i], self.turn.ids_TK[i],
+                    self.turn.shares_TK[i], **named,
+                    **arithmetic(self.model), interleaved=spec.interleaved,
+                    transposed=spec.transposed, config=config,
+                )
+            )  # fmt: skip
+        self.bits.check("layer", calls[0])
+        return seconds_of(calls, float("inf"))
+
+    def combined(self, group: Group, chosen: dict[str, GemmConfig], order: str) -> Config:
+        """The configuration of these cuts."""
+        return Config(group, **chosen, order=order)  # type: ignore[arg-type]
+
+    def heuristic(self) -> Config:
+        """The heuristic's, its reason left out."""
+        return triton_heuristic(self.problem)._replace(reason="")
+
+    def more(self, config: Config) -> Sequence[Config]:
+        """The fused three-layer launch where it fits."""
+        p = self.problem
+        fits = p.layers == 3 and fused_stages(p.hidden, p.intermediate, 2, p.arch)
+        return [config._replace(fused=True)] if fits else []
+
+    def row(self, config: Config) -> dict[str, Any]:
+        """The table's row."""
+        return config_to_json(config)
+
+    def routing_s(self) -> dict[int, float]:
+        """The routing kernel by rows a program takes."""
+        return time_routing(self.model, self.problem.tokens, self.turn.ids_TK[0].device)
+
+
+def hopper_config(tile: Tile) -> Any:
+    """The tile as the kernels take it."""
+    from ...kernels.hopper.launch import HopperConfig
+
+    return HopperConfig(
+        tile.kernel, tile.bm, tile.bn, tile.stages, tile.bk,  # type: ignore[arg-type]
+        tile.group_m, tile.ctas_per_sm,
+    )  # fmt: skip
+
+
+@dataclass
+class HopperLab:
+    """The Hopper path: `grouped_mm_hopper` per product, `experts_hopper` whole."""
+
+    model: Model
+    problem: Problem
+    turn: Rotation
+    num_sms: int
+    bits: SameBits = field(default_factory=SameBits)
+    batches: dict[Group, list[Any]] = field(default_factory=dict)
+    rows: list[Tensor] = field(default_factory=list)
+
+    def _batches(self, group: Group) -> list[Any]:
+        if group not in self.batches:
+            self.batches = {group: [hopper_batch(ids, self.model.num_experts, group)
+                                    for ids in self.turn.ids_TK]}  # fmt: skip
+        return self.batches[group]
+
+    def _call(self, part: str, group: Group, tile: Tile, turn: int) -> Tensor:
+        order_S, tasks = self._batches(group)[turn]
+        weight = self.turn.set_of(turn)
+        first, last = hopper_products(
+            self.model, hopper_config(tile), hopper_config(tile), num_sms=self.num_sms,
+            one_token=self.problem.tokens == 1,
+        )  # fmt: skip
+        if part == "up":
+            return first(self.turn.hidden_TH[turn], order_S, tasks, weight)
+        return last(self.rows[0], tasks, weight)
+
+    def part_s(self, part: str, group: Group, tile: Tile, best_s: float) -> float:
+        """Seconds of one product with one tile, the copy of rows that tall tiles need included."""
+        if not self.rows:
+            hidden = self.turn.hidden_TH[0]
+            self.rows.append(rows_in("down", self.problem, hidden.dtype, hidden.device))
+        calls = [partial(self._call, part, group, tile, i) for i in range(len(self.turn))]
+        self.bits.check(part, calls[0])
+        return seconds_of(calls, best_s)
+
+    def layer_s(self, config: LayerConfig) -> float:
+        """Seconds of the layer."""
+        from ...kernels.hopper.experts import experts_hopper
+
+        calls = [
+            partial(
+                experts_hopper, self.turn.hidden_TH[i], self.turn.ids_TK[i],
+                self.turn.shares_TK[i], up=self.turn.set_of(i).up, down=self.turn.set_of(i).down,
+                **arithmetic(self.model), config=config, num_sms=self.num_sms,
+            )
+            for i in range(len(self.turn))
+        ]  # fmt: skip
+        self.bits.check("layer", calls[0])
+        return seconds_of(calls, float("inf"))
+
+    def combined(self, group: Group, chosen: dict[str, Tile], order: str) -> LayerConfig:
+        """The configuration of these tiles."""
+        from ...kernels.hopper.experts import LayerConfig
+
+        return LayerConfig(hopper_config(chosen["up"]), hopper_config(chosen["down"]), order)
+
+    def heuristic(self) -> LayerConfig:
+        """The heuristic's choice."""
+        return hopper_heuristic(self.problem, self.num_sms)
+
+    def more(self, config: LayerConfig) -> Sequence[LayerConfig]:
+        """Nothing else."""
+        return []
+
+    def row(self, config: LayerConfig) -> dict[str, Any]:
+        """The table's row."""
+        return {"up": config.up._asdict(), "down": config.down._asdict(), "order": config.order}
+
+    def routing_s(self) -> dict[int, float]:
+        """The routing kernel by rows a program takes."""
+        return time_routing(self.model, self.problem.tokens, self.turn.ids_TK[0].device)
+
+
+def hopper_heuristic(problem: Problem, num_sms: int) -> LayerConfig:
+    """What `experts_hopper` runs where nothing was measured."""
+    from ...kernels.hopper.experts import choose
+
+    p = problem
+    return choose(p.tokens, p.top_k, p.num_experts, p.intermediate * (2 if p.gated else 1), num_sms)
+
+
+def hopper_batch(ids_TK: Tensor, experts: int, group: Group) -> tuple[Tensor, Any]:
+    """Order and task map of a routing, as `experts_hopper` makes them."""
+    from ...kernels.batching import batch_rows
+    from ...kernels.hopper.experts import _one_token
+
+    if ids_TK.shape[0] == 1:
+        return _one_token(ids_TK)
+    sort, tasks = batch_rows(ids_TK, experts, heights=group)
+    return sort.order_S, tasks
+
+
+def hopper_products(
+    model: Model, up: Any, down: Any, *, num_sms: int, one_token: bool
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The two launches of `products`, each alone, with the same constants."""
+    from ...kernels.gather import gather_rows
+    from ...kernels.hopper.launch import grouped_mm_hopper
+
+    sorts = up.kernel == "tall"
+
+    def first(hidden: Tensor, order_S: Tensor, tasks: Any, weight: ExpertWeights) -> Tensor:
+        act_SI = hidden.new_empty((order_S.numel(), model.intermediate_size))
+        x = gather_rows(hidden, order_S, model.top_k, pdl=True) if sorts else hidden
+        return grouped_mm_hopper(
+            x, weight.up, tasks, act_SI, config=up, num_sms=num_sms,
+            order_S=None if sorts else order_S, top_k=model.top_k, **arithmetic(model),
+            ticket=None if one_token else 0, pdl="wait",
+        )  # fmt: skip
+
+    def last(act_SI: Tensor, tasks: Any, weight: ExpertWeights) -> Tensor:
+        rows_SH = act_SI.new_empty((act_SI.shape[0], model.hidden_size))
+        return grouped_mm_hopper(
+            act_SI, weight.down, tasks, rows_SH, config=down, num_sms=num_sms,
+            ticket=None if one_token else 1, pdl="prefetch",
+        )  # fmt: skip
+
+    return first, last

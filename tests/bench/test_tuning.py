@@ -1,0 +1,314 @@
+"""`moesaic tune` without a GPU: grids, ranks, tables, and a whole run with invented times."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+from moesaic.bench.timing import DeviceLost
+from moesaic.bench.tuning import compiling, grid, store
+from moesaic.bench.tuning.cell import Lab, Unfit, rank_of, tune_cell
+from moesaic.bench.tuning.command import Tools, main
+from moesaic.bench.tuning.compiling import Request, space_of
+from moesaic.bench.tuning.labs import HopperLab, TritonLab
+from moesaic.bench.tuning.routing import row_blocks
+from moesaic.bench.tuning.shapes import find_model, model_from, token_counts
+from moesaic.bench.workloads import MODELS, Model
+from moesaic.kernels import tune
+from moesaic.kernels.hopper import experts
+from moesaic.kernels.hopper.fit import tile_problem
+from moesaic.kernels.tune import shape_key, shared_bytes, shared_limit
+
+FACTS = ("NVIDIA H200", 90, 132)
+QWEN = MODELS["Qwen3-30B-A3B"]
+TOKENS = (1, 4, 16, 64, 128, 512, 1024, 4096, 8192)
+
+
+def request(model: Model = QWEN, tokens: tuple[int, ...] = TOKENS, impls=("triton", "hopper")):
+    return Request(model, "bfloat16", tokens, impls, 90, "h200", 132)
+
+
+def names_of(model: Model) -> tuple[str, ...]:
+    plain = model.kind == "swiglu"
+    return ("triton", "hopper") if plain else ("triton",)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=lambda m: m.name)
+def test_grids_have_no_double_all_fit_and_hold_the_papers_sizes(model: Model) -> None:
+    for impl in names_of(model):
+        for tokens in TOKENS:
+            space = space_of(request(model), impl, tokens)
+            every = list(space)
+            assert len(every) == len(set(every)) == len(space) > 8
+            for group, part, cut in every:
+                if impl == "hopper":
+                    assert tile_problem(vars(cut)) is None and group == (cut.bm,), cut
+                else:
+                    gated = part == "up" and model.spec().gated
+                    used = shared_bytes(cut, group[-1], gated=gated, itemsize=2)
+                    assert used <= shared_limit(90), cut
+            for name, part, is_paper in space.paper:
+                assert any(is_paper(g, c) for g, p, c in every if p == part), (name, tokens)
+            for group, parts in space.cuts.items():
+                assert all(parts.values()), group
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_what_hopper_runs_untuned_is_among_the_candidates(tokens: int) -> None:
+    for model in (m for m in MODELS.values() if m.kind == "swiglu"):
+        chosen = experts.choose(tokens, model.top_k, model.num_experts,
+                                2 * model.intermediate_size, 132)  # fmt: skip
+        space = space_of(request(model), "hopper", tokens)
+        for part in ("up", "down"):
+            assert grid.Tile(*getattr(chosen, part)) in space.cuts[(chosen.up.bm,)][part]
+
+
+class InventedLab:
+    """Times that a rule invents; the real labs' way from cuts to configurations and rows."""
+
+    def __init__(self, wanted: Request, impl: str, tokens: int, whole: Callable[[Any], float]):
+        kind: Any = TritonLab if impl == "triton" else HopperLab
+        problem = grid.problem_for(wanted.model, tokens, "bfloat16", 90, "h200")
+        self.real = kind(wanted.model, problem, None, 132)
+        self.impl, self.whole = impl, whole
+        self.combined, self.row = self.real.combined, self.real.row
+        self.heuristic, self.more = self.real.heuristic, self.real.more
+
+    def part_s(self, part: str, group: Any, cut: Any, best_s: float) -> float:
+        if self.impl == "triton" and cut.block_k == 256:
+            raise Unfit("too deep")
+        columns = cut.bn if self.impl == "hopper" else cut.block_n
+        return 1e-5 * (1 + abs(columns - 64) / 64 + group[-1] / 128)
+
+    def layer_s(self, config: Any) -> float:
+        return self.whole(config)
+
+    def routing_s(self) -> dict[int, float]:
+        return {1: 2e-6, 2: 1e-6, 4: 3e-6}
+
+
+def invented(whole: Callable[[Any], float], **more: Any) -> Tools:
+    def make_lab(wanted: Request, impl: str, tokens: int) -> Lab[Any]:
+        return InventedLab(wanted, impl, tokens, whole)
+
+    return Tools(make_lab, lambda _, advance, say: advance(), **more)
+
+
+def by_order(config: Any) -> float:
+    """Large experts first is fastest, whatever the tiles; the heuristics run in index order."""
+    return 2e-5 if config.order == "large_first" else 3e-5
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
+    caches = (tune.load_table, tune.choose, experts.choose_measured)
+    for one in caches:
+        one.cache_clear()
+    yield tmp_path / "configs" / "h200.json"
+    for one in caches:
+        one.cache_clear()
+
+
+def test_a_whole_run_writes_rows_that_both_paths_then_take(cache: Path, capsys) -> None:
+    code = main("Qwen3-30B-A3B", tokens=[48, 2000], tools=invented(by_order), facts=FACTS)
+    out = capsys.readouterr().out
+    told = json.loads(out.splitlines()[-1])
+    assert code == 0 and told["ended"] == "done" and told["left"] == told["failed"] == []
+    assert [(c["impl"], c["tokens"]) for c in told["cells"]] == [
+        ("triton", 48), ("hopper", 48), ("triton", 2000), ("hopper", 2000)
+    ]  # fmt: skip
+    for cell in told["cells"]:
+        assert cell["best_us"] == pytest.approx(20) and cell["heuristic_us"] == pytest.approx(30)
+        assert cell["ratio"] == pytest.approx(1.5) and cell["within_10_percent"] is False
+        assert cell["row"]["order"] == "large_first"
+        ranks = {r["name"]: r for r in cell["ranks"]}
+        assert ranks["routing next_pow2(E)"]["rank"] == 2 and "expert GEMM 128/128/64" in ranks
+        assert ("fused MLP 64/64/32" in ranks) == (cell["impl"] == "triton")
+    assert any("too deep" in text for cell in told["cells"] for text in cell["refused"])
+    assert "within 10 %" in out and "large_first" in out
+    problem = grid.problem_for(QWEN, 48, "bfloat16", 90, "h200")
+    row = json.loads(cache.read_text())["shapes"][shape_key(problem)]["48"]
+    assert tune.config_to_json(tune.choose(problem)) | {"heights": row["heights"]} == row
+    assert tune.choose(problem).order == "large_first"
+    assert tune.hopper_row(problem)["order"] == "large_first"
+
+
+def test_an_interrupted_run_keeps_what_it_measured(cache: Path, capsys) -> None:
+    calls = iter(range(1000))
+
+    def whole(config: Any) -> float:
+        if next(calls) > 20:
+            raise KeyboardInterrupt
+        return by_order(config)
+
+    code = main("OLMoE", tokens=[16, 1024], impl="hopper", tools=invented(whole), facts=FACTS)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == 130 and told["ended"] == "interrupted"
+    assert [c["tokens"] for c in told["cells"]] == [16]
+    assert told["left"] == [{"impl": "hopper", "tokens": 1024}]
+    (rows,) = json.loads(cache.read_text())["hopper"].values()
+    assert list(rows) == ["16"]
+
+
+def test_a_run_out_of_time_names_what_is_left_and_a_second_run_adds(cache: Path, capsys) -> None:
+    seconds = iter([0.0, 1.0, 99.0])
+    tools = invented(by_order, clock=lambda: next(seconds))
+    assert (
+        main("OLMoE", tokens=[16, 1024], impl="hopper", tools=tools, facts=FACTS, budget_s=9) == 0
+    )
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["ended"] == "out of time" and told["left"] == [{"impl": "hopper", "tokens": 1024}]
+    again = invented(by_order)
+    assert main("OLMoE", tokens=[1024], impl="hopper", tools=again, facts=FACTS) == 0
+    (rows,) = json.loads(cache.read_text())["hopper"].values()
+    assert list(rows) == ["16", "1024"]
+
+
+def test_failures_are_told_and_a_lost_device_ends_the_run(cache: Path, capsys) -> None:
+    def broken(config: Any) -> float:
+        raise Unfit("no such tile")
+
+    assert main("OLMoE", tokens=[16], impl="hopper", tools=invented(broken), facts=FACTS) == 1
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "no candidate could be timed" in told["failed"][0] and not cache.exists()
+
+    def lost(config: Any) -> float:
+        raise DeviceLost("the GPU answers no more")
+
+    assert main("OLMoE", tokens=[16], impl="hopper", tools=invented(lost), facts=FACTS) == 1
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["ended"] == "the GPU answers no more" and told["left"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"device": "A100", "hopper": {}}'])
+def test_a_file_that_is_no_table_is_not_overwritten(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "table.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="another --out"):
+        main("OLMoE", tokens=[16], tools=invented(by_order), facts=FACTS, out=file)
+    assert file.read_text() == text
+
+
+def test_the_shipped_table_can_be_added_to() -> None:
+    assert store.open_table(tune.CONFIGS / "h200.json", "NVIDIA H200")["shapes"]
+
+
+def test_a_layer_slower_than_the_heuristic_is_not_chosen() -> None:
+    heuristic = experts.choose(64, 8, 128, 1536, 132)
+    lab = InventedLab(request(), "hopper", 64, lambda c: 1e-5 if c == heuristic else 2e-5)
+    result = tune_cell(space_of(request(), "hopper", 64), lab, 64, lambda: None)  # type: ignore[arg-type]
+    assert result.row == lab.row(heuristic) and result.ratio == 1.0 and result.kept
+
+
+def test_ranks() -> None:
+    inf = float("inf")
+    assert rank_of("x", [3.0], [1.0, 2.0, 3.0, inf]).rank == 3
+    refused = rank_of("x", [inf], [1.0, inf])
+    assert (refused.rank, refused.of, refused.over_best) == (None, 1, None)
+    assert row_blocks(256) == (1, 2)
+
+
+def test_a_transformers_configuration_is_read_as_data(tmp_path: Path) -> None:
+    inner = {"num_experts": 128, "num_experts_per_tok": 8, "hidden_size": 2048,
+             "intermediate_size": 6144, "moe_intermediate_size": 768}  # fmt: skip
+    folder = tmp_path / "qwen"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "x", "text_config": inner}))
+    found = find_model(str(folder))
+    assert (found.num_experts, found.top_k, found.hidden_size, found.intermediate_size) == (
+        128, 8, 2048, 768
+    )  # fmt: skip
+    assert model_from(inner | {"model_type": "gpt_oss"}, "c").spec().transposed
+    sizes = find_model(None, experts=8, top_k=2, hidden=64, intermediate=96)
+    assert (sizes.name, sizes.top_k) == ("E8-K2-H64-I96", 2)
+    assert token_counts([16, 1, 16]) == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda p: find_model("Qwen"), "no known model"),
+        (lambda p: find_model(None, experts=8), "all of --experts"),
+        (lambda p: find_model("OLMoE", top_k=2), "not both"),
+        (lambda p: find_model(None, experts=8, top_k=9, hidden=64, intermediate=64), "at most E"),
+        (lambda p: find_model(None, experts=8, top_k=0, hidden=64, intermediate=64), "at least 1"),
+        (lambda p: find_model(None, experts=8, top_k=2, hidden=60, intermediate=64), "multiples"),
+        (lambda p: model_from({"hidden_size": 8}, "c.json"), "c.json: none of n_routed_experts"),
+        (lambda p: find_model(str(p)), "cannot be read as JSON"),
+        (lambda p: token_counts([0]), "at least 1"),
+        (lambda p: main("OLMoE", impl="fast", facts=FACTS), "--impl must be one of"),
+        (lambda p: main("OLMoE", dtype="float32", facts=FACTS), "--dtype must be one of"),
+        (lambda p: main("paper-small", impl="hopper", facts=FACTS), "cannot run this layer"),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(tmp_path: Path, call, told: str) -> None:
+    broken = tmp_path / "config.json"
+    broken.write_text("{")
+    with pytest.raises(ValueError, match=told):
+        call(broken)
+
+
+DRY_RUN = """
+import collections, json
+from triton.runtime.jit import JITFunction
+from moesaic.bench.tuning import compiling
+from moesaic.bench.workloads import Model
+
+seen, lines = collections.Counter(), []
+
+def noted(self, *args, grid, warmup, **options):
+    assert warmup
+    seen[self.fn.__name__] += 1
+
+JITFunction.run = noted
+tiny = Model("tiny", 8, 2, 128, 192)
+wanted = compiling.Request(tiny, "bfloat16", (1, 16, 2048), ("triton", "hopper"), 90, "h200", 132)
+for share in (0, 1):
+    compiling.compile_share(wanted, share, 2, lines.append)
+assert JITFunction.run is noted
+print(json.dumps([seen, lines, len(compiling.jobs(wanted))]))
+"""
+
+
+def test_every_job_reaches_its_kernel_once() -> None:
+    """The compiling processes' launches, with the compiler itself left out."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", DRY_RUN], env=environment, capture_output=True,
+                         text=True, timeout=300, check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    seen, lines, count = json.loads(run.stdout)
+    assert lines == ["compiled"] * count
+    kinds = {"grouped_mm_kernel", "decode_kernel", "prefill_kernel", "tall_kernel", "gather_kernel"}
+    assert set(seen) == kinds and sum(seen.values()) - seen["gather_kernel"] == count
+
+
+def test_a_request_travels_whole_and_maps_have_their_real_sizes() -> None:
+    wanted = request(MODELS["gpt-oss-120b"], (1, 16), ("triton",))
+    assert Request.from_json(wanted.to_json()) == wanted
+    sizes = [compiling.dry_map(request(), alone)[1].task_N.numel() for alone in (True, False)]
+    assert sizes == [8, 128]
+
+
+def test_workers_are_read_to_their_end_and_a_bad_status_is_told(monkeypatch) -> None:
+    program = "import sys; print('compiled'); print('odd'); sys.exit(int(sys.argv[-2]) % 2)"
+    start = subprocess.Popen
+
+    def started(command: list[str], **more: Any) -> Any:
+        return start([sys.executable, "-c", program, *command[-2:]], **more)
+
+    monkeypatch.setattr(compiling.subprocess, "Popen", started)
+    steps: list[int] = []
+    told: list[str] = []
+    compiling.compile_all(request(), lambda: steps.append(1), told.append, 1)
+    assert (len(steps), told) == (2, ["odd"])
+    with pytest.raises(RuntimeError, match="status 1"):
+        compiling.compile_all(request(), lambda: steps.append(1), told.append, 2)
