@@ -8,13 +8,14 @@ that the kernel lands in Triton's cache under the key that the real call looks u
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -67,7 +68,11 @@ def jobs(request: Request) -> list[tuple[str, bool, Group, str, Any]]:
     for impl in request.impls:
         for tokens in request.tokens:
             for group, part, cut in space_of(request, impl, tokens):
-                found[impl, impl == "hopper" and tokens == 1, group, part, cut] = None
+                # How many programs share an SM is no constant of the kernel.
+                one = (
+                    replace(cut, ctas_per_sm=1) if impl == "hopper" else cut._replace(ctas_per_sm=0)
+                )
+                found[impl, impl == "hopper" and tokens == 1, group, part, one] = None
     return list(found)
 
 
@@ -200,7 +205,8 @@ def compile_all(
 
 
 if __name__ == "__main__":
-    compile_share(
-        Request.from_json(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]),
-        lambda text: print(text, flush=True),
-    )  # fmt: skip
+    with contextlib.suppress(KeyboardInterrupt):
+        compile_share(
+            Request.from_json(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]),
+            lambda text: print(text, flush=True),
+        )  # fmt: skip
