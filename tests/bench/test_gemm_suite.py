@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +77,7 @@ def test_a_whole_run_times_in_turn_and_compares_bits(tmp_path: Path) -> None:
     builders = {"moesaic": twin, "cublas": gemm.cublas, "torch-grouped-mm": gemm.torch_grouped}
     lines = run(tmp_path, builders)
     timed = [x for x in lines if x["clock"] != "bits"]
-    assert len(timed) == 3 * 4
+    assert len(timed) == len(builders) * 4
     for x in timed:
         assert x.get("error") is None and x["wrong"] is False and x["of_datasheet"] > 0
         assert x["floor_ms"] > 0 and (x["clock"] == "random") == (x["err"] > 0)
@@ -81,6 +85,54 @@ def test_a_whole_run_times_in_turn_and_compares_bits(tmp_path: Path) -> None:
     assert {(x["tokens"], x["equal_experts"]) for x in bits} == {(1, 4), (16, 4)}
     text, _ = gemm.section(lines, summarize(lines, ("tiny",)), tmp_path, "cpu", "")
     assert "91 % of an H800" in text and "| 48x64 | 16 | 4 of 4 |" in text
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
+@pytest.mark.parametrize("routing", gemm.ROUTINGS)
+def test_the_triton_candidate_is_right_in_every_split(routing: str) -> None:
+    """In fp16, for Triton's interpreter multiplies bf16 wrongly."""
+    device = torch.device("cpu")
+    work = gemm.make_work(TINY["tiny"], routing, zero=False, device=device, seed=0, tile_rows=16)
+    x, weight, offsets, out = (getattr(work, name) for name in vars(work))
+    half = Work(x.half(), weight.half(), offsets, out.half())
+    assert 0 < gemm.error_of(half, gemm.triton(half)(), False) < 3e-3
+
+
+LAUNCHES = """
+import collections, json, torch
+from triton.runtime.jit import JITFunction
+from moesaic.bench.suites import gemm
+
+seen = []
+
+def noted(self, *args, grid, warmup, **options):
+    if self.fn.__name__ != "task_map_kernel":
+        seen.append([self.fn.__name__, options["BM"], options["BN"], options["NB"], options["PDL"]])
+
+JITFunction.run = noted
+for rows in (1, 512):
+    shape = gemm.Shape(4, rows, 256, 128)
+    device = torch.device("cpu")
+    work = gemm.make_work(shape, "balanced", zero=True, device=device, seed=0)
+    if rows > 1:
+        for name in ("moesaic", "moesaic-prefill"):
+            assert gemm.BUILDERS[name](work)() is work.out_SN
+    gemm.few_rows(work)()
+print(json.dumps(seen))
+"""
+
+
+def test_the_hopper_candidates_are_launched_as_meant() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", LAUNCHES], env=environment, capture_output=True,
+                         text=True, timeout=300, check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == [
+        ["decode_kernel", 16, 128, 10, "off"],
+        ["tall_kernel", 256, 128, 4, "off"],
+        ["prefill_kernel", 128, 256, 4, "off"],
+        ["prefill_kernel", 128, 256, 4, "off"],
+    ]
 
 
 def test_wrong_rows_rows_not_written_and_other_bits_are_told(tmp_path: Path) -> None:

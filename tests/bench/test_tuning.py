@@ -7,25 +7,27 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from moesaic.bench.timing import DeviceLost
-from moesaic.bench.tuning import compiling, grid, store
+from moesaic.bench.tuning import clock, compiling, grid, labs, routing, store
 from moesaic.bench.tuning.cell import Lab, Unfit, rank_of, tune_cell
 from moesaic.bench.tuning.command import Tools, main
 from moesaic.bench.tuning.compiling import Request, space_of
 from moesaic.bench.tuning.labs import HopperLab, TritonLab
 from moesaic.bench.tuning.routing import row_blocks
 from moesaic.bench.tuning.shapes import find_model, model_from, token_counts
-from moesaic.bench.workloads import MODELS, Model
+from moesaic.bench.workloads import MODELS, Model, make_weights
 from moesaic.kernels import tune
 from moesaic.kernels.hopper import experts
 from moesaic.kernels.hopper.fit import tile_problem
-from moesaic.kernels.tune import shape_key, shared_bytes, shared_limit
+from moesaic.kernels.tune import GemmConfig, shape_key, shared_bytes, shared_limit
 
 FACTS = ("NVIDIA H200", 90, 132)
 QWEN = MODELS["Qwen3-30B-A3B"]
@@ -275,7 +277,34 @@ wanted = compiling.Request(tiny, "bfloat16", (1, 16, 2048), ("triton", "hopper")
 for share in (0, 1):
     compiling.compile_share(wanted, share, 2, lines.append)
 assert JITFunction.run is noted
-print(json.dumps([seen, lines, len(compiling.jobs(wanted))]))
+first = dict(seen)
+
+# The labs' own calls, of one token and of many, on memory that nothing writes.
+import torch
+from moesaic.bench.tuning import clock, labs
+from moesaic.bench.tuning.grid import problem_for
+
+def timed(calls, best_s):
+    return float(len([call() for call in calls]))
+
+def real(self, *args, grid, warmup, **options):
+    assert not warmup and all(size > 0 for size in grid)
+    seen[self.fn.__name__] += 1
+
+labs.seconds_of, clock.SameBits.check, JITFunction.run = timed, lambda *_: None, real
+labs.time_routing = lambda *_: {1: 1.0}
+sets = clock.draw_weights(tiny, torch.bfloat16, torch.device("cpu"), seed=0)[:2]
+calls = []
+for impl, kind in (("triton", labs.TritonLab), ("hopper", labs.HopperLab)):
+    for tokens in (1, 16):
+        turn = clock.draw(tiny, tokens, sets, torch.device("cpu"), seed=1)
+        lab = kind(tiny, problem_for(tiny, tokens, "bfloat16", 90, "h200"), turn, 132)
+        seen.clear()
+        parts = [lab.part_s(p, g, c, 1.0) for g, p, c in compiling.space_of(wanted, impl, tokens)]
+        assert set(parts) == {float(len(turn))} == {16.0}
+        assert lab.layer_s(lab.heuristic()) == 16.0
+        calls.append([impl, tokens, sorted(seen)])
+print(json.dumps([first, lines, len(compiling.jobs(wanted)), calls]))
 """
 
 
@@ -285,10 +314,44 @@ def test_every_job_reaches_its_kernel_once() -> None:
     run = subprocess.run([sys.executable, "-c", DRY_RUN], env=environment, capture_output=True,
                          text=True, timeout=300, check=False)  # fmt: skip
     assert run.returncode == 0, run.stderr
-    seen, lines, count = json.loads(run.stdout)
+    seen, lines, count, calls = json.loads(run.stdout)
     assert lines == ["compiled"] * count
     kinds = {"grouped_mm_kernel", "decode_kernel", "prefill_kernel", "tall_kernel", "gather_kernel"}
     assert set(seen) == kinds and sum(seen.values()) - seen["gather_kernel"] == count
+    tiles = ["decode_kernel", "gather_kernel", "prefill_kernel"]
+    batching = ["sort_small_kernel"]
+    assert calls == [
+        ["triton", 1, ["combine_kernel", "grouped_mm_kernel", *batching]],
+        ["triton", 16, ["combine_kernel", "grouped_mm_kernel", *batching]],
+        ["hopper", 1, ["combine_kernel", *tiles, "tall_kernel"]],
+        ["hopper", 16, ["combine_kernel", *tiles, *batching, "tall_kernel"]],
+    ]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
+@pytest.mark.parametrize("kind", ["swiglu", "gpt-oss", "relu3"])
+def test_the_triton_lab_computes_the_same_bits_with_every_cut(kind: Any, monkeypatch) -> None:
+    tiny = Model("tiny", 4, 2, 32, 16, kind=kind)
+    device = torch.device("cpu")
+    sets = [make_weights(tiny.spec(), dtype=torch.float16, generator=torch.Generator(device))]
+    turn = clock.draw(tiny, 2, sets, device, seed=1)
+    problem = grid.problem_for(tiny, 2, "float16", 90, "h200")
+    lab = TritonLab(
+        tiny, problem, replace(turn, hidden_TH=turn.hidden_TH[:1], ids_TK=turn.ids_TK[:1]), 132
+    )
+    monkeypatch.setattr(labs, "seconds_of", lambda calls, best_s: 1.0)
+    for part in ("up", "mid", "down") if kind == "relu3" else ("up", "down"):
+        for group, cut in (((16,), GemmConfig(32, 32)), ((64,), GemmConfig(16, 16, swap_up_to=64))):
+            assert lab.part_s(part, group, cut, 1.0) == 1.0
+    base = lab.heuristic()
+    for config in (base, base._replace(heights=(64,), order="mixed"), *lab.more(base)):
+        assert lab.layer_s(config) == 1.0
+    logits_TE = torch.randn(70, 8)
+    ids = [routing.route_with(logits_TE, 2, block) for block in row_blocks(8)]
+    assert all(torch.equal(one, logits_TE.topk(2).indices.int()) for one in ids)
+    lab.bits._answers["layer"] = lab.bits._answers["layer"] + 1
+    with pytest.raises(Unfit, match="bits"):
+        lab.layer_s(base)
 
 
 def test_a_request_travels_whole_and_maps_have_their_real_sizes() -> None:
