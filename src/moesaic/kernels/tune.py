@@ -275,7 +275,8 @@ def _by_rows(problem: Problem, rows: float) -> Config:
         return Config((16,) if rows <= 4 else (16, 64), up, down, down, reason=why)
     if rows <= 96:
         up = GemmConfig(64, 64, 4, 4, swap_up_to=swap)
-        down = GemmConfig(128, 64, 4, 4, swap_up_to=swap)
+        # On sm_100 the wider tile spills with Triton 3.8.
+        down = GemmConfig(64 if problem.arch >= 100 else 128, 64, 4, 4, swap_up_to=swap)
         why = f"{rows:.0f} rows an expert: weights still dominate, tiles of 32 and 64 rows"
         return Config((32, 64), up, down, down, reason=why)
     if problem.arch == 90 and problem.transposed:
@@ -292,11 +293,12 @@ def _by_rows(problem: Problem, rows: float) -> Config:
 def _float32(rows: float, transposed: bool) -> Config:
     """fp32 has no tensor core without TF32: products are FMA and tiles stay small.
 
-    Ragged edges of transposed weights cost registers: the wider tile would spill.
+    Ragged edges of transposed weights cost registers: the wider tiles would spill.
     """
     height, warps = (16, 4) if rows <= 24 else (64, 8)
-    up = GemmConfig(32, FP32_BLOCK_K, warps, 3)
-    down = GemmConfig(32 if transposed else 64, FP32_BLOCK_K, warps, 3)
+    columns = 32 if transposed else 64
+    up = GemmConfig(columns // 2, FP32_BLOCK_K, warps, 3)
+    down = GemmConfig(columns, FP32_BLOCK_K, warps, 3)
     return Config((height,), up, down, down, reason="fp32 without TF32: FMA tiles")
 
 
