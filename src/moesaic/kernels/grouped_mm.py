@@ -302,6 +302,8 @@ def plan_grouped_mm(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
+        # fp32 tiles need more registers than the assembler takes by itself on Triton 3.9.
+        **({"maxnreg": 255} if itemsize == 4 else {}),
     }
     return width, row_tiles * cdiv(width, config.block_n), constants
 
@@ -427,7 +429,7 @@ def _aot_case(
         4 if dtype == "float32" else 2,
     )  # fmt: skip
     constants = dict(planned)
-    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    names = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"} & constants.keys()
     options = {name: constants.pop(name) for name in names}
     tables = ("order", "tile_end", "task", "row_start", "rows", "height", "total")
     return AotCase(

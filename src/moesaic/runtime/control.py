@@ -47,7 +47,9 @@ class Control:
     """Re-plans between steps and keeps the last good plan.
 
     Args:
-        policy, curves, machine: as in `plan.Policy`.
+        policy: as in `plan.Policy`.
+        curves: as there.
+        machine: as there.
         works: each group's graphs, prepared for the whole GPU (``Seat(total_sms)``) and for every
             seat that a plan may give it (``Seat(sms, stream, label_of(slices))``).
         manager: the books; a new one when None.

@@ -34,7 +34,8 @@ class GraphConfig:
 
     Args:
         min_calls: calls of one shape before its capture; a shape seen once is never captured.
-        min_tokens, max_tokens: sizes worth a graph. Whole layers pay from 1 token on.
+        min_tokens: the least that is worth a graph. Whole layers pay from 1 token on.
+        max_tokens: the most that is.
         stable_calls: so many calls of the owner in a row must have had the shape.
         warmups: of the eager calls, how many run on the stream that captures.
         buckets: token counts to which calls are padded, ascending; None: exact counts.
@@ -42,7 +43,8 @@ class GraphConfig:
         pad_eager: pad eager calls too, for functions whose bits depend on the number of rows.
         copy_output: answer with a copy; else with the graph's own output, which the next replay
             overwrites.
-        memory_bytes, max_graphs: the budget of all graphs of a store.
+        memory_bytes: the budget of all graphs of a store.
+        max_graphs: how many it may hold.
         tracked_shapes: of how many shapes calls are counted.
 
     Raises:

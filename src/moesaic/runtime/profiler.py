@@ -65,7 +65,8 @@ class Profiler:
     Args:
         layers: the layers, in order.
         device: where they run.
-        slots, every: see `counters.Ring`; `every` steps make one sample.
+        slots: see `counters.Ring`.
+        every: so many steps make one sample.
         settings: smoothing, thresholds and the drift test.
         history: steps that `history` remembers.
         counters: (3, E) int32 each, instead of new ones.

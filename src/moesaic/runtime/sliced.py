@@ -96,7 +96,8 @@ class SlicedExperts:
     """The experts of one layer in groups, each on a seat of its own.
 
     Args:
-        weights, spec: of the layer; without gradients.
+        weights: of the layer; without gradients.
+        spec: of the layer.
         groups: expert ids of each group; together every expert once.
         seats: one per group: its SMs and its stream. None: everything on the current stream.
         impl: as in `moe`; on a GPU "hopper" or "triton".

@@ -18,8 +18,8 @@ the number of streams. Added to it:
 >>> manager = SliceManager(MachineSlices(total_sms=132), ageing=0)
 >>> manager.allocate("cold", sms=100).sms, manager.allocate("hot", sms=64, priority=1).slices[:2]
 (104, (0, 1))
->>> [event.kind for event in manager.events]
-['allocate', 'evict', 'allocate']
+>>> " ".join(event.kind for event in manager.events)
+'allocate evict allocate'
 """
 
 from __future__ import annotations
