@@ -65,7 +65,13 @@ def plan_gather(width: int, itemsize: int) -> dict[str, Any]:
     """Constants and options of a launch: four 16-byte accesses in flight for every thread."""
     lanes = 16 // itemsize
     block = min(128 * lanes, triton.next_power_of_2(width))
-    return {"WIDTH": width, "ROWS": 4, "BLOCK": block, "num_warps": max(1, block // (32 * lanes))}
+    return {
+        "WIDTH": width,
+        "ROWS": 4,
+        "BLOCK": block,
+        "num_warps": max(1, block // (32 * lanes)),
+        "enable_fp_fusion": True,
+    }
 
 
 def gather_rows(x: Tensor, order_S: Tensor, top_k: int, *, pdl: bool = False) -> Tensor:
@@ -105,7 +111,7 @@ def aot_cases() -> list[AotCase]:
                 "rows": "i32", "top_k": "i32",
             },
             constexprs={**constexprs, "PDL": False},
-            options={"num_warps": plan["num_warps"]},
+            options={name: plan[name] for name in ("num_warps", "enable_fp_fusion")},
             ptx={80: ("ld.global.v4", "st.global.v4")},
         )  # fmt: skip
         cases.append(case)
