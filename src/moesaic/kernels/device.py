@@ -13,3 +13,16 @@ def sm_count(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=64)
+def registers(most: int) -> dict[str, int]:
+    """The launch option that lets a thread have up to `most` registers, from Triton 3.7 on.
+
+    The assemblers of 3.7 to 3.9 take fewer by themselves than some kernels need, and spill; that of
+    3.6 does not, and its code stays what was measured.
+    """
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return {"maxnreg": most} if version >= (3, 7) else {}

@@ -30,7 +30,7 @@ from .activation import activate_ref
 from .activation_triton import activate, pointwise
 from .aot import AotCase
 from .batching import RowSort, TaskMap, find_task, tile_capacity
-from .device import sm_count
+from .device import registers, sm_count
 from .tune import FP32_BLOCK_K, GemmConfig, Problem, cdiv, heuristic
 
 
@@ -302,8 +302,7 @@ def plan_grouped_mm(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
-        # fp32 tiles need more registers than the assembler takes by itself on Triton 3.9.
-        **({"maxnreg": 255} if itemsize == 4 else {}),
+        **(registers(255) if itemsize == 4 else {}),
     }
     return width, row_tiles * cdiv(width, config.block_n), constants
 

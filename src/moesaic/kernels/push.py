@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import registers
 from .peers import (
     Tile,
     Window,
@@ -221,8 +222,7 @@ def _options(tile: Tile, timed: bool, wait_too: bool) -> dict[str, Any]:
         "WAIT": wait_too,
         "TIMED": timed,
         "num_warps": tile.warps,
-        # Left to itself, the assembler of Triton 3.9 takes fewer than are needed, and spills.
-        "maxnreg": min(255, 2048 // tile.warps),
+        **registers(min(255, 2048 // tile.warps)),
     }
 
 
@@ -379,7 +379,7 @@ def aot_cases() -> list[Any]:
     for bound, words, top_k, width, local, quick in pushes:
         tile = plan_push(bound, words, 4, 132)
         options = _options(tile, True, True)
-        launch = {name: options.pop(name) for name in ("num_warps", "maxnreg")}
+        launch = {name: options.pop(name) for name in ("num_warps", "maxnreg") if name in options}
         shape = {"G": 4, "K": top_k, "WIDTH": width, "WORDS": words} | options
         name = f"t{bound}-w{words}-k{top_k}-j{width}"
         pointers = {"rows_ptr": "*i32", "base_ptr": "*i64", "seen_ptr": "*i32"}

@@ -21,14 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import registers
 from .taskmap import HEIGHTS, lanes, write_task_map
 
 MAX_EXPERTS = 1024
 MAX_SLOTS = 2**30
 ONE_LAUNCH_SLOTS = 4096
-WIDE = {"num_warps": 8, "enable_fp_fusion": True, "maxnreg": 96}
-"""Options of the sorting kernels; left to itself, the assembler of Triton 3.7 takes fewer registers
-than they need and spills."""
+WIDE = {"num_warps": 8, "enable_fp_fusion": True, **registers(96)}
+"""Options of the sorting kernels."""
 SMALL = {"ROWS": 8, "CHUNK": 512}
 SCAN = {"CHUNKS": 128, "EXPERTS": 32}
 
