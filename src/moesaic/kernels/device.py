@@ -16,13 +16,13 @@ def sm_count(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=64)
-def registers(most: int) -> dict[str, int]:
-    """The launch option that lets a thread have up to `most` registers, from Triton 3.7 on.
+def registers(most: int, since: tuple[int, int]) -> dict[str, int]:
+    """The launch option that lets a thread have up to `most` registers, from Triton `since` on.
 
-    The assemblers of 3.7 to 3.9 take fewer by themselves than some kernels need, and spill; that of
-    3.6 does not, and its code stays what was measured.
+    Some assemblers take fewer by themselves than a kernel needs, and spill; others spill when told.
+    What is compiled for 3.6 stays what was measured.
     """
     import triton
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return {"maxnreg": most} if version >= (3, 7) else {}
+    return {"maxnreg": most} if version >= since else {}

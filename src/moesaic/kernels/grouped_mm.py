@@ -302,7 +302,7 @@ def plan_grouped_mm(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
-        **(registers(255) if itemsize == 4 else {}),
+        **(registers(168, (3, 9)) if itemsize == 4 else {}),
     }
     return width, row_tiles * cdiv(width, config.block_n), constants
 

@@ -222,7 +222,7 @@ def _options(tile: Tile, timed: bool, wait_too: bool) -> dict[str, Any]:
         "WAIT": wait_too,
         "TIMED": timed,
         "num_warps": tile.warps,
-        **registers(min(255, 2048 // tile.warps)),
+        **registers(min(255, 2048 // tile.warps), (3, 9)),
     }
 
 

@@ -27,7 +27,7 @@ from .taskmap import HEIGHTS, lanes, write_task_map
 MAX_EXPERTS = 1024
 MAX_SLOTS = 2**30
 ONE_LAUNCH_SLOTS = 4096
-WIDE = {"num_warps": 8, "enable_fp_fusion": True, **registers(96)}
+WIDE = {"num_warps": 8, "enable_fp_fusion": True, **registers(96, (3, 7))}
 """Options of the sorting kernels."""
 SMALL = {"ROWS": 8, "CHUNK": 512}
 SCAN = {"CHUNKS": 128, "EXPERTS": 32}
