@@ -92,5 +92,8 @@ def launch(world: int, families: list[str], timeout_s: float = 240.0) -> dict[st
 if __name__ == "__main__":
     if sys.argv[1] == "--rank":
         rank_main(int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
+        # Threads of gloo may still be joinable when the interpreter goes, which aborts the process.
+        sys.stdout.flush()
+        os._exit(0)
     else:
         print(json.dumps(launch(int(sys.argv[1]), sys.argv[2:])))
