@@ -284,7 +284,7 @@ def mixed(members: Sequence[Predictor], *, name: str = "mixed") -> Predictor:
         loss_M = np.abs(guesses(state, context_C) - values_N).sum(axis=1)
         with np.errstate(over="ignore"):  # beside almost no load any error is infinite
             loss_M = loss_M / (np.abs(values_N).sum() or 1.0)
-        loss_M = np.nan_to_num(loss_M, nan=1e3, posinf=1e3)
+        loss_M = np.minimum(np.nan_to_num(loss_M, nan=1e3, posinf=1e3), 1e3)
         usual = float(np.median(loss_M))
         scale = state.scale + 0.02 * (usual - state.scale) if state.scale else usual
         held = zip(members, state.members, strict=True)
