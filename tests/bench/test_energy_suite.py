@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nvml_double import Driver, make_lib
+from nvml_double import Driver
 
 from moesaic.bench.results import Recorder
 from moesaic.bench.suite import Cell, Context
@@ -17,7 +17,6 @@ from moesaic.bench.suites.energy import MODEL, Meters, Window, Work, values_of
 from moesaic.bench.workloads import Model
 from moesaic.hardware.energy import Energy, Unavailable
 from moesaic.hardware.meter import Device, EnergyMeter, NvmlSource, Sustained, open_meter
-from moesaic.hardware.nvml import open_gpu
 
 CPU = torch.device("cpu")
 MODELS = {MODEL: Model(MODEL, 4, 2, 64, 32)}
@@ -30,7 +29,7 @@ def metered(driver: Driver) -> EnergyMeter:
         driver.pass_time(0.03)
         return driver.now
 
-    source = NvmlSource(open_gpu(0, lib=make_lib(driver)))
+    source = NvmlSource(driver.gpu())
     device = Device(lambda: None, lambda: lambda: None)
     return EnergyMeter(source, tdp_w=700.0, device=device, clock=clock, sleep=driver.pass_time)
 

@@ -1,4 +1,8 @@
-"""A driver in memory: the functions of `pynvml` that moesaic asks, one GPU, a clock of its own."""
+"""A driver in memory: the functions of `pynvml` that moesaic asks, a clock of its own.
+
+Its GPUs are `GPU-0`, `GPU-1`, ... in NVML's order. The `watched` one draws the driver's power, the
+others draw `OTHER_WATTS`, so a counter of the wrong GPU shows.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pynvml
+
+from moesaic.hardware.nvml import Gpu
+
+OTHER_WATTS = 77.0
 
 
 @dataclass
@@ -23,6 +31,8 @@ class Driver:
     codes: dict[int, int] = field(default_factory=dict)
     joules: float = 1000.0
     freed: int = 0
+    gpus: int = 1
+    watched: int = 0
 
     def pass_time(self, seconds: float) -> None:
         """Let time pass at the power of now."""
@@ -37,6 +47,22 @@ class Driver:
         """The counter, which shows the joules of the last full step."""
         since = (self.now + 1e-9) % self.step_s
         return round((self.joules - since * self.watts) * 1e3)
+
+    def counter_of(self, handle: str) -> int:
+        """The counter of one GPU."""
+        if handle == f"handle GPU-{self.watched}":
+            return self.counter_mj()
+        return round(OTHER_WATTS * self.now * 1e3)
+
+    def handle_of(self, uuid: str) -> str:
+        """The handle of a GPU that there is."""
+        if uuid not in {f"GPU-{i}" for i in range(self.gpus)}:
+            raise pynvml.NVMLError_NotFound()
+        return f"handle {uuid}"
+
+    def gpu(self) -> Gpu:
+        """The watched GPU, opened."""
+        return Gpu(make_lib(self), self.handle_of(f"GPU-{self.watched}"))
 
 
 def make_lib(driver: Driver) -> Any:
@@ -63,18 +89,17 @@ def make_lib(driver: Driver) -> Any:
 
     functions = {
         "nvmlInit": None,
-        "nvmlDeviceGetHandleByIndex": lambda index: f"handle {index}",
-        "nvmlDeviceGetHandleByUUID": lambda uuid: f"handle {uuid}",
+        "nvmlDeviceGetHandleByUUID": driver.handle_of,
         "nvmlDeviceGetMigMode": lambda _: [driver.mig, driver.mig],
         "nvmlDeviceGetName": "NVIDIA Double",
-        "nvmlDeviceGetUUID": "GPU-1",
+        "nvmlDeviceGetUUID": lambda handle: handle.removeprefix("handle "),
         "nvmlSystemGetDriverVersion": "580.1",
         "nvmlDeviceGetMemoryInfo": types.SimpleNamespace(total=2**37),
         "nvmlDeviceGetPowerManagementDefaultLimit": 700_000,
         "nvmlDeviceGetEnforcedPowerLimit": 650_000,
         "nvmlDeviceGetPowerUsage": lambda _: round(driver.watts * 1e3),
         "nvmlDeviceGetTemperature": 40,
-        "nvmlDeviceGetTotalEnergyConsumption": lambda _: driver.counter_mj(),
+        "nvmlDeviceGetTotalEnergyConsumption": driver.counter_of,
         "nvmlGpmQueryDeviceSupport": lambda _: types.SimpleNamespace(isSupportedDevice=driver.gpm),
         "nvmlGpmSampleAlloc": lambda: pynvml.c_nvmlGpmSample_t(),
         "nvmlGpmSampleGet": lambda _, sample: sample,

@@ -10,24 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nvml_double import Driver, make_lib
+from nvml_double import OTHER_WATTS, Driver, make_lib
 
 from moesaic.cost import expert_bytes, expert_flops, expert_weight_elements
 from moesaic.hardware.energy import Energy, EnergyModel, Repeats, Unavailable, attribute
 from moesaic.hardware.meter import EnergyMeter, NvmlSource, ZeusSource, open_meter
-from moesaic.hardware.nvml import Gpu, NotAvailable, open_gpu
+from moesaic.hardware.nvml import NotAvailable, open_gpu
 from moesaic.types import ExpertSpec
 
 SPEC = ExpertSpec(num_experts=4, hidden_size=64, intermediate_size=128)
 
 
-def opened(driver: Driver) -> Gpu:
-    return open_gpu(0, lib=make_lib(driver))
-
-
 def meter_of(driver: Driver) -> EnergyMeter:
     return EnergyMeter(
-        NvmlSource(opened(driver)), tdp_w=700.0, clock=driver.clock, sleep=driver.pass_time
+        NvmlSource(driver.gpu()), tdp_w=700.0, clock=driver.clock, sleep=driver.pass_time
     )
 
 
@@ -113,39 +109,50 @@ class FakeMonitor:
 
     driver = Driver()
     empty = False
+    visible = (0,)
 
     def __init__(self, *, gpu_indices: list[int], cpu_indices: list[int]) -> None:
         self.indices, self.keys = gpu_indices, {}
         assert cpu_indices == []
         self.gpus = types.SimpleNamespace(get_total_energy_consumption=self._mj)
 
+    @classmethod
+    def get_gpus(cls) -> Any:
+        """As zeus counts them: those in CUDA_VISIBLE_DEVICES, by NVML's index."""
+        gpus = [types.SimpleNamespace(handle=f"handle GPU-{i}") for i in cls.visible]
+        return types.SimpleNamespace(gpus=gpus)
+
     def _mj(self, index: int) -> int:
         if self.empty:
             return 0
         if self.driver.gone:
             raise RuntimeError("NVML error: GPU is lost")
-        return self.driver.counter_mj()
+        return self.driver.counter_of(self.get_gpus().gpus[index].handle)
 
     def begin_window(self, key: str, *, sync_execution: bool, restart: bool) -> None:
         assert not sync_execution and restart
-        self.keys[key] = self._mj(0)
+        self.keys[key] = self._mj(self.indices[0])
 
     def end_window(self, key: str, *, sync_execution: bool) -> Any:
-        joules = (self._mj(0) - self.keys.pop(key)) / 1e3
+        joules = (self._mj(self.indices[0]) - self.keys.pop(key)) / 1e3
         return types.SimpleNamespace(gpu_energy={} if self.empty else {self.indices[0]: joules})
 
 
 @pytest.fixture
 def zeus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ZeusSource]:
-    def install(driver: Driver, *, empty: bool = False) -> ZeusSource:
+    def install(
+        driver: Driver, *, empty: bool = False, visible: tuple[int, ...] = (0,)
+    ) -> ZeusSource:
         monkeypatch.setattr(FakeMonitor, "driver", driver)
         monkeypatch.setattr(FakeMonitor, "empty", empty)
-        package, module = types.ModuleType("zeus"), types.ModuleType("zeus.monitor")
-        package.__version__ = "0.16.0"  # type: ignore[attr-defined]
-        module.ZeusMonitor = FakeMonitor  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "zeus", package)
-        monkeypatch.setitem(sys.modules, "zeus.monitor", module)
-        return ZeusSource(0)
+        monkeypatch.setattr(FakeMonitor, "visible", visible)
+        modules = {n: types.ModuleType(n) for n in ("zeus", "zeus.device", "zeus.monitor")}
+        modules["zeus"].__version__ = "0.16.0"  # type: ignore[attr-defined]
+        modules["zeus.device"].get_gpus = FakeMonitor.get_gpus  # type: ignore[attr-defined]
+        modules["zeus.monitor"].ZeusMonitor = FakeMonitor  # type: ignore[attr-defined]
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        return ZeusSource(driver.gpu())
 
     return install
 
@@ -158,6 +165,33 @@ def test_zeus_windows_say_so_and_agree_with_the_counter(zeus: Callable[..., Zeus
     assert (reading.meter, reading.joules) == ("zeus 0.16.0", pytest.approx(1000.0))
     sustained = meter.sustain(lambda: driver.pass_time(0.01), seconds=1.0).reading
     assert isinstance(sustained, Energy) and sustained.watts == pytest.approx(500, rel=0.02)
+
+
+def test_meters_read_the_gpu_of_the_torch_device_whatever_is_visible(
+    zeus: Callable[..., ZeusSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA_VISIBLE_DEVICES=3,2: torch's 0 is NVML's 3, which torch itself tells by its UUID."""
+    driver = Driver(gpus=4, watched=3)
+    uuids = {0: 3, 1: 2}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(uuid=uuids[d.index])
+    )
+    lib = make_lib(driver)
+    gpu, other = (open_gpu(torch.device("cuda", i), lib=lib) for i in (0, 1))
+    for visible in ((), (3, 2), (2, 3)):
+        source = zeus(driver, visible=visible) if visible else NvmlSource(gpu)
+        meter = EnergyMeter(source, tdp_w=700.0, clock=driver.clock, sleep=driver.pass_time)
+        reading = meter.measure(lambda: driver.pass_time(2.0))
+        assert isinstance(reading, Energy) and reading.watts == pytest.approx(driver.watts)
+    before = other.joules()
+    driver.pass_time(1.0)
+    assert other.joules() - before == pytest.approx(OTHER_WATTS)
+    assert gpu.facts().uuid == "GPU-3" and other.facts().uuid == "GPU-2"
+    with pytest.raises(NotAvailable, match=r"GPU-3 is not among \['GPU-0', 'GPU-1'\]"):
+        zeus(driver, visible=(0, 1))
+    uuids[1] = 9
+    with pytest.raises(NotAvailable, match="NVML: Not Found"):
+        open_gpu(torch.device("cuda", 1), lib=lib)
 
 
 def test_empty_zeus_windows_are_no_zero(zeus: Callable[..., ZeusSource]) -> None:
@@ -183,8 +217,8 @@ def test_zeus_losing_the_gpu_is_a_reason(zeus: Callable[..., ZeusSource]) -> Non
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
 def test_zeus_itself_without_nvml_is_a_reason() -> None:
     pytest.importorskip("zeus.monitor", reason="zeus is not installed", exc_type=ImportError)
-    with pytest.raises(NotAvailable, match="zeus: "):
-        ZeusSource(0)
+    with pytest.raises(NotAvailable, match=r"zeus: |is not among"):
+        ZeusSource(Driver().gpu())
 
 
 def test_without_zeus_the_counter_is_taken_and_the_reading_tells(
@@ -192,12 +226,12 @@ def test_without_zeus_the_counter_is_taken_and_the_reading_tells(
 ) -> None:
     monkeypatch.setitem(sys.modules, "zeus", None)
     with pytest.raises(NotAvailable, match="cannot be imported"):
-        ZeusSource(0)
+        ZeusSource(Driver().gpu())
     device = torch.device("cuda", 0)
-    meter = open_meter(device, gpu=opened(Driver()))
+    meter = open_meter(device, gpu=Driver().gpu())
     assert meter.why is None and meter.source.name == "nvml"
     assert len(meter.passed_over) == 1 and "zeus" in meter.passed_over[0]
-    nothing = open_meter(device, gpu=opened(Driver()), sources=("zeus",))
+    nothing = open_meter(device, gpu=Driver().gpu(), sources=("zeus",))
     assert "zeus: cannot be imported" in (nothing.why or "")
     with pytest.raises(ValueError, match="sources must be of"):
         open_meter(device, sources=("codecarbon",))

@@ -5,17 +5,13 @@ import time
 
 import pytest
 import torch
-from nvml_double import Driver, make_lib
+from nvml_double import Driver
 
-from moesaic.hardware.nvml import Gpu, NotAvailable, UtilisationTrace, load_nvml, open_gpu
-
-
-def opened(driver: Driver) -> Gpu:
-    return open_gpu(0, lib=make_lib(driver))
+from moesaic.hardware.nvml import NotAvailable, UtilisationTrace, load_nvml, open_gpu
 
 
 def test_facts_and_counters_have_their_units() -> None:
-    gpu = opened(Driver())
+    gpu = Driver().gpu()
     facts = gpu.facts()
     assert (facts.name, facts.tdp_w, facts.power_limit_w, facts.mig) == (
         "NVIDIA Double", 700.0, 650.0, False,
@@ -25,7 +21,7 @@ def test_facts_and_counters_have_their_units() -> None:
 
 def test_a_window_gives_shares_and_the_next_begins_where_it_ended() -> None:
     driver = Driver()
-    with opened(driver).gpm(clock=driver.clock) as window:
+    with driver.gpu().gpm(clock=driver.clock) as window:
         driver.pass_time(0.25)
         first = window.read()
         assert (first.seconds, first.sm, first.tensor) == (0.25, 0.96, 0.93)
@@ -38,7 +34,7 @@ def test_a_window_gives_shares_and_the_next_begins_where_it_ended() -> None:
 
 def test_short_windows_are_refused_and_go_on() -> None:
     driver = Driver()
-    window = opened(driver).gpm(clock=driver.clock)
+    window = driver.gpu().gpm(clock=driver.clock)
     driver.pass_time(0.06)
     with pytest.raises(ValueError, match=r"at least 100 ms, got 60\.0 ms"):
         window.read()
@@ -48,21 +44,21 @@ def test_short_windows_are_refused_and_go_on() -> None:
 
 def test_what_nvml_cannot_give_is_said_and_never_zero() -> None:
     with pytest.raises(NotAvailable, match="Hopper"):
-        opened(Driver(gpm=False)).gpm()
+        Driver(gpm=False).gpu().gpm()
     with pytest.raises(NotAvailable, match="MIG"):
-        opened(Driver(mig=1)).gpm()
+        Driver(mig=1).gpu().gpm()
     for driver in (Driver(codes={5: 3}), Driver(shares={2: 1.0, 3: 1.0, 5: float("nan"), 10: 1.0})):
-        window = opened(driver).gpm(clock=driver.clock)
+        window = driver.gpu().gpm(clock=driver.clock)
         driver.pass_time(1)
         with pytest.raises(NotAvailable, match="no value of tensor"):
             window.read()
     lost = Driver()
-    gpu = opened(lost)
+    gpu = lost.gpu()
     lost.gone = True
     with pytest.raises(NotAvailable, match=r"TotalEnergyConsumption: .*GPU is lost"):
         gpu.joules()
     with pytest.raises(NotAvailable, match="not in this nvidia-ml-py"):
-        opened(Driver()).ask("nvmlDeviceGetTheFuture")
+        Driver().gpu().ask("nvmlDeviceGetTheFuture")
     with pytest.raises(NotAvailable, match="cpu is not an NVIDIA GPU"):
         open_gpu(torch.device("cpu"))
 
@@ -80,7 +76,7 @@ def test_without_a_driver_or_nvidia_ml_py_the_reason_is_given(
 
 def test_a_trace_ends_with_the_reason_and_leaves_the_work_alone() -> None:
     driver = Driver()
-    gpu = opened(driver)
+    gpu = driver.gpu()
     with UtilisationTrace(gpu) as trace:
         deadline = time.monotonic() + 10
         while not trace.points and time.monotonic() < deadline:

@@ -84,18 +84,22 @@ class ZeusSource:
     """Windows of zeus's `ZeusMonitor` over one GPU, the CPU's counters left alone.
 
     zeus without NVML measures no GPU and its windows are empty, which would sum to zero: refused.
+    zeus numbers the GPUs by CUDA_VISIBLE_DEVICES, in NVML's order where torch has CUDA's, so the
+    GPU is looked up among zeus's by its UUID.
     """
 
     KEY = "moesaic"
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         try:
             import zeus
+            from zeus.device import get_gpus
             from zeus.monitor import ZeusMonitor
         except ImportError as error:
             raise NotAvailable(f"zeus: cannot be imported: {error}") from error
         self.name = f"zeus {getattr(zeus, '__version__', '')}".strip()
-        self._index = index
+        handles = self._ask(lambda: [known.handle for known in get_gpus().gpus])
+        index = self._index = gpu.place_among(handles)
         self._monitor = self._ask(lambda: ZeusMonitor(gpu_indices=[index], cpu_indices=[]))
         self.counter()
 
@@ -356,8 +360,7 @@ def open_meter(
     reasons: list[str] = []
     for name in sources:
         try:
-            index = torch.cuda.current_device() if device.index is None else device.index
-            source: Source = ZeusSource(index) if name == "zeus" else NvmlSource(gpu)
+            source: Source = ZeusSource(gpu) if name == "zeus" else NvmlSource(gpu)
             return EnergyMeter(source, tdp_w=tdp_w, device=cuda_device(device), passed_over=reasons)
         except NotAvailable as error:
             reasons.append(str(error))

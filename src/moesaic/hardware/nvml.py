@@ -7,7 +7,7 @@ are refused.
 
 Whatever NVML cannot give raises `NotAvailable` with the reason; a missing number is never a zero.
 
->>> open_gpu(0)  # doctest: +SKIP
+>>> open_gpu(torch.device("cuda", 0))  # doctest: +SKIP
 Gpu(NVIDIA H200, 700 W)
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -92,6 +92,18 @@ class Gpu:
     def ask(self, name: str, *args: Any) -> Any:
         """The answer of the NVML function `name` for this GPU."""
         return self._ask(name, self._handle, *args)
+
+    def place_among(self, handles: Sequence[Any]) -> int:
+        """Which of other NVML handles is this GPU, by UUID.
+
+        Raises:
+            NotAvailable: none of them is.
+        """
+        own = self.ask("nvmlDeviceGetUUID")
+        others = [self._ask("nvmlDeviceGetUUID", handle) for handle in handles]
+        if own not in others:
+            raise NotAvailable(f"NVML: {own} is not among {others}")
+        return others.index(own)
 
     def facts(self) -> DeviceFacts:
         """Name, driver, memory, design power (the default limit), limit now, MIG mode."""
@@ -245,8 +257,11 @@ class UtilisationTrace:
         self._thread.join()
 
 
-def open_gpu(device: torch.device | int, *, lib: Any = None) -> Gpu:
-    """The GPU of a torch device, found by its UUID; an int is NVML's own index.
+def open_gpu(device: torch.device, *, lib: Any = None) -> Gpu:
+    """The GPU of a torch device, found by its UUID.
+
+    NVML counts every GPU of the machine, torch those in CUDA_VISIBLE_DEVICES in CUDA's order, so
+    an index of the one means nothing to the other.
 
     Args:
         lib: instead of the `pynvml` module, for tests.
@@ -254,13 +269,11 @@ def open_gpu(device: torch.device | int, *, lib: Any = None) -> Gpu:
     Raises:
         NotAvailable: the device is no GPU, or NVML cannot be used, and why.
     """
-    if isinstance(device, torch.device) and device.type != "cuda":
+    if device.type != "cuda":
         raise NotAvailable(f"NVML: {device} is not an NVIDIA GPU")
     lib = load_nvml() if lib is None else lib
+    uuid = torch.cuda.get_device_properties(device).uuid
     try:
-        if isinstance(device, int):
-            return Gpu(lib, lib.nvmlDeviceGetHandleByIndex(device))
-        uuid = torch.cuda.get_device_properties(device).uuid
         return Gpu(lib, lib.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
     except lib.NVMLError as error:
         raise NotAvailable(f"NVML: {error}") from error
