@@ -18,6 +18,7 @@ from ..gather import gather_rows
 from ..taskmap import TaskMap
 from ..tune import Problem, device_family, hopper_row
 from .launch import GLUON_DTYPES, HopperConfig, grouped_mm_hopper
+from .single import one_token
 from .tiles import triton_problem
 
 
@@ -91,27 +92,6 @@ def layer_config(row: dict[str, Any]) -> LayerConfig:
     return LayerConfig(up, down, row.get("order", "index"))
 
 
-@lru_cache(maxsize=64)
-def _every_slot(top_k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Constants of a map with one row per task: slot numbers from 0, from 1, and the totals."""
-    slots = torch.arange(top_k + 1, dtype=torch.int32, device=device)
-    return slots[:-1], slots[1:].clone(), torch.full((2,), top_k, dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=64)
-def _ones(top_k: int, device: torch.device) -> Tensor:
-    return torch.ones(top_k, dtype=torch.int32, device=device)
-
-
-def _one_token(topk_ids: Tensor) -> tuple[Tensor, TaskMap]:
-    """Order and task map of a single token: each slot is a task of one row, nothing to sort."""
-    top_k, device = topk_ids.shape[1], topk_ids.device
-    start, end, total = _every_slot(top_k, device)
-    ones = _ones(top_k, device)
-    ids = topk_ids.view(-1).to(torch.int32)
-    return start, TaskMap(end, ids, start, ones, ones, total, total)
-
-
 def refusal(
     capability: tuple[int, int],
     dtype: torch.dtype,
@@ -167,7 +147,7 @@ def experts_hopper(
         tokens, top_k, up.shape, gated, hidden.dtype, hidden.device, num_sms
     )
     if tokens == 1:
-        order_S, tasks = _one_token(topk_ids)
+        order_S, tasks = one_token(topk_ids)
         position = order_S
         counted = None if counters is None else (tasks.task_N, counters)
     else:
