@@ -232,10 +232,10 @@ def hopper_heuristic(problem: Problem, num_sms: int) -> LayerConfig:
 def hopper_batch(ids_TK: Tensor, experts: int, group: Group) -> tuple[Tensor, Any]:
     """Order and task map of a routing, as `experts_hopper` makes them."""
     from ...kernels.batching import batch_rows
-    from ...kernels.hopper.experts import _one_token
+    from ...kernels.hopper.single import one_token
 
     if ids_TK.shape[0] == 1:
-        return _one_token(ids_TK)
+        return one_token(ids_TK)
     sort, tasks = batch_rows(ids_TK, experts, heights=group)
     return sort.order_S, tasks
 
