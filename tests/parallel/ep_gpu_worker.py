@@ -51,6 +51,7 @@ def kinds(bound: int, ranks: int) -> dict[str, Options]:
     third = max(1, bound // 3)
     return {
         "nccl": Options("nccl"),
+        "two levels": Options("two_level", per_node=max(1, ranks // 2)),
         "symmetric": Options("symmetric", capacity=bound),
         "few SMs": Options("symmetric", capacity=bound, num_sms=16),
         "rounds": Options("symmetric", capacity=third),
@@ -126,6 +127,8 @@ def bits(rank: int, ranks: int, device: torch.device) -> dict[str, list[str]]:
             for kind, options in kinds(bound, ranks).items():
                 if where != "contiguous" and kind in ("few SMs", "rounds"):
                     continue
+                if kind == "two levels" and name not in ("uneven", "fp32"):
+                    continue  # each makes communicators of its own
                 layer = ExpertParallel(
                     spec, placement, own, top_k=top_k, group=dist.group.WORLD, options=options
                 )
@@ -135,6 +138,29 @@ def bits(rank: int, ranks: int, device: torch.device) -> dict[str, list[str]]:
                 dist.barrier()
                 del layer
     return told
+
+
+def narrow_wire(rank: int, ranks: int, device: torch.device) -> dict[str, list[str]]:
+    """fp8 on the wire: the same from both exchanges, near the exact answer but not it."""
+    spec, top_k, weights, batches = draw("uneven", ranks, device)
+    hidden, ids, share = batches[rank]
+    want = moe(hidden, ids, share, weights, spec).float()
+    bound = max(len(batch[0]) for batch in batches)
+    placement = contiguous(spec.num_experts, ranks)
+    own = take_experts(weights, placement, layer=0, rank=rank)
+    got = {}
+    for backend in ("nccl", "symmetric"):
+        layer = ExpertParallel(
+            spec, placement, own, top_k=top_k, group=dist.group.WORLD,
+            options=Options(backend, capacity=bound, wire="fp8"),  # type: ignore[arg-type]
+        )  # fmt: skip
+        got[backend] = layer(hidden, ids, share, bound=bound).float()
+        dist.barrier()
+    error = float((got["nccl"] - want).norm() / want.norm().clamp_min(1e-9))
+    faults = [] if 0.005 < error < 0.08 or not len(hidden) else [f"error {error}"]
+    if not torch.equal(got["nccl"], got["symmetric"]):
+        faults.append("the exchanges differ")
+    return {"fp8 on the wire": faults}
 
 
 def lost_peer(rank: int, ranks: int, device: torch.device) -> dict[str, list[str]]:
@@ -174,6 +200,7 @@ def main() -> None:
     dist.init_process_group("nccl", device_id=device)
     told = bits(rank, ranks, device)
     if ranks > 1:
+        told |= narrow_wire(rank, ranks, device)
         told |= lost_peer(rank, ranks, device)
     gathered: list = [None] * ranks
     dist.all_gather_object(gathered, told)

@@ -80,7 +80,7 @@ class Team:
         if self.started:
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
-                timeout=timedelta(seconds=120),
+                timeout=timedelta(seconds=60),
                 device_id=device if on_gpu else None,
             )
         self.groups: dict[int, dist.ProcessGroup | None] = {1: None}
