@@ -176,7 +176,7 @@ def test_expert_time_grows_with_rows_and_with_active_experts(rows: int, active: 
 
 def test_a_table_gives_back_what_it_was_fitted_to() -> None:
     gpu = load_cluster("H200").gpu
-    truth = KernelTable(((0.0, 0.9), (6.0, 1.2), (9.0, 1.6)), "truth")
+    truth = KernelTable(((0.0, 25.0, 0.9), (6.0, 25.0, 1.2), (9.0, 25.0, 1.6)), "truth")
     spec = SHAPES["DeepSeek-V3"][0]
     layers = []
     for tokens in (32, 2048, 16384):

@@ -288,7 +288,7 @@ def _sliced(
     rows_E = np.asarray(counts_GE, np.float64).sum(axis=0)
     active = float((rows_E > 0).sum())
     whole = expert_layer_s(cluster.gpu, model.experts, rows_E.sum(), active, model.itemsize, table)
-    overhead = cluster.gpu.overhead_s
+    overhead = table.beyond(cluster.gpu)
     seconds = overhead + (float(whole) - overhead) / strategy.ranks
     merge = reduce_s(cluster, 2.0 * tokens * strategy.ranks * model.hidden, strategy.ranks)
     return LayerCost(

@@ -3,11 +3,12 @@
     rows r of an expert · E experts on the GPU
 
 Bytes and flops overlap incompletely, so the roofline here is the root of the sum of their squares,
-plus a constant. Measured lines say how far above it the kernels are, as a function of the rows per
-expert: that ratio is read off between the measured points, for shapes that were not measured too.
+plus a constant. Measured lines say how far above it the kernels are. That ratio is read off between
+the measured points, by the rows per expert and the size of an expert, for shapes that were not
+measured too: a mean of logarithms, nearer points counting more.
 
->>> table = KernelTable(((0.0, 1.0), (8.0, 1.4)), "by hand")
->>> round(float(table.ratio(16.0)), 3)
+>>> table = KernelTable(((0.0, 20.0, 1.0), (8.0, 20.0, 1.44)), "by hand")
+>>> round(float(table.ratio(16.0, 2**20)), 3)
 1.2
 """
 
@@ -29,20 +30,36 @@ from .cluster import Gpu
 Floats = npt.NDArray[np.float64]
 
 
+# How fast a measured point loses weight: doublings of the rows, doublings of an expert's size. An
+# expert's rows say which tiles run and how full they are; its size changes little besides.
+NEAR_ROWS, NEAR_SIZE = 1.0, 3.0
+
+
 @dataclass(frozen=True)
 class KernelTable:
-    """Points (log2 of the rows per active expert, measured time over roofline), rising."""
+    """Points (log2 of rows per active expert, log2 of an expert's elements, time over roofline).
 
-    points: tuple[tuple[float, float], ...]
+    `overhead_s` is what these kernels take beyond that; None leaves it to the GPU's own figure.
+    """
+
+    points: tuple[tuple[float, float, float], ...]
     source: str
+    overhead_s: float | None = None
 
-    def ratio(self, rows: npt.ArrayLike) -> Floats:
-        """The ratio at so many rows per active expert; flat beyond the measured ends."""
+    def beyond(self, gpu: Gpu) -> float:
+        """Seconds of a layer beyond its bytes and flops."""
+        return gpu.overhead_s if self.overhead_s is None else self.overhead_s
+
+    def ratio(self, rows: npt.ArrayLike, elements: float) -> Floats:
+        """The ratio at so many rows per active expert of so many elements; 1 without points."""
         at = np.log2(np.maximum(np.asarray(rows, np.float64), 1.0))
         if not self.points:
             return np.ones_like(at)
-        known, values = zip(*self.points, strict=True)
-        found: Floats = np.interp(at, known, values)
+        known, size, ratio = np.array(self.points).T
+        across = (size - np.log2(elements)) / NEAR_SIZE
+        away = ((at[..., None] - known) / NEAR_ROWS) ** 2 + across**2
+        weight = (away + 0.01) ** -1.5
+        found: Floats = np.exp((weight * np.log(ratio)).sum(-1) / weight.sum(-1))
         return found
 
 
@@ -71,7 +88,8 @@ def expert_layer_s(
     """Seconds of the experts of one layer on GPUs with so many rows and active experts."""
     rows, active = np.asarray(rows, np.float64), np.asarray(active, np.float64)
     each = rows / np.maximum(active, 1.0)
-    seconds = gpu.overhead_s + roofline_s(gpu, spec, rows, active, itemsize) * table.ratio(each)
+    floor = roofline_s(gpu, spec, rows, active, itemsize)
+    seconds = table.beyond(gpu) + floor * table.ratio(each, expert_weight_elements(spec))
     found: Floats = np.where(rows > 0, seconds, 0.0)
     return found
 
@@ -83,7 +101,10 @@ def expected_active(experts: int, top_k: int, tokens: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One measured layer: its shape, its tokens and what it took."""
+    """One measured layer: its shape, its tokens, what it took and which kernels ran.
+
+    With `ranks`, the share of one of so many GPUs that have `tokens` together.
+    """
 
     model: str
     spec: ExpertSpec
@@ -91,61 +112,83 @@ class Measured:
     tokens: int
     seconds: float
     suite: str
+    path: str = "hopper"
+    ranks: int = 1
 
-    def ratio(self, gpu: Gpu) -> tuple[float, float]:
-        """The point of this line: log2 of the rows per active expert, time over roofline."""
-        rows = self.tokens * self.top_k
-        active = expected_active(self.spec.num_experts, self.top_k, self.tokens)
-        floor = float(roofline_s(gpu, self.spec, rows, active, 2))
-        return float(np.log2(rows / active)), max(self.seconds - gpu.overhead_s, 0.0) / floor
+    @property
+    def rows(self) -> float:
+        """Rows of this GPU."""
+        return self.tokens * self.top_k / self.ranks
+
+    @property
+    def active(self) -> float:
+        """Experts of this GPU that get a row."""
+        return expected_active(self.spec.num_experts, self.top_k, self.tokens) / self.ranks
+
+    def floor_s(self, gpu: Gpu) -> float:
+        """The roofline of this layer."""
+        return float(roofline_s(gpu, self.spec, self.rows, self.active, 2))
+
+    def point(self, gpu: Gpu, beyond_s: float) -> tuple[float, float, float]:
+        """The point of this line in a `KernelTable`."""
+        above = (self.seconds - beyond_s) / self.floor_s(gpu)
+        size = float(np.log2(expert_weight_elements(self.spec)))
+        return float(np.log2(self.rows / self.active)), size, above
+
+
+def path_of(spec: ExpertSpec, suite: str = "layer") -> str:
+    """Which kernels run such experts in 16 bits on Hopper; suite `triton` held them to Triton's."""
+    return "triton" if spec.layers == 3 or suite == "triton" else "hopper"
 
 
 def measured_layers(
     lines: Iterable[dict[str, Any]], shapes: dict[str, tuple[ExpertSpec, int]]
 ) -> list[Measured]:
-    """The lines that time an expert layer of ours in a graph, bf16, uniform routing.
+    """The lines that time an expert layer of ours on one GPU in a graph, bf16, uniform routing.
 
     Args:
         lines: of benchmarks/results.
         shapes: per model name its spec and K; lines of other models are left out.
+
+    Of equal layers on the same kernels the fastest counts.
     """
-    found: dict[tuple[str, int], Measured] = {}
+    found: dict[tuple[str, int, str], Measured] = {}
     for x in lines:
-        fits = (x["clock"], x["impl"], x["mode"], x["dtype"], x["routing"]) == (
-            "experts", "moesaic", "graph", "bfloat16", "uniform",
-        )  # fmt: skip
+        fits = x["clock"] in ("experts", "layer-ep1") and (
+            x["impl"], x["mode"], x["dtype"], x["routing"],
+        ) == ("moesaic", "graph", "bfloat16", "uniform")  # fmt: skip
         if not fits or not x["ms"] or x.get("wrong") or x["model"] not in shapes:
             continue
         spec, top_k = shapes[x["model"]]
         one = Measured(model=x["model"], spec=spec, top_k=top_k, tokens=x["tokens"],
-                       seconds=x["ms"] / 1e3, suite=x["suite"])  # fmt: skip
-        key = (one.model, one.tokens)
+                       seconds=x["ms"] / 1e3, suite=x["suite"],
+                       path=path_of(spec, x["suite"]))  # fmt: skip
+        key = (one.model, one.tokens, one.path)
         if key not in found or one.seconds < found[key].seconds:
             found[key] = one
     return list(found.values())
 
 
 def fit_table(layers: Sequence[Measured], gpu: Gpu, source: str) -> KernelTable:
-    """The median ratio at every whole power of two of rows per expert that was measured.
+    """A point for every layer; what layers take beyond their floor is read off those of one token.
 
-    Layers that the constant dominates (less than twice its time) say nothing and are left out.
+    Layers that it dominates (less than twice its time) say nothing of the ratio and are left out.
     """
-    bins: dict[int, list[float]] = {}
-    for layer in layers:
-        at, ratio = layer.ratio(gpu)
-        if layer.seconds > 2 * gpu.overhead_s:
-            bins.setdefault(round(at), []).append(ratio)
-    points = tuple((float(at), median(values)) for at, values in sorted(bins.items()))
-    return KernelTable(points, source) if points else ROOFLINE
+    single = [max(x.seconds - x.floor_s(gpu), 0.0) for x in layers if x.tokens == 1]
+    beyond = median(single) if single else gpu.overhead_s
+    points = tuple(x.point(gpu, beyond) for x in layers if x.seconds > 2 * beyond)
+    return KernelTable(points, source, beyond) if points else ROOFLINE
 
 
 def device_lines(root: Path, device: str | None) -> list[dict[str, Any]]:
-    """All committed lines of a device; none where there is no such folder."""
+    """All committed lines of a device, on one GPU and (``<device>-x<G>``) on several of a host."""
     import json
 
-    folder = root / (device or "none")
+    name = device or "none"
+    folders = [root / name, *sorted(root.glob(f"{name}-x*"))]
     return [
         json.loads(row)
+        for folder in folders
         for path in sorted(folder.glob("*.jsonl"))
         for row in path.read_text("utf-8").splitlines()
     ]

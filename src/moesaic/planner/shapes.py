@@ -35,3 +35,8 @@ SPREAD: dict[str, tuple[ExpertSpec, int]] = {
     "wide-16-k1": (_spec(16, 8192, 32768, **_WIDE), 1),
     "wide-16-k2": (_spec(16, 8192, 32768, **_WIDE), 2),
 }
+# One expert on each of eight GPUs.
+EIGHT: dict[str, tuple[ExpertSpec, int]] = {
+    "mixtral-8": (_spec(8, 4096, 14336), 2),
+    "deepseek-v3-8-k2": (_spec(8, 7168, 2048), 2),
+}

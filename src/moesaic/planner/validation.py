@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..cost import expert_weight_elements
 from ..parallel.links import link_times
 from ..parallel.placement import contiguous
 from .cluster import load_cluster
@@ -222,9 +223,9 @@ def prefill_table(blocks: Sequence[Block]) -> KernelTable:
         floor = float(roofline_s(gpu, model.experts, tokens * 8 / ep, 256 / ep, 1))
         at = round(float(np.log2(tokens * 8 / 256)))
         bins.setdefault(at, []).append((seconds - gpu.overhead_s) / floor)
-    return KernelTable(
-        tuple((float(at), float(np.median(some))) for at, some in sorted(bins.items())), source
-    )
+    size = float(np.log2(expert_weight_elements(model.experts)))
+    points = tuple((float(at), size, float(np.median(some))) for at, some in sorted(bins.items()))
+    return KernelTable(points, source)
 
 
 def whole_nodes(block: Block, experts: KernelTable) -> Row:
