@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .pipeline import Stage, load_gathered, load_rows, read_note
+from .pipeline import Stage, bias_of, column_tile, load_gathered, load_rows, read_note
 from .tiles import Work, activate, activate_alone, store_ragged
 
 
@@ -51,11 +51,14 @@ def _multiply(p, work):
             y = activate(g, u, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha, p.up_offset)
             y = y.reshape(COLS, p.BM)
         else:
+            if p.HAS_BIAS:
+                column = gl.arange(0, p.BN, layout=gl.SliceLayout(1, L))
+                acc += bias_of(p, n, column_tile(p, n) * COLS, column)[:, None]
             y = activate_alone(acc, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha)
         tma.store_wait(0)
         c_buf.reshape([p.BM, COLS]).store(y.to(p.out_desc.dtype).permute(1, 0))
         fence_async_shared()
-        store_ragged(p.out_desc, c_buf, row_start, rows, m * p.BM, n * COLS)
+        store_ragged(p.out_desc, c_buf, row_start, rows, m * p.BM, column_tile(p, n) * COLS)
         row_start, rows, m, n = read_note(p, c)
     tma.store_wait(0)
 
@@ -64,11 +67,12 @@ def _multiply(p, work):
 def decode_kernel(
     x, order_ptr, w_desc, out_desc,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, ticket_ptr,
-    K, n_tiles, top_k, limit, alpha, up_offset,
+    bias_ptr, K, cols, n_tiles, top_k, limit, alpha, up_offset,
     N: gl.constexpr, LANES: gl.constexpr, GROUP_M: gl.constexpr, DYNAMIC: gl.constexpr,
     GATED: gl.constexpr, GATHER: gl.constexpr, ACTIVATION: gl.constexpr,
     HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, LREG: gl.constexpr,
+    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, HAS_BIAS: gl.constexpr,
+    LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[row] @ w[e].T) for the rows of every task, BM rows and BN weights a tile.
 
@@ -97,6 +101,7 @@ def decode_kernel(
     p = Stage(
         x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, notes, full, empty, K, top_k,
         limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
+        bias_ptr, cols, HAS_BIAS,
     )  # fmt: skip
     if GATHER:
         gl.warp_specialize([(_multiply, (p, work)), (load_gathered, (p, work))], [4], [LREG])

@@ -97,7 +97,9 @@ def _store_box(config: HopperConfig, gated: bool) -> tuple[int, int]:
     return config.bm, config.bn // (2 if gated else 1)
 
 
-def _constants(config: HopperConfig, *, entries: int, gather: bool, gated: bool) -> dict[str, Any]:
+def _constants(
+    config: HopperConfig, *, entries: int, gather: bool, gated: bool, bias: bool = False
+) -> dict[str, Any]:
     registers = {}
     if config.kernel == "prefill":
         registers = {"CREG": 232 if gather else 240}
@@ -113,6 +115,7 @@ def _constants(config: HopperConfig, *, entries: int, gather: bool, gated: bool)
         "BN": config.bn,
         "BK": config.bk,
         "NB": config.stages,
+        "HAS_BIAS": bias,
         "LREG": LOADER_REGISTERS[config.kernel][gather],
         **registers,
     }
@@ -135,6 +138,7 @@ def grouped_mm_hopper(
     num_sms: int,
     order_S: Tensor | None = None,
     top_k: int = 1,
+    bias: Tensor | None = None,
     gated: bool = False,
     activation: str = "none",
     limit: float | None = None,
@@ -143,12 +147,15 @@ def grouped_mm_hopper(
     ticket: int | None = None,
     pdl: Literal["off", "wait", "prefetch"] = "off",
 ) -> Tensor:
-    """``out[row] = act(x[token of row] @ weight[e].T)`` for the rows of every task, one launch.
+    """``out[row] = act(x[token of row] @ weight[e].T + bias[e])`` for the rows of every task.
+
+    One launch.
 
     Args:
         x: (T, K) tokens, read through `order_S` (int32 slots, token = slot // top_k), or already
             sorted rows (S, K) when `order_S` is None. bf16 or fp16, K a multiple of `config.bk`.
         weight: (E, U, K); U = 2C when `gated`.
+        bias: (E, C), dtype of x, of an ungated product.
         tasks: built with ``heights=(config.bm,)``.
         out: (S, C), written where rows are live.
         num_sms: SM budget; the persistent grid has `num_sms * ctas_per_sm` programs.
@@ -157,9 +164,11 @@ def grouped_mm_hopper(
 
     Raises:
         RuntimeError: Triton is outside the tested range.
-        ValueError: `tall` tiles with rows that are not sorted.
+        ValueError: `tall` tiles with rows that are not sorted, or a bias of a gated product.
     """
     check_triton()
+    if gated and bias is not None:
+        raise ValueError("only ungated products have a bias here; use the Triton path")
     if config.kernel == "tall" and order_S is not None:
         raise ValueError("tall tiles take sorted rows; call gather_rows first and pass no order_S")
     depth, cols = weight.shape[2], out.shape[1]
@@ -176,7 +185,9 @@ def grouped_mm_hopper(
         tasks.rows_N,
         tasks.total_2,
         tasks.total_2 if ticket is None else tasks.tickets_2[ticket:],
+        tasks.task_N if bias is None else bias,
         depth,
+        cols,
         -(-cols // (config.bn // 2 if gated else config.bn)),
         top_k,
         0.0 if limit is None else limit,
@@ -187,7 +198,13 @@ def grouped_mm_hopper(
         DYNAMIC=ticket is not None,
         PDL=pdl,
         launch_pdl=pdl != "off",
-        **_constants(config, entries=tasks.task_N.numel(), gather=gather, gated=gated),
+        **_constants(
+            config,
+            entries=tasks.task_N.numel(),
+            gather=gather,
+            gated=gated,
+            bias=bias is not None,
+        ),
         **_options(config),
     )
     return out
@@ -200,6 +217,7 @@ def grouped_mm_hopper_ref(
     *,
     order_S: Tensor | None = None,
     top_k: int = 1,
+    bias: Tensor | None = None,
     gated: bool = False,
     activation: str = "none",
     limit: float | None = None,
@@ -213,6 +231,8 @@ def grouped_mm_hopper_ref(
     for task, start, rows in zip(tasks.task_N, tasks.row_start_N, tasks.rows_N, strict=True):
         span = slice(int(start), int(start) + int(rows))
         product = rows_SK[span].float() @ weight[int(task)].float().T
+        if bias is not None:
+            product = product + bias[int(task)].float()
         if activation != "none" or gated:
             product = activate_ref(
                 product,
@@ -226,7 +246,9 @@ def grouped_mm_hopper_ref(
     return out_SC
 
 
-def _aot_case(config: HopperConfig, gather: bool, gated: bool, dtype: str, quick: bool) -> AotCase:
+def _aot_case(
+    config: HopperConfig, gather: bool, gated: bool, dtype: str, quick: bool, bias: bool = False
+) -> AotCase:
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
 
     def described(*box: int) -> str:
@@ -235,27 +257,31 @@ def _aot_case(config: HopperConfig, gather: bool, gated: bool, dtype: str, quick
     weight = (1, config.bn // 16, 2, 8, config.bk) if gated else (1, config.bn, config.bk)
     integers = ("order_ptr", "tile_end_ptr", "task_ptr", "row_start_ptr", "rows_ptr")
     counters = ("total_ptr", "ticket_ptr")
+    kind = "up" if gated else "down"
+    if bias:
+        kind = "relu-gathered" if gather else "relu"
     return AotCase(
-        name=f"hopper/{config.kernel}-{config.bm}x{config.bn}-{'up' if gated else 'down'}-{dtype}",
+        name=f"hopper/{config.kernel}-{config.bm}x{config.bn}-{kind}-{dtype}",
         fn=KERNELS[config.kernel],
         signature={
             "x": f"*{dtype}" if gather else described(*_row_box(config)),
             "w_desc": described(*weight),
             "out_desc": described(1, 1, *_store_box(config, gated)),
             **dict.fromkeys((*integers, *counters), "*i32"),
-            **dict.fromkeys(("K", "n_tiles", "top_k"), "i32"),
+            "bias_ptr": f"*{dtype}" if bias else "*i32",
+            **dict.fromkeys(("K", "cols", "n_tiles", "top_k"), "i32"),
             **dict.fromkeys(("limit", "alpha", "up_offset"), "fp32"),
         },
         constexprs={
-            **_constants(config, entries=128, gather=gather, gated=gated),
-            "ACTIVATION": "silu" if gated else "none",
+            **_constants(config, entries=128, gather=gather, gated=gated, bias=bias),
+            "ACTIVATION": "silu" if gated else "relu" if bias else "none",
             "HAS_LIMIT": False,
             "DYNAMIC": True,
             "PDL": "wait" if gated else "prefetch",
         },
         options=_options(config) | {"launch_pdl": True},
         archs=(90,),
-        aligned=("K",),
+        aligned=("K", "cols"),
         unaligned=("ticket_ptr",),
         ptx={90: ("cp.async.bulk.tensor", "griddepcontrol.launch_dependents")},
         wgmma=True,
@@ -277,5 +303,12 @@ def aot_cases() -> list[AotCase]:
         _aot_case(tile, gather, gather, "bf16", tile.kernel == "prefill" or tile.bm == 16)
         for tile in tiles
         for gather in (True, False)
+    ]
+    # Three-layer experts: ungated, biased, activated; a tile of each kernel, gathered and sorted.
+    tiles += [HopperConfig("tall", 128, 128, 6), HopperConfig("tall", 192, 128, 4), *tall]
+    cases += [
+        _aot_case(tile, gather, False, "bf16", tile.bm == 128, bias=True)
+        for tile in tiles
+        for gather in ((False,) if tile.kernel == "tall" else (True, False))
     ]
     return [*cases, _aot_case(tiles[0], True, True, "fp16", False)]

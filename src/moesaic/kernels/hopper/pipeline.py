@@ -48,11 +48,15 @@ class Stage:
     BK: gl.constexpr
     NB: gl.constexpr
     PDL: gl.constexpr
+    bias_ptr: gl.tensor
+    cols: gl.tensor
+    HAS_BIAS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, notes, full, empty, K, top_k,
         limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
+        bias_ptr=None, cols=None, HAS_BIAS=False,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -78,6 +82,9 @@ class Stage:
         self.BK = gl.constexpr(BK)
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
+        self.bias_ptr = order_ptr if bias_ptr is None else bias_ptr
+        self.cols = top_k if cols is None else cols
+        self.HAS_BIAS = gl.constexpr(HAS_BIAS)
 
 
 @gluon.jit
@@ -95,6 +102,42 @@ def begin(p):
 
 
 @gluon.jit
+def with_expert(p, e, n):
+    """Column tile `n` as a note holds it: the expert above it where its bias is needed."""
+    if p.HAS_BIAS:
+        return n | (e << 16)
+    else:
+        return n
+
+
+@gluon.jit
+def column_tile(p, n):
+    """The column tile in the last number of a note."""
+    if p.HAS_BIAS:
+        return n & 0xFFFF
+    else:
+        return n
+
+
+@gluon.jit
+def bias_of(p, n, col, column):
+    """Bias of the columns `col + column` for the expert in a note's last number, in fp32."""
+    at = col + column
+    row = p.bias_ptr + (n >> 16).to(gl.int64) * p.cols
+    return gl.load(row + at, mask=at < p.cols, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def add_bias(p, x, n, col):
+    """Rows `x` plus the bias of the columns from `col` on; `x` itself where there is none."""
+    if p.HAS_BIAS:
+        column = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, x.type.layout))
+        return x + bias_of(p, n, col, column)[None, :]
+    else:
+        return x
+
+
+@gluon.jit
 def _write_note(p, stage, row_start, rows, m, n):
     """Leave where the tile is beside its first stage: four numbers."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -106,7 +149,8 @@ def _write_note(p, stage, row_start, rows, m, n):
 
 @gluon.jit
 def read_note(p, c):
-    """Wait for stage `c` of the ring and read its note: first row, rows, row and column tile.
+    """Wait for stage `c` of the ring and read its note: first row, rows, row and column tile (see
+    `column_tile`).
 
     A tile without rows is the end of the work.
     """
@@ -141,7 +185,7 @@ def load_gathered(p, work):
             i = c % p.NB
             mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
             if k == 0:
-                _write_note(p, i, row_start, rows, m, n)
+                _write_note(p, i, row_start, rows, m, with_expert(p, e, n))
             mbarrier.expect(p.full.index(i), p.w_desc.block_type.nbytes)
             load_weight(p.w_desc, e, n, k, p.full.index(i), p.b_bufs.index(i), True, p.GATED, p.BN)
             async_copy.async_copy_global_to_shared(p.a_bufs.index(i), ptrs + k, mask=live)
@@ -164,7 +208,7 @@ def _fetch_first_weights(p, work, tiles):
     started = gl.minimum(gl.cdiv(p.K, p.BK), p.NB)
     if t < tiles:
         e, row_start, rows, m, n = locate(t, work)
-        _write_note(p, 0, row_start, rows, m, n)
+        _write_note(p, 0, row_start, rows, m, with_expert(p, e, n))
         for i in range(0, started):
             mbarrier.expect(p.full.index(i), BYTES)
             load_weight(
@@ -194,7 +238,7 @@ def load_rows(p, work):
             mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
             fresh = c >= started
             if (k == 0) & fresh:
-                _write_note(p, i, row_start, rows, m, n)
+                _write_note(p, i, row_start, rows, m, with_expert(p, e, n))
             mbarrier.expect(full, BYTES, pred=fresh)
             load_weight(p.w_desc, e, n, k, full, p.b_bufs.index(i), fresh, p.GATED, p.BN)
             tma.async_copy_global_to_shared(p.x, [row_start + m * p.BM, k], full, p.a_bufs.index(i))

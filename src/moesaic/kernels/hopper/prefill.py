@@ -23,7 +23,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .pipeline import Stage, load_gathered, load_rows, put_piece, read_note
+from .pipeline import (
+    Stage,
+    add_bias,
+    column_tile,
+    load_gathered,
+    load_rows,
+    put_piece,
+    read_note,
+)
 from .tiles import Work, activate, activate_alone
 
 
@@ -34,8 +42,9 @@ def _halves(x, COLS: gl.constexpr):
 
 
 @gluon.jit
-def _put_pair(p, x, PART: gl.constexpr, row_start, rows, row, col):
+def _put_pair(p, x, PART: gl.constexpr, row_start, rows, row, n, col):
     """Store an ungated (64, 128) in two pieces of 64 columns."""
+    x = add_bias(p, x, n, col)
     left, right = _halves(activate_alone(x, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha), 128)
     put_piece(p, left, p.c_bufs.index(2 * PART), row_start, rows, row, col)
     put_piece(p, right, p.c_bufs.index(2 * PART + 1), row_start, rows, row, col + 64)
@@ -59,9 +68,9 @@ def _epilogue(p, acc, PART: gl.constexpr, row_start, rows, row, n):
             p, _activated(p, right), p.c_bufs.index(2 * PART + 1), row_start, rows, row, col + 64
         )
     else:
-        col = n * p.BN
-        _put_pair(p, left, PART, row_start, rows, row, col)
-        _put_pair(p, right, PART, row_start, rows, row, col + 128)
+        col = column_tile(p, n) * p.BN
+        _put_pair(p, left, PART, row_start, rows, row, n, col)
+        _put_pair(p, right, PART, row_start, rows, row, n, col + 128)
 
 
 @gluon.jit
@@ -111,11 +120,12 @@ def _consume_high(p, work):
 def prefill_kernel(
     x, order_ptr, w_desc, out_desc,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, ticket_ptr,
-    K, n_tiles, top_k, limit, alpha, up_offset,
+    bias_ptr, K, cols, n_tiles, top_k, limit, alpha, up_offset,
     N: gl.constexpr, LANES: gl.constexpr, GROUP_M: gl.constexpr, DYNAMIC: gl.constexpr,
     GATED: gl.constexpr, GATHER: gl.constexpr, ACTIVATION: gl.constexpr,
     HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, CREG: gl.constexpr, LREG: gl.constexpr,
+    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, HAS_BIAS: gl.constexpr,
+    CREG: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[row] @ w[e].T) for the rows of every task, 128 rows and BN columns a tile.
 
@@ -123,7 +133,8 @@ def prefill_kernel(
     with box (BM, BK). order_ptr: int32 (S,) slot of each sorted row, token = slot // top_k.
     w_desc: (E, C/16, 2, 8, K) box (1, BN/16, 2, 8, BK) when GATED, else (E, C, K) box (1, BN, BK).
     out_desc: ragged store descriptor of (S, columns), box (1, 1, 64, 64). The task map's arrays
-    are (N,) int32, total_ptr (2,), ticket_ptr one zero when DYNAMIC.
+    are (N,) int32, total_ptr (2,), ticket_ptr one zero when DYNAMIC. bias_ptr: (E, cols), added to
+    an ungated product before its activation when HAS_BIAS.
     """
     A: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], w_desc.dtype)
     a_bufs = gl.allocate_shared_memory(w_desc.dtype, [NB, BM, BK], A)
@@ -147,6 +158,7 @@ def prefill_kernel(
     p = Stage(
         x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, notes, full, empty, K, top_k,
         limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
+        bias_ptr, cols, HAS_BIAS,
     )  # fmt: skip
     if GATHER:
         gl.warp_specialize(

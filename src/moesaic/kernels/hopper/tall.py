@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .pipeline import Stage, begin, put_piece
+from .pipeline import Stage, add_bias, begin, column_tile, put_piece, with_expert
 from .tiles import (
     Work,
     activate,
@@ -100,7 +100,7 @@ def load_rows_tall(p, work):
             full = p.full.index(i)
             mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
             if k == 0:
-                _write_note(p, i, row_start, rows, first, units, n)
+                _write_note(p, i, row_start, rows, first, units, with_expert(p, e, n))
             for some in gl.static_range(1, p.BM // UNIT + 1):
                 mbarrier.expect(
                     full,
@@ -131,10 +131,12 @@ def _put_unit(p, acc, PART: gl.constexpr, puts, row_start, rows, row, n):
         put_piece(p, y.reshape(64, 64), c_buf, row_start, rows, row, n * 64)
         return puts + 1
     else:
+        col = column_tile(p, n) * 128
+        acc = add_bias(p, acc, n, col)
         y = activate_alone(acc, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha)
         left, right = y.reshape(64, 2, 64).permute(0, 2, 1).split()
-        put_piece(p, left, p.c_bufs.index(2 * PART), row_start, rows, row, n * 128)
-        put_piece(p, right, p.c_bufs.index(2 * PART + 1), row_start, rows, row, n * 128 + 64)
+        put_piece(p, left, p.c_bufs.index(2 * PART), row_start, rows, row, col)
+        put_piece(p, right, p.c_bufs.index(2 * PART + 1), row_start, rows, row, col + 64)
         return puts
 
 
@@ -223,18 +225,20 @@ def _consume_odd(p, work):
 def tall_kernel(
     x, order_ptr, w_desc, out_desc,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, ticket_ptr,
-    K, n_tiles, top_k, limit, alpha, up_offset,
+    bias_ptr, K, cols, n_tiles, top_k, limit, alpha, up_offset,
     N: gl.constexpr, LANES: gl.constexpr, GROUP_M: gl.constexpr, DYNAMIC: gl.constexpr,
     GATED: gl.constexpr, GATHER: gl.constexpr, ACTIVATION: gl.constexpr,
     HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, CREG: gl.constexpr, LREG: gl.constexpr,
+    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, HAS_BIAS: gl.constexpr,
+    CREG: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[row] @ w[e].T) for the rows of every task, up to BM rows a tile.
 
     x: TMA descriptor of the sorted rows (S, K), box (64, BK). order_ptr: not read. GATHER: False.
     w_desc: (E, C/16, 2, 8, K) box (1, BN/16, 2, 8, BK) when GATED, else (E, C, K) box (1, BN, BK).
     out_desc: ragged store descriptor of (S, columns), box (1, 1, 64, 64). The task map's arrays
-    are (N,) int32, total_ptr (2,), ticket_ptr one zero when DYNAMIC.
+    are (N,) int32, total_ptr (2,), ticket_ptr one zero when DYNAMIC. bias_ptr: (E, cols), added to
+    an ungated product before its activation when HAS_BIAS.
     """
     A: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BK], w_desc.dtype)
     a_bufs = gl.allocate_shared_memory(w_desc.dtype, [NB * (BM // 64), 64, BK], A)
@@ -258,6 +262,7 @@ def tall_kernel(
     p = Stage(
         x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, notes, full, empty, K, top_k,
         limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
+        bias_ptr, cols, HAS_BIAS,
     )  # fmt: skip
     gl.warp_specialize(
         [(_consume_even, (p, work)), (_consume_odd, (p, work)), (load_rows_tall, (p, work))],
