@@ -13,7 +13,7 @@ import torch
 from moesaic import moe
 from moesaic.hardware.green import GreenDevice, GreenUnavailable
 from moesaic.runtime.control import Control, label_of
-from moesaic.runtime.plan import Curve, MachineSlices, Plan, Profile, Share, SliceGroup
+from moesaic.runtime.plan import Curve, GroupProfile, MachineSlices, Plan, Share, SliceGroup
 from moesaic.runtime.policies import POLICIES
 from moesaic.runtime.seats import Seat, SeatedWork
 from moesaic.runtime.sliced import SlicedExperts
@@ -28,8 +28,8 @@ GROUPS = (
 SPEC = ExpertSpec(num_experts=4, hidden_size=16, intermediate_size=24)
 
 
-def profile(step: int = 0, loads=(3.0, 1.0)) -> Profile:
-    return Profile(step=step, groups=GROUPS, loads_WN=(loads,))
+def profile(step: int = 0, loads=(3.0, 1.0)) -> GroupProfile:
+    return GroupProfile(step=step, groups=GROUPS, loads_WN=(loads,))
 
 
 def cut(hot: int, cold: int, **more) -> Plan:

@@ -19,7 +19,7 @@ from moesaic.hardware import green
 from moesaic.runtime import partition
 from moesaic.runtime.control import Control
 from moesaic.runtime.partition import machine_of, open_partition, prepare
-from moesaic.runtime.plan import Curve, MachineSlices, Plan, Profile, Share, SliceGroup
+from moesaic.runtime.plan import Curve, GroupProfile, MachineSlices, Plan, Share, SliceGroup
 from moesaic.runtime.seats import Seat, SeatedWork
 from moesaic.runtime.sliced import run_budgeted
 
@@ -71,7 +71,7 @@ def test_ten_thousand_plans_on_green_contexts_leak_nothing_and_stay_disjoint() -
                 assert not hot & cold
                 # The last four SMs fill no slice and went to the larger part.
                 assert 0 <= len(hot) - plan.sizes["hot"] <= 4
-        control.replan(Profile(step=step, groups=GROUPS))
+        control.replan(GroupProfile(step=step, groups=GROUPS))
     control.manager.check()
     assert len(driver.contexts) == contexts and driver.splits == 1
     assert sum(work.captures for work in made.values()) == 2 * 15
@@ -93,7 +93,7 @@ def test_a_driver_without_green_contexts_is_told_once_and_the_gpu_stays_whole(
     cut = Plan(policy="t", reason="", shares=(Share("hot", 64), Share("cold", 64)))
     control = Control(lambda p, c, m, s: cut, CURVES, machine, made)
     for step in range(5):
-        assert not control.replan(Profile(step=step, groups=GROUPS)).sliced
+        assert not control.replan(GroupProfile(step=step, groups=GROUPS)).sliced
     assert made["hot"].current == Seat(132) and control.faults == {"no graph": 5}
 
 
@@ -162,7 +162,7 @@ def test_plans_on_a_gpu_switch_graphs_and_keep_every_bit() -> None:
                 work.current[2].synchronize()
             for name, work in made.items():
                 assert torch.equal(work.current[1], expected[name])
-        control.replan(Profile(step=step, groups=GROUPS))
+        control.replan(GroupProfile(step=step, groups=GROUPS))
     assert [w.captures for w in made.values()] == captures
     assert torch.cuda.memory_allocated() == before
     assert {"ValueError", "no graph"} == set(control.faults)

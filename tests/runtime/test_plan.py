@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from moesaic.runtime.plan import (
     Curve,
+    GroupProfile,
     MachineSlices,
     Plan,
-    Profile,
     Share,
     SliceGroup,
     step_ms,
@@ -21,7 +21,7 @@ from moesaic.runtime.plan import (
 MACHINE = MachineSlices(total_sms=132)
 HOT = SliceGroup(name="hot", kind="hot", curve="gemm")
 COLD = SliceGroup(name="cold", kind="cold", curve="gemm")
-PROFILE = Profile(step=3, groups=(HOT, COLD), loads_WN=((3.0, 1.0),))
+PROFILE = GroupProfile(step=3, groups=(HOT, COLD), loads_WN=((3.0, 1.0),))
 GEMM = Curve(work="gemm", sms=(8, 64, 128), ms=(16.0, 2.0, 1.0), load=2.0, fixed_ms=0.5)
 
 
@@ -86,8 +86,8 @@ def test_a_prediction_of_nan_is_a_problem() -> None:
         lambda: MachineSlices(granularity=3),
         lambda: SliceGroup(name="a", kind="warm", curve="gemm"),  # type: ignore[arg-type]
         lambda: SliceGroup(name="a", kind="hot", curve="gemm", slo=0.5),
-        lambda: Profile(step=0, groups=(HOT, HOT)),
-        lambda: Profile(step=0, groups=(HOT,), loads_WN=((1.0, 2.0),)),
+        lambda: GroupProfile(step=0, groups=(HOT, HOT)),
+        lambda: GroupProfile(step=0, groups=(HOT,), loads_WN=((1.0, 2.0),)),
         lambda: Plan(policy="t", reason="", shares=(Share("a", 8), Share("a", 8))),
         lambda: Plan(policy="t", reason="", shares=(Share("a", 0),)),
     ],

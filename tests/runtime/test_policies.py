@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.runtime.plan import Curve, MachineSlices, Plan, Profile, Share, SliceGroup
+from moesaic.runtime.plan import Curve, GroupProfile, MachineSlices, Plan, Share, SliceGroup
 from moesaic.runtime.policies import POLICIES, find
 from moesaic.runtime.policies.adaptive import WAYS, by
 from moesaic.runtime.policies.forecast import Way
@@ -39,8 +39,8 @@ machines = st.builds(
 )  # fmt: skip
 
 
-def profile(rows: list[tuple[float, ...]], groups=GROUPS, **more) -> Profile:
-    return Profile(step=len(rows) - 1, groups=groups, loads_WN=tuple(rows), **more)
+def profile(rows: list[tuple[float, ...]], groups=GROUPS, **more) -> GroupProfile:
+    return GroupProfile(step=len(rows) - 1, groups=groups, loads_WN=tuple(rows), **more)
 
 
 def steps(rows: np.ndarray) -> list[Step]:
@@ -63,7 +63,7 @@ def test_every_policy_s_plan_fits_the_machine(machine, count, data) -> None:
         for step in range(4):
             history = data.draw(st.lists(row, min_size=1, max_size=4))
             busy = tuple(data.draw(share) for _ in history)
-            seen = Profile(step=step, groups=groups, loads_WN=tuple(history), busy_WN=busy)
+            seen = GroupProfile(step=step, groups=groups, loads_WN=tuple(history), busy_WN=busy)
             plan = policy(seen, CURVES, machine, state)
             assert plan.problem(seen, machine) is None, (name, plan)
             assert all(s.sms % machine.granularity == 0 for s in plan.shares)
@@ -106,7 +106,7 @@ def test_shortest_is_the_best_of_all_sizes(work, kinds) -> None:
     assert slowest(found) == pytest.approx(min(map(slowest, every)))
     steps_ = [Step(loads_N=work)]
     best = oracle(groups, steps_, CURVES, machine, warm=0)
-    seen = Profile(step=0, groups=groups)
+    seen = GroupProfile(step=0, groups=groups)
     for name in ("none", "static", "proportional"):
         plan = POLICIES[name](profile([work], groups), CURVES, machine, None)
         assert best.total_ms <= plan_ms(seen, work, plan, CURVES, machine) * (1 + 1e-9)
@@ -118,7 +118,7 @@ def test_the_table_computes_what_plan_ms_computes(rows) -> None:
     groups = (HOT, COLD, TENANT)
     curves = {"gemm": GEMM, "copy": Curve(work="copy", sms=SIZES, ms=COPY.ms, fixed_ms=0.3)}
     table, possible = Table.of(groups, curves, H200), np.array(rows)
-    seen = Profile(step=0, groups=groups)
+    seen = GroupProfile(step=0, groups=groups)
     whole = [plan_ms(seen, row, Plan(policy="", reason=""), curves, H200) for row in rows]
     assert table.whole_ms(possible) == pytest.approx(whole)
     sizes = table.best(possible)
@@ -201,10 +201,10 @@ def test_dynamic_follows_use_and_proportional_follows_load() -> None:
     assert POLICIES["dynamic"](seen, CURVES, H200, None).sizes == {"hot": 32, "cold": 88}
     assert POLICIES["proportional"](seen, CURVES, H200, None).sizes == {"hot": 88, "cold": 32}
     held = POLICIES["dynamic"](seen, CURVES, H200, None)
-    later = Profile(step=9, groups=GROUPS, loads_WN=seen.loads_WN, busy_WN=((1.0, 0.1),) * 8)
+    later = GroupProfile(step=9, groups=GROUPS, loads_WN=seen.loads_WN, busy_WN=((1.0, 0.1),) * 8)
     kept = POLICIES["dynamic"](later, CURVES, H200, held.state)
     assert kept.sizes == held.sizes
-    much = Profile(step=15, groups=GROUPS, loads_WN=seen.loads_WN, busy_WN=((1.0, 0.1),) * 8)
+    much = GroupProfile(step=15, groups=GROUPS, loads_WN=seen.loads_WN, busy_WN=((1.0, 0.1),) * 8)
     assert POLICIES["dynamic"](much, CURVES, H200, kept.state).sizes["hot"] > 80
 
 
@@ -216,7 +216,7 @@ def test_static_keeps_its_first_plan() -> None:
 
 def test_a_policy_without_history_does_not_slice() -> None:
     for name, policy in POLICIES.items():
-        plan = policy(Profile(step=0, groups=GROUPS), CURVES, H200, None)
+        plan = policy(GroupProfile(step=0, groups=GROUPS), CURVES, H200, None)
         assert not plan.sliced, name
     with pytest.raises(ValueError, match="policy must be one of none, static"):
         find("clever")
@@ -244,10 +244,15 @@ def test_replays_are_exact_and_late_calls_catch_up() -> None:
     done = [replay(policy, GROUPS, steps(np.array(rows)), CURVES, H200).ms for _ in range(2)]
     assert done[0] == done[1]
     state = policy(profile(rows[:10]), CURVES, H200, None).state
-    late = policy(Profile(step=13, groups=GROUPS, loads_WN=tuple(rows[:14])), CURVES, H200, state)
+    late = policy(
+        GroupProfile(step=13, groups=GROUPS, loads_WN=tuple(rows[:14])), CURVES, H200, state
+    )
     for end in (11, 12, 13, 14):
         plan = policy(
-            Profile(step=end - 1, groups=GROUPS, loads_WN=tuple(rows[:end])), CURVES, H200, state
+            GroupProfile(step=end - 1, groups=GROUPS, loads_WN=tuple(rows[:end])),
+            CURVES,
+            H200,
+            state,
         )
         state = plan.state
     for once, often in zip(late.state.ways, plan.state.ways, strict=True):
@@ -276,12 +281,12 @@ def bad_plan(kind: str):
 def test_the_last_good_plan_stays_logged_once_and_counted(kind: str, caplog) -> None:
     guard = Guard(bad_plan(kind), CURVES, H200)
     with caplog.at_level(logging.WARNING, logger="moesaic"):
-        plans = [guard(Profile(step=n, groups=GROUPS)) for n in range(50)]
+        plans = [guard(GroupProfile(step=n, groups=GROUPS)) for n in range(50)]
     assert all(plan.sizes == {"hot": 64, "cold": 32} for plan in plans)
     assert sum(guard.faults.values()) == 49 and len(guard.faults) == 1
     assert len(caplog.records) == 1
     # Groups that the last good plan does not know: the whole GPU, still no error.
-    assert not guard(Profile(step=51, groups=(HOT, TENANT))).sliced
+    assert not guard(GroupProfile(step=51, groups=(HOT, TENANT))).sliced
 
 
 def test_a_predictor_that_says_nan_is_a_fault_and_a_bad_state_is_dropped() -> None:
@@ -298,9 +303,9 @@ def test_a_predictor_that_says_nan_is_a_fault_and_a_bad_state_is_dropped() -> No
 
     guard = Guard(poisoned, CURVES, H200)
     for n in range(FORGET_AFTER + 1):
-        guard(Profile(step=n, groups=GROUPS))
+        guard(GroupProfile(step=n, groups=GROUPS))
     assert guard.faults == {"ArithmeticError": FORGET_AFTER}
-    assert guard(Profile(step=9, groups=GROUPS)).reason == "from None"
+    assert guard(GroupProfile(step=9, groups=GROUPS)).reason == "from None"
 
 
 def test_nan_in_what_was_seen_is_passed_over() -> None:
@@ -316,6 +321,6 @@ def test_hundreds_of_replans_leave_nothing_behind() -> None:
     rows: list[tuple[float, ...]] = []
     for n in range(300):
         rows = [*rows, tuple(map(float, rng.uniform(0, 3, 2)))][-4:]
-        plan = guard(Profile(step=n, groups=GROUPS, loads_WN=tuple(rows)))
+        plan = guard(GroupProfile(step=n, groups=GROUPS, loads_WN=tuple(rows)))
     assert guard.faults == {} and len(plan.state.ways) == len(WAYS)
     assert all(len(way.errors_KN) == 64 for way in plan.state.ways)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.runtime.plan import Curve, MachineSlices, Profile, SliceGroup
+from moesaic.runtime.plan import Curve, GroupProfile, MachineSlices, SliceGroup
 from moesaic.runtime.tenants import protect
 
 MACHINE = MachineSlices(total_sms=132, slices=15)
@@ -31,7 +31,7 @@ CURVES = {
 
 @given(st.floats(1.3, 6.0), st.floats(0.7, 1.0))
 def test_the_smallest_size_that_keeps_the_promise(slo: float, margin: float) -> None:
-    profile = Profile(step=0, groups=(group("a", slo), group("rest")))
+    profile = GroupProfile(step=0, groups=(group("a", slo), group("rest")))
     plan = protect(profile, CURVES, MACHINE, None, margin=margin)
     most = max(1.0, margin * slo)
     if not plan.sliced:
@@ -45,7 +45,7 @@ def test_the_smallest_size_that_keeps_the_promise(slo: float, margin: float) -> 
 
 def test_two_promises_and_two_others_share_what_there_is() -> None:
     groups = (group("a", 1.8), group("b", 3.4), group("rest"), group("never"))
-    plan = protect(Profile(step=0, groups=groups), CURVES, MACHINE, None)
+    plan = protect(GroupProfile(step=0, groups=groups), CURVES, MACHINE, None)
     assert plan.sizes == {"a": 32, "b": 32, "rest": 32, "never": 24}
     assert [share.priority for share in plan.shares] == [-1, -1, 0, 0]
 
@@ -60,11 +60,11 @@ def test_two_promises_and_two_others_share_what_there_is() -> None:
     ],
 )
 def test_it_may_decide_not_to_slice_and_says_why(groups, why: str) -> None:
-    plan = protect(Profile(step=0, groups=groups), CURVES, MACHINE, None)
+    plan = protect(GroupProfile(step=0, groups=groups), CURVES, MACHINE, None)
     assert not plan.sliced and why in plan.reason
 
 
 def test_steps_that_arrive_faster_than_the_promise_bound_the_slowdown() -> None:
     groups = (group("a", 4.0), group("rest"))
-    plan = protect(Profile(step=0, groups=groups, interval_ms=2.0), CURVES, MACHINE, None)
+    plan = protect(GroupProfile(step=0, groups=groups, interval_ms=2.0), CURVES, MACHINE, None)
     assert CURVES["a"].slowdown(plan.sizes["a"]) <= 0.9 * 2.0

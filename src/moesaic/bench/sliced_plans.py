@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..hardware.green import GreenDevice, GreenError, GreenUnavailable
-from ..runtime.plan import Curves, MachineSlices, Plan, Profile
+from ..runtime.plan import Curves, GroupProfile, MachineSlices, Plan
 from ..runtime.policies import POLICIES
 from ..runtime.policies.replay import WINDOW, oracle, replay
 from ..runtime.policies.sizing import plan_ms
@@ -281,7 +281,7 @@ def measure_cell(cell: Cell, fixed: Line, context: Context) -> None:
     plans = plans_of(view, curves, layer.machine)
     found, different = measure_steps(layer, view, plans, context)
     chosen = np.linspace(WINDOW, len(view.steps) - 1, STEPS).astype(int)
-    profile = Profile(step=0, groups=view.groups)
+    profile = GroupProfile(step=0, groups=view.groups)
     lines = []
     for name, ms in sorted(found.items(), key=lambda pair: pair[0] == "adaptive"):
         expected = [

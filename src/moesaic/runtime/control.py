@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from .plan import Allocation, Curves, MachineSlices, Plan, Policy, Profile
+from .plan import Allocation, Curves, GroupProfile, MachineSlices, Plan, Policy
 from .policies.guard import Guard
 from .seats import SeatedWork
 from .slices import SliceError, SliceManager
@@ -73,7 +73,7 @@ class Control:
         self._guard = Guard(policy, curves, machine)
         self._faults: Counter[str] = Counter()
         self._stepping = False
-        self._waiting: Profile | None = None
+        self._waiting: GroupProfile | None = None
         for work in self.works.values():
             work.use(machine.total_sms)
 
@@ -101,7 +101,7 @@ class Control:
             if waiting is not None:
                 self.replan(waiting)
 
-    def replan(self, profile: Profile) -> Plan:
+    def replan(self, profile: GroupProfile) -> Plan:
         """The plan for the next step, in force at once, or after the running step; never raises."""
         if self._stepping:
             self._waiting = profile

@@ -49,7 +49,7 @@ def hot_and_cold(
 
 def observed(
     history: Sequence[Profile], layer: int, groups: Sequence[plan.SliceGroup]
-) -> plan.Profile:
+) -> plan.GroupProfile:
     """What policies see of one layer: rows per expert and per group of each profile, per step.
 
     Args:
@@ -72,7 +72,7 @@ def observed(
         tuple(float(sum(counts_E[expert] for expert in group.experts)) for group in groups)
         for counts_E in counts_WE
     )
-    return plan.Profile(
+    return plan.GroupProfile(
         step=history[-1].step,
         groups=tuple(groups),
         counts_WE=tuple(counts_WE),

@@ -4,7 +4,7 @@ A *slice* is an atom of the GPU: a few SMs (8 on Hopper) and a stream. A *slice 
 who wants slices: hot experts, cold experts, a shared expert, the exchange, another tenant. A policy
 is a pure function of what was seen and measured:
 
-    policy(Profile, Curves, MachineSlices, state) -> Plan
+    policy(GroupProfile, Curves, MachineSlices, state) -> Plan
 
 and `Plan.state` is what it wants handed back at its next call, so that a recorded run can be
 replayed anywhere. A plan may also say "do not slice": then every group has the whole GPU.
@@ -160,8 +160,11 @@ class SliceGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile:
-    """What was seen up to a step, oldest first; what a policy may look at, and nothing else.
+class GroupProfile:
+    """What was seen of slice groups up to a step, oldest first; all that a policy may look at.
+
+    Made of the profiler's `runtime.profile.Profile`s by `runtime.grouping.observed`, or by whoever
+    knows the loads of other tenants.
 
     `counts_WE`: rows per expert of the last W steps. `loads_WN`: work of each group in the units of
     its curve. `busy_WN`: share of the step's time in which the group computed, in [0, 1]. Both may
@@ -233,7 +236,7 @@ class Plan:
         """SMs that a group may use under this plan: its share, or the whole GPU without one."""
         return self.sizes.get(group, machine.total_sms)
 
-    def problem(self, profile: Profile, machine: MachineSlices) -> str | None:
+    def problem(self, profile: GroupProfile, machine: MachineSlices) -> str | None:
         """Why this plan cannot be carried out on that machine for those groups, or None."""
         known = {group.name for group in profile.groups}
         if unknown := sorted(set(self.sizes) - known):
@@ -251,11 +254,15 @@ class Plan:
         return None
 
 
-Policy = Callable[[Profile, Curves, MachineSlices, Any], Plan]
+Policy = Callable[[GroupProfile, Curves, MachineSlices, Any], Plan]
 
 
 def step_ms(
-    profile: Profile, loads_N: tuple[float, ...], plan: Plan, curves: Curves, machine: MachineSlices
+    profile: GroupProfile,
+    loads_N: tuple[float, ...],
+    plan: Plan,
+    curves: Curves,
+    machine: MachineSlices,
 ) -> float:
     """Predicted milliseconds of one step under a plan.
 

@@ -11,7 +11,7 @@ without one, by weight. When no size keeps it, or nothing remains, the answer is
 ...     "decode": Curve(work="decode", sms=(8, 32, 64, 128), ms=(8.0, 2.0, 1.1, 1.0)),
 ...     "prefill": Curve(work="prefill", sms=(8, 128), ms=(16.0, 1.0)),
 ... }
->>> plan = protect(Profile(step=0, groups=(decode, prefill)), curves, MachineSlices(), None)
+>>> plan = protect(GroupProfile(step=0, groups=(decode, prefill)), curves, MachineSlices(), None)
 >>> plan.sizes
 {'decode': 56, 'prefill': 72}
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .plan import Curve, Curves, MachineSlices, Plan, Profile, Share, SliceGroup
+from .plan import Curve, Curves, GroupProfile, MachineSlices, Plan, Share, SliceGroup
 
 MARGIN = 0.9
 
@@ -34,7 +34,12 @@ def allowed_slowdown(group: SliceGroup, curve: Curve, interval_ms: float | None)
 
 
 def protect(
-    profile: Profile, curves: Curves, machine: MachineSlices, state: Any, *, margin: float = MARGIN
+    profile: GroupProfile,
+    curves: Curves,
+    machine: MachineSlices,
+    state: Any,
+    *,
+    margin: float = MARGIN,
 ) -> Plan:
     """The plan of this module: the smallest slices that keep the promises, the rest to the others.
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ...hardware.green import GreenError, GreenUnavailable
-from ...runtime.plan import Curve, Curves, MachineSlices, Plan, Profile, SliceGroup
+from ...runtime.plan import Curve, Curves, GroupProfile, MachineSlices, Plan, SliceGroup
 from ...runtime.policies import POLICIES
 from ...runtime.policies.guard import Guard
 from ...runtime.tenants import protect
@@ -125,10 +125,10 @@ def groups_of(loop: str) -> tuple[SliceGroup, SliceGroup]:
     )
 
 
-def profile_of(loop: str, step_ms: float, history: int = 16) -> Profile:
+def profile_of(loop: str, step_ms: float, history: int = 16) -> GroupProfile:
     """What policies see: decode busy all or half of the time, prefill always; loads in ms alone."""
     duty = DUTY if loop == "open" else 1.0
-    return Profile(
+    return GroupProfile(
         step=history,
         groups=groups_of(loop),
         loads_WN=((step_ms, step_ms / duty),) * history,

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime import predictors
-from ...runtime.plan import Curves, MachineSlices, Policy, Profile
+from ...runtime.plan import Curves, GroupProfile, MachineSlices, Policy
 from ...runtime.policies import POLICIES
 from ...runtime.policies.adaptive import WAYS, by
 from ...runtime.policies.forecast import Way, expect, learn, start
@@ -121,7 +121,7 @@ def foreseen(way: Way, view: Scene) -> Array:
     steps, found = view.steps, [view.steps[0].loads_N]
     state = None
     for step, after in pairwise(steps):
-        profile = Profile(
+        profile = GroupProfile(
             step=0, groups=view.groups, counts_WE=(step.counts_E,), loads_WN=(step.loads_N,),
             context_VC=(step.context_C, after.context_C),
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """Policies: who gets which share of the GPU in the next step, and whether it is shared at all.
 
-Each is a pure function ``(Profile, Curves, MachineSlices, state) -> Plan``; `Plan.state` is handed
-back at its next call, so that a recorded run gives the same plans again.
+Each is a pure function ``(GroupProfile, Curves, MachineSlices, state) -> Plan``; `Plan.state` is
+handed back at its next call, so that a recorded run gives the same plans again.
 
 >>> sorted(POLICIES)
 ['adaptive', 'dynamic', 'none', 'proportional', 'static']

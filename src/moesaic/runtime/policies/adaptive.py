@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plan import Curves, MachineSlices, Plan, Policy, Profile, SliceGroup
+from ..plan import Curves, GroupProfile, MachineSlices, Plan, Policy, SliceGroup
 from ..predictors import Array, ewma, last, learned
 from .forecast import Learned, Way, expect, learn, possible, start
 from .search import Table
@@ -71,7 +71,7 @@ def _propose(table: Table, loads_KN: Array) -> tuple[int, ...]:
     return sizes if _cost(table, sizes, loads_KN) < _cost(table, (), loads_KN) else ()
 
 
-def _begin(profile: Profile, ways: Sequence[Way]) -> Held:
+def _begin(profile: GroupProfile, ways: Sequence[Way]) -> Held:
     return Held(
         step=profile.step - len(profile.loads_WN),
         of=profile.groups,
@@ -82,7 +82,7 @@ def _begin(profile: Profile, ways: Sequence[Way]) -> Held:
     )
 
 
-def _catch_up(held: Held, profile: Profile, ways: Sequence[Way], table: Table) -> Held:
+def _catch_up(held: Held, profile: GroupProfile, ways: Sequence[Way], table: Table) -> Held:
     """What was learned from the rows that are new; costs of proposals made for the first."""
     history = len(profile.loads_WN)
     first = history - min(history, max(0, profile.step - held.step))
@@ -97,7 +97,9 @@ def _catch_up(held: Held, profile: Profile, ways: Sequence[Way], table: Table) -
     return Held(profile.step, held.of, states, None, cost_W, held.force)
 
 
-def _choose(held: Held, profile: Profile, ways: Sequence[Way], table: Table) -> tuple[Held, int]:
+def _choose(
+    held: Held, profile: GroupProfile, ways: Sequence[Way], table: Table
+) -> tuple[Held, int]:
     """Every way's proposal for the step to come, and the place of the way to follow."""
     row = len(profile.loads_WN)
     states = tuple(expect(w, s, profile, row) for w, s in zip(ways, held.ways, strict=True))
@@ -109,7 +111,7 @@ def _choose(held: Held, profile: Profile, ways: Sequence[Way], table: Table) -> 
 def by(ways: Sequence[Way], *, margin: float = MARGIN, name: str = "adaptive") -> Policy:
     """The adaptive policy with these ways to foresee."""
 
-    def policy(profile: Profile, curves: Curves, machine: MachineSlices, state: Any) -> Plan:
+    def policy(profile: GroupProfile, curves: Curves, machine: MachineSlices, state: Any) -> Plan:
         if not profile.loads_WN:
             return Plan(policy=name, reason="no loads were recorded yet", state=state)
         held = state if isinstance(state, Held) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..plan import Curves, MachineSlices, Plan, Profile
+from ..plan import Curves, GroupProfile, MachineSlices, Plan
 from .sizing import in_proportion, shares
 
 PERIOD = 8
@@ -24,7 +24,7 @@ class Held:
     plan: Plan
 
 
-def dynamic(profile: Profile, curves: Curves, machine: MachineSlices, state: Any) -> Plan:
+def dynamic(profile: GroupProfile, curves: Curves, machine: MachineSlices, state: Any) -> Plan:
     """Sizes by recent utilisation; `state` is what is in force."""
     names = {group.name for group in profile.groups}
     held = state if isinstance(state, Held) else None

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plan import Profile, SliceGroup
+from ..plan import GroupProfile, SliceGroup
 from ..predictors import NO_CONTEXT, Array, Predictor
 
 ERRORS, WARM = 64, 4
@@ -49,7 +49,7 @@ class Learned:
     seen: int = 0
 
 
-def start(way: Way, profile: Profile) -> Learned:
+def start(way: Way, profile: GroupProfile) -> Learned:
     """Nothing learned yet."""
     size = len(profile.groups)
     width = len(profile.context_VC[0]) if profile.context_VC else 0
@@ -75,14 +75,14 @@ def _features(groups: tuple[SliceGroup, ...], counts_E: Array) -> Array:
     return found
 
 
-def _context(profile: Profile, row: int) -> Array:
+def _context(profile: GroupProfile, row: int) -> Array:
     """The context of a row of the history; row W is the step to come."""
     if not profile.context_VC:
         return NO_CONTEXT
     return np.asarray(profile.context_VC[row], dtype=np.float64)
 
 
-def expect(way: Way, state: Learned, profile: Profile, row: int) -> Learned:
+def expect(way: Way, state: Learned, profile: GroupProfile, row: int) -> Learned:
     """The state with what is expected of a row of the history; row W is the step to come."""
     guess_N = way.loads.predict(state.loads, NO_CONTEXT)
     if way.counts is None or state.counts is None:
@@ -96,7 +96,7 @@ def expect(way: Way, state: Learned, profile: Profile, row: int) -> Learned:
     return replace(state, expected_N=expected_N, features_NF=features_NF)
 
 
-def learn(way: Way, state: Learned, profile: Profile, row: int) -> Learned:
+def learn(way: Way, state: Learned, profile: GroupProfile, row: int) -> Learned:
     """The state after a row of the history; a row that is not finite is passed over."""
     loads_N = np.asarray(profile.loads_WN[row], dtype=np.float64)
     if not np.isfinite(loads_N).all():

@@ -4,7 +4,7 @@
 >>> def broken(profile, curves, machine, state):
 ...     raise ArithmeticError("no")
 >>> guard = Guard(broken, {}, machine)
->>> guard(Profile(step=0, groups=())).sliced, guard.faults
+>>> guard(GroupProfile(step=0, groups=())).sliced, guard.faults
 (False, {'ArithmeticError': 1})
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..plan import Curves, MachineSlices, Plan, Policy, Profile
+from ..plan import Curves, GroupProfile, MachineSlices, Plan, Policy
 
 log = logging.getLogger("moesaic")
 
@@ -37,7 +37,7 @@ class Guard:
         self._state: Any = None
         self._in_a_row = 0
 
-    def __call__(self, profile: Profile) -> Plan:
+    def __call__(self, profile: GroupProfile) -> Plan:
         """The policy's plan, or the last good one."""
         try:
             plan = self.policy(profile, self.curves, self.machine, self._state)
@@ -51,7 +51,7 @@ class Guard:
         self.good, self._state, self._in_a_row = plan, plan.state, 0
         return plan
 
-    def _fault(self, profile: Profile, kind: str, what: str) -> Plan:
+    def _fault(self, profile: GroupProfile, kind: str, what: str) -> Plan:
         if kind not in self.faults:
             log.warning(
                 "the policy failed (%s: %s); the last good plan stays in force (%s: %s)",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..plan import Curves, MachineSlices, Plan, Profile
+from ..plan import Curves, GroupProfile, MachineSlices, Plan
 from .sizing import in_proportion, newest_loads, shares
 
 
-def proportional(profile: Profile, curves: Curves, machine: MachineSlices, state: Any) -> Plan:
+def proportional(profile: GroupProfile, curves: Curves, machine: MachineSlices, state: Any) -> Plan:
     """Sizes in proportion to what each group had to do in the newest step."""
     loads_N = newest_loads(profile)
     if loads_N is None:

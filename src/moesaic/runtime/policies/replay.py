@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..plan import Curves, MachineSlices, Plan, Policy, Profile, SliceGroup
+from ..plan import Curves, GroupProfile, MachineSlices, Plan, Policy, SliceGroup
 from .guard import Guard
 from .sizing import fastest, plan_ms
 
@@ -75,7 +75,7 @@ def busy(
     groups: Sequence[SliceGroup], step: Step, plan: Plan, curves: Curves, machine: MachineSlices
 ) -> tuple[float, ...]:
     """The share of the step's time in which each group computes, by the curves."""
-    profile = Profile(step=0, groups=tuple(groups))
+    profile = GroupProfile(step=0, groups=tuple(groups))
     whole = plan_ms(profile, step.loads_N, plan, curves, machine) or 1.0
     times = (
         curves[group.curve].ms_at(plan.sms_of(group.name, machine), load)
@@ -106,7 +106,7 @@ def replay(
         if number >= warm:
             past = steps[max(0, number - WINDOW) : number]
             known = [*past, step]
-            profile = Profile(
+            profile = GroupProfile(
                 step=number - 1,
                 groups=groups,
                 counts_WE=tuple(s.counts_E for s in past if s.counts_E),
@@ -130,7 +130,7 @@ def oracle(
     warm: int = WINDOW,
 ) -> Replay:
     """The same steps, each under the best plan for what it really brought."""
-    profile = Profile(step=0, groups=groups)
+    profile = GroupProfile(step=0, groups=groups)
     plans = [fastest(profile, s.loads_N, curves, machine, policy="oracle") for s in steps[warm:]]
     ms = [
         plan_ms(profile, s.loads_N, plan, curves, machine)

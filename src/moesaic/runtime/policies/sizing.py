@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..plan import Curves, MachineSlices, Plan, Profile, Share, SliceGroup, step_ms
+from ..plan import Curves, GroupProfile, MachineSlices, Plan, Share, SliceGroup, step_ms
 
 
 def in_proportion(weights_N: Sequence[float], machine: MachineSlices) -> tuple[int, ...] | None:
@@ -89,7 +89,7 @@ def keeps_promises(
     machine: MachineSlices,
 ) -> bool:
     """Whether nobody's `slo` is broken when all take the whole GPU one after the other."""
-    profile = Profile(step=0, groups=tuple(groups))
+    profile = GroupProfile(step=0, groups=tuple(groups))
     whole = plan_ms(profile, loads_N, Plan(policy="", reason=""), curves, machine)
     return all(
         group.slo is None or whole <= group.slo * curves[group.curve].ms_at(machine.total_sms, load)
@@ -98,7 +98,7 @@ def keeps_promises(
 
 
 def fastest(
-    profile: Profile,
+    profile: GroupProfile,
     loads_N: Sequence[float],
     curves: Curves,
     machine: MachineSlices,
@@ -126,7 +126,7 @@ def shares(groups: Sequence[SliceGroup], sizes_N: Sequence[int]) -> tuple[Share,
 
 
 def plan_ms(
-    profile: Profile,
+    profile: GroupProfile,
     loads_N: Sequence[float],
     plan: Plan,
     curves: Curves,
@@ -148,7 +148,7 @@ def plan_ms(
     return max([alone, *together.values()])
 
 
-def newest_loads(profile: Profile) -> tuple[float, ...] | None:
+def newest_loads(profile: GroupProfile) -> tuple[float, ...] | None:
     """The newest work of each group; rows of its experts where work was not recorded, else None."""
     if profile.loads_WN:
         return profile.loads_WN[-1]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..plan import Curves, MachineSlices, Plan, Profile
+from ..plan import Curves, GroupProfile, MachineSlices, Plan
 from .sizing import fastest, plan_ms
 
 
-def static(profile: Profile, curves: Curves, machine: MachineSlices, state: Any) -> Plan:
+def static(profile: GroupProfile, curves: Curves, machine: MachineSlices, state: Any) -> Plan:
     """The plan that was best for the first profile with loads; `state` is that plan."""
     names = {group.name for group in profile.groups}
     if isinstance(state, Plan) and (not state.sliced or set(state.sizes) == names):
