@@ -161,12 +161,18 @@ def tiles_of(bm: int, *, few_rows: bool) -> tuple[Tile, ...]:
 
 
 def hopper_space(problem: Problem, heuristic: Any) -> Space[Tile]:
-    """The candidates of the Hopper path, `heuristic` (a `LayerConfig`) among them."""
+    """The candidates of the Hopper path, `heuristic` (a `LayerConfig`) among them.
+
+    Of heights unlikely for so many rows only the heuristic's own tile and the paper's are timed.
+    """
     rows = rows_per_expert(problem)
     heights = dict.fromkeys((*rows_of_tiles(rows), heuristic.up.bm, 128))
     cuts: dict[Group, dict[str, tuple[Tile, ...]]] = {}
     for bm in heights:
-        tiles = tiles_of(bm, few_rows=rows <= 128 and bm in rows_of_tiles(rows))
+        likely = bm in rows_of_tiles(rows)
+        tiles = tiles_of(bm, few_rows=rows <= 128 and likely)
+        if not likely:
+            tiles = tuple(t for t in tiles if (bm, t.bn, t.bk) == PAPER_GEMM and t.group_m == 8)
         cuts[(bm,)] = {}
         for part in ("up", "down"):
             own = Tile(*getattr(heuristic, part))
