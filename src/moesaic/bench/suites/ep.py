@@ -31,8 +31,9 @@ NAME = "ep"
 WIDTHS = {"rows-7168": 7168, "rows-2048": 2048}
 ROWS = (4, 128, 512, 8192, 65536, 1, 32, 2048, 32768)
 LARGE = 8192
-RANKS = (1, 2, 4)
+RANKS = (1, 2, 4, 8)
 PER_RANK = 8192
+SMALL = 512
 OURS, FEW, NCCL, COUNTED = "moesaic", "moesaic-32sm", "nccl", "nccl-counts"
 OURS_NCCL = "moesaic-nccl"
 # Microseconds at so many rows a peer on 4 GPUs, width 7168.
@@ -47,9 +48,13 @@ class Layer:
     top_k: int
 
 
+def _gated(experts: int, hidden: int, width: int, top_k: int) -> Layer:
+    spec = ExpertSpec(num_experts=experts, hidden_size=hidden, intermediate_size=width)
+    return Layer(spec, top_k)
+
+
 def _deepseek(experts: int) -> Layer:
-    spec = ExpertSpec(num_experts=experts, hidden_size=7168, intermediate_size=2048)
-    return Layer(spec, 8)
+    return _gated(experts, 7168, 2048, 8)
 
 
 def _wide(top_k: int) -> Layer:
@@ -65,6 +70,9 @@ LAYERS = {
     "deepseek-v3-16": _deepseek(16),
     "wide-16-k1": _wide(1),
     "deepseek-v3-64": _deepseek(64),
+    # One expert on each of eight GPUs.
+    "mixtral-8": _gated(8, 4096, 14336, 2),
+    "deepseek-v3-8-k2": _gated(8, 7168, 2048, 2),
 }
 
 
@@ -73,7 +81,7 @@ def cells() -> list[Cell]:
     main = [Cell("rows-7168", t, "even", clock="exchange") for t in ROWS]
     strong = [(ranks, PER_RANK) for ranks in RANKS]
     weak = [(ranks, ranks * PER_RANK) for ranks in RANKS[1:]]
-    small = [(ranks, 128 * RANKS[-1]) for ranks in RANKS]
+    small = [(ranks, SMALL) for ranks in RANKS]
     layers = [
         Cell(model, total, "uniform", clock=f"layer-ep{ranks}")
         for scaling in (strong, weak, small)
