@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.bench.workloads import MODELS
 from moesaic.parallel.links import link_times
 from moesaic.parallel.placement import Placement
 from moesaic.planner.cluster import load_cluster
@@ -28,7 +27,7 @@ from moesaic.planner.predict import Prediction, predict
 from moesaic.planner.queueing import Service, simulate_queue
 from moesaic.planner.routing import sample_counts
 from moesaic.planner.search import Question, explain, judge, pareto, predict_all, search
-from moesaic.planner.shapes import SHAPES, SPREAD
+from moesaic.planner.shapes import SHAPES
 from moesaic.planner.simulate import Task, pipeline_s, run
 from moesaic.planner.strategies import Strategy, enumerate_strategies
 from moesaic.planner.workload import Arrival, Space, Workload
@@ -46,42 +45,6 @@ ONE_EACH = Strategy(family="one-per-gpu", ranks=16)
 def at(strategy: Strategy = ONE_EACH, nodes: int = 2, **change: Any) -> Prediction:
     """A prediction of the tiny model, with fields of the workload changed."""
     return predict(TINY, load_cluster(f"H200x{nodes}"), replace(WORK, **change), strategy)
-
-
-def test_shapes_are_those_of_the_benchmark() -> None:
-    for name, (spec, top_k) in SHAPES.items():
-        assert (MODELS[name].spec(), MODELS[name].top_k) == (spec, top_k)
-
-
-def test_own_lines_are_held_out_by_model_and_by_width(tmp_path: Path) -> None:
-    from moesaic.bench.suites.ep import LAYERS
-    from moesaic.planner.validation import own_exchange, own_layers, own_spread
-
-    assert {n: (x.spec, x.top_k) for n, x in LAYERS.items()} == SPREAD
-    fixed = {"suite": "ep", "impl": "moesaic", "mode": "graph", "dtype": "bfloat16"}
-    lines: list[dict[str, Any]] = [
-        fixed | {"clock": clock, "model": "rows-7168", "tokens": t, "routing": "even",
-                 "ranks": ranks, "ms": 0.01 + t * 14336 * (ranks - 1) / ranks / 3e8}
-        for clock in ("dispatch", "combine") for ranks in (2, 4) for t in (128, 1024, 8192, 65536)
-    ]  # fmt: skip
-    gpu = load_cluster("H200").gpu
-    for model in ("Mixtral-8x7B", "DeepSeek-V3"):
-        spec, top_k = SHAPES[model]
-        for tokens in (512, 8192):
-            active = spec.num_experts * (1 - (1 - top_k / spec.num_experts) ** tokens)
-            seconds = float(expert_layer_s(gpu, spec, tokens * top_k, active, 2))
-            lines.append(fixed | {"clock": "experts", "model": model, "tokens": tokens,
-                                  "routing": "uniform", "ms": seconds * 1e3})  # fmt: skip
-    for gpus in (1, 4):
-        lines.append(fixed | {"clock": f"layer-ep{gpus}", "model": "deepseek-v3-64",
-                              "tokens": 8192, "routing": "uniform", "ms": 5.0})  # fmt: skip
-    (tmp_path / "h200").mkdir()
-    (tmp_path / "h200/ep.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    assert all(abs(r.error) < 0.01 for r in own_layers(tmp_path))
-    exchanges = own_exchange(tmp_path)
-    assert len(exchanges) == 8 and all(abs(r.error) < 0.2 for r in exchanges)
-    one, four = own_spread(tmp_path)
-    assert four.predicted < one.predicted and four.published == 5.0
 
 
 # --- the time line ---------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,24 +23,14 @@ from ..cost import expert_weight_elements
 from ..parallel.links import link_times
 from ..parallel.placement import contiguous
 from .cluster import load_cluster
-from .costs import distinct, exchange_s
+from .costs import exchange_s
 from .documents import Block, parse
 from .exchange import table_from
-from .kernels import (
-    ROOFLINE,
-    KernelTable,
-    Measured,
-    device_lines,
-    expected_active,
-    expert_layer_s,
-    fit_table,
-    measured_layers,
-    roofline_s,
-)
+from .kernels import ROOFLINE, KernelTable, expected_active, expert_layer_s, roofline_s
 from .model import Model, load_model
+from .own import Row, own_rows
 from .predict import predict
 from .routing import sample_counts
-from .shapes import SHAPES, SPREAD
 from .strategies import Strategy
 from .workload import Workload
 
@@ -49,104 +39,10 @@ FP8_WIRE = 7408 / 7168
 PAGE = Path("docs/validation.md")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One comparison, in the unit of its group."""
-
-    group: str
-    what: str
-    source: str
-    published: float
-    predicted: float
-    status: str = "counted"
-
-    @property
-    def error(self) -> float:
-        """Prediction over publication, minus one."""
-        return self.predicted / self.published - 1
-
-
 def deepseek() -> Model:
     """DeepSeek-V3, from its dimensions in this package."""
     path = files("moesaic.planner").joinpath("models/deepseek_v3.json")
     return load_model(Path(str(path)))
-
-
-def own_layers(results: Path) -> list[Row]:
-    """Every measured expert layer on one H200, predicted from the other models' layers alone."""
-    gpu = load_cluster("H200").gpu
-    layers = measured_layers(device_lines(results, "h200"), SHAPES)
-    rows = []
-    for held in layers:
-        others = [x for x in layers if x.model != held.model]
-        if not others:
-            continue
-        table = fit_table(others, gpu, "other models")
-        active = expected_active(held.spec.num_experts, held.top_k, held.tokens)
-        found = expert_layer_s(gpu, held.spec, held.tokens * held.top_k, active, 2, table)
-        rows.append(_row_of(held, float(found)))
-    return rows
-
-
-def _row_of(held: Measured, seconds: float) -> Row:
-    what, source = f"{held.model}, {held.tokens} tokens", f"suite {held.suite}, model held out"
-    return Row("own layers, 1 H200 (ms)", what, source, held.seconds * 1e3, seconds * 1e3)
-
-
-def own_exchange(results: Path) -> list[Row]:
-    """Exchanges over 4 GPUs, predicted from those over 2: the same bytes off the GPU."""
-    from .exchange import measured_exchange
-
-    rows = []
-    for clock in ("dispatch", "combine"):
-        measured = measured_exchange(device_lines(results, "h200"), clock)
-        table = table_from([x for x in measured if x[0] == 2], "2 GPUs")
-        for gpus, num_bytes, seconds in measured:
-            if gpus == 4 and table:
-                # Of four parts three leave, of two one.
-                found = table.seconds(2, num_bytes * 0.75 / 0.5)
-                what, source = f"{clock}, {num_bytes:.3g} bytes", "suite ep, 4 GPUs held out"
-                group = "own exchange, 4 H200 (us)"
-                rows.append(Row(group, what, source, seconds * 1e6, found * 1e6))
-    return rows
-
-
-def own_spread(results: Path) -> list[Row]:
-    """Whole layers over 1, 2 and 4 GPUs: experts by the table of the other suites' layers,
-    exchanges by those of 2 GPUs, so that nothing measured on 4 is used."""
-    from .exchange import measured_exchange
-
-    lines, gpu = device_lines(results, "h200"), load_cluster("H200").gpu
-    layers = measured_layers(lines, SHAPES)
-    if not layers:
-        return []
-    table = fit_table(layers, gpu, "layers on one GPU")
-    ways = {}
-    for clock in ("dispatch", "combine"):
-        measured = measured_exchange(lines, clock)
-        ways[clock] = table_from([x for x in measured if x[0] == 2], "2 GPUs")
-    rows = []
-    for x in lines:
-        clock = str(x["clock"])
-        fits = x["suite"] == "ep" and clock.startswith("layer-ep") and x["impl"] == "moesaic"
-        if not fits or not x["ms"] or x.get("wrong") or x["model"] not in SPREAD:
-            continue
-        gpus, tokens = int(clock.removeprefix("layer-ep")), int(x["tokens"])
-        if gpus > 1 and not ways["dispatch"]:
-            continue
-        spec, top_k = SPREAD[x["model"]]
-        active = expected_active(spec.num_experts, top_k, tokens) / gpus
-        seconds = float(expert_layer_s(gpu, spec, tokens * top_k / gpus, active, 2, table))
-        if gpus > 1:
-            whole = 2.0 * tokens / gpus * spec.hidden_size
-            # As many bytes leave a GPU as if two exchanged so many.
-            leaves = (gpus - 1) / gpus / 0.5
-            seconds += ways["dispatch"].seconds(2, whole * distinct(gpus, top_k) * leaves)
-            seconds += ways["combine"].seconds(2, whole * top_k * leaves)
-        what = f"{x['model']}, {tokens} tokens in all, {gpus} GPUs"
-        rows.append(Row("own layers over GPUs (ms)", what, "suite ep, 4 GPUs held out", x["ms"],
-                        seconds * 1e3))  # fmt: skip
-    return rows
 
 
 def low_latency(block: Block, *, normal: bool) -> list[Row]:
@@ -278,7 +174,7 @@ def all_rows(results: Path) -> list[Row]:
     """Every comparison there is."""
     text = files("moesaic.planner").joinpath("public.yaml").read_text("utf-8")
     public = parse(text, "public.yaml")
-    rows = own_layers(results) + own_exchange(results) + own_spread(results)
+    rows = own_rows(results)
     for block in public.blocks("low_latency"):
         rows += low_latency(block, normal=False)
     for block in public.blocks("normal"):
