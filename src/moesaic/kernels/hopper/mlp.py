@@ -1,0 +1,308 @@
+"""Ungated experts of two or three layers on Hopper, with biases: one launch a layer.
+
+    T tokens · H hidden width · I intermediate width · E experts · K top-k · S = T*K routed rows
+
+    ids_TK ─ sort and map ─► order_S, TaskMap
+    hidden_TH ─ up, activation ─► (S, I) ─ (mid, activation ─► (S, I) ─) down ─► (S, H) ─ combine
+
+The first product reads the tokens through the order of the sort, or a sorted copy of them where its
+tiles are tall; the others read sorted rows. All share one task map, so one tile height. Launches
+overlap as in `experts`: each product begins to load weights while the one before still runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import ceil, sqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..batching import batch_rows
+from ..combine import combine
+from ..device import sm_count
+from ..gather import gather_rows
+from ..taskmap import TaskMap
+from ..tune import Problem, device_family, hopper_row
+from .launch import HopperConfig, grouped_mm_hopper
+from .single import one_token
+
+
+class MlpConfig(NamedTuple):
+    """The tiles of each product, which share one task map, and its order."""
+
+    tiles: tuple[HopperConfig, ...]
+    order: str = "index"
+
+    @property
+    def height(self) -> int:
+        """The tile height of the map."""
+        return self.tiles[0].bm
+
+
+class Layer(NamedTuple):
+    """One product of the chain: weight (E, C, K), bias (E, C) or None, what follows it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: str
+
+
+TILES = (
+    HopperConfig("decode", 16, 64, 12),
+    HopperConfig("decode", 16, 128, 10),
+    HopperConfig("decode", 32, 64, 12),
+    HopperConfig("decode", 32, 128, 9),
+    HopperConfig("decode", 64, 64, 10),
+    HopperConfig("decode", 64, 128, 8),
+    HopperConfig("decode", 128, 64, 8),
+    HopperConfig("decode", 128, 128, 6),
+    HopperConfig("prefill", 128, 256, 4),
+    HopperConfig("tall", 64, 128, 8),
+    HopperConfig("tall", 128, 128, 6),
+    HopperConfig("tall", 192, 128, 4),
+    HopperConfig("tall", 256, 128, 4),
+    HopperConfig("tall", 320, 128, 3),
+    HopperConfig("tall", 384, 128, 3),
+)
+# What a tile of each kernel reaches of the tensor cores, by measured products of large tiles.
+REACHED = {"prefill": 0.85, "tall": 0.85, "decode": 0.6}
+FLOPS_PER_CLOCK = 4096
+L2_BYTES_PER_CLOCK = 48
+CLOCKS_PER_S = 1.7e9
+DRAM_BYTES_PER_S = 4.5e12
+TILE_CLOCKS = 2500
+COPY_S = 2e-6
+"""A launch of `gather_rows`, beside the bytes that it moves."""
+
+
+def tile_seconds(tile: HopperConfig, rows: float, experts: int, cols: int, depth: int) -> float:
+    """SM-seconds of the tiles of a product by a simple model, for `rows` rows of each expert.
+
+    Routing is uneven, so the tiles of an expert are those of a few more and a few fewer rows.
+    """
+    spread = sqrt(rows)
+    total = 0.0
+    for some in (max(1.0, rows - spread), rows, rows + spread):
+        tiles = ceil(some / tile.bm)
+        height = 64 * ceil(ceil(some / 64) / tiles) if tile.kernel == "tall" else tile.bm
+        flops = 2 * height * tile.bn * tile.bk
+        step = max(
+            flops / (FLOPS_PER_CLOCK * REACHED[tile.kernel]),
+            (height + tile.bn) * tile.bk * 2 / L2_BYTES_PER_CLOCK,
+        )
+        total += tiles * (ceil(depth / tile.bk) * step + TILE_CLOCKS) / 3
+    return experts * ceil(cols / tile.bn) * total / CLOCKS_PER_S
+
+
+def product_seconds(
+    tile: HopperConfig, rows: float, experts: int, cols: int, depth: int, num_sms: int
+) -> float:
+    """Seconds of a product: whole waves of its tiles over the SMs, or its weights from memory."""
+    spread = sqrt(rows)
+    tiles = sum(ceil(max(1.0, r) / tile.bm) for r in (rows - spread, rows, rows + spread)) / 3
+    tiles *= experts * ceil(cols / tile.bn)
+    waves = ceil(tiles / num_sms)
+    busy = tile_seconds(tile, rows, experts, cols, depth) / tiles * waves
+    return max(busy, 2 * experts * cols * depth / DRAM_BYTES_PER_S)
+
+
+@lru_cache(maxsize=4096)
+def choose_mlp(
+    slots: int, experts: int, hidden: int, inter: int, layers: int, num_sms: int
+) -> MlpConfig:
+    """Tiles for an expected number of routed rows: the least of a simple model of time.
+
+    >>> [tile.bm for tile in choose_mlp(256, 8, 512, 1024, 3, 132).tiles]
+    [32, 32, 32]
+    """
+    shapes = [(inter, hidden), *[(inter, inter)] * (layers - 2), (hidden, inter)]
+    rows, live = slots / min(slots, experts), min(slots, experts)
+    found: dict[int, tuple[float, tuple[HopperConfig, ...]]] = {}
+    for height in sorted({tile.bm for tile in TILES}):
+        seconds, chosen = 0.0, []
+        for number, (cols, depth) in enumerate(shapes):
+            costs = {}
+            for tile in TILES:
+                if tile.bm == height:
+                    costs[tile] = product_seconds(tile, rows, live, cols, depth, num_sms)
+                    if number == 0 and tile.kernel == "tall":
+                        costs[tile] += COPY_S + 4 * slots * hidden / DRAM_BYTES_PER_S
+            best = min(costs, key=lambda tile: costs[tile])
+            seconds += costs[best]
+            chosen.append(best)
+        found[height] = seconds, tuple(chosen)
+    return MlpConfig(min(found.values(), key=lambda pair: pair[0])[1])
+
+
+@lru_cache(maxsize=4096)
+def choose_measured(
+    slots: int,
+    top_k: int,
+    shape: tuple[int, int, int],
+    layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_sms: int,
+) -> MlpConfig:
+    """The tiles measured for this shape on this kind of device, whatever the budget; else
+    `choose_mlp`'s.
+
+    Args:
+        shape: (E, H, I).
+    """
+    experts, hidden, inter = shape
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    problem = Problem(
+        slots // top_k, top_k, experts, hidden, inter, False, layers,
+        str(dtype).removeprefix("torch."), 90, device_family(name),
+    )  # fmt: skip
+    row = hopper_row(problem)
+    if row is None:
+        return choose_mlp(slots, experts, hidden, inter, layers, num_sms)
+    return config_of(row)
+
+
+def config_of(row: dict[str, Any]) -> MlpConfig:
+    """A table's row as a configuration."""
+    names = [name for name in ("up", "mid", "down") if name in row]
+    return MlpConfig(tuple(HopperConfig(**row[n]) for n in names), row.get("order", "index"))
+
+
+def row_of(config: MlpConfig) -> dict[str, Any]:
+    """The table's row of a configuration."""
+    names = ("up", "mid", "down") if len(config.tiles) == 3 else ("up", "down")
+    tiles = {name: tile._asdict() for name, tile in zip(names, config.tiles, strict=True)}
+    return tiles | {"order": config.order}
+
+
+def layers_of(
+    up: Tensor,
+    down: Tensor,
+    mid: Tensor | None,
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None],
+    activation: str,
+) -> list[Layer]:
+    """The chain of products; `biases` of up, mid and down."""
+    middle = [] if mid is None else [Layer(mid, biases[1], activation)]
+    return [Layer(up, biases[0], activation), *middle, Layer(down, biases[2], "none")]
+
+
+def chain(
+    hidden: Tensor,
+    order_S: Tensor,
+    tasks: TaskMap,
+    layers: Sequence[Layer],
+    *,
+    top_k: int,
+    config: MlpConfig,
+    num_sms: int,
+    limit: float | None = None,
+    alpha: float = 1.0,
+    draw: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """All products of the rows that `tasks` covers: rows (S, H) in sorted order.
+
+    Args:
+        draw: programs draw their tiles. A launch puts its counter back to zero and the next but one
+            starts when it is over, so two counters serve any number of launches.
+        out: where they are written, (S, H) contiguous; rows of no task are left as they are.
+    """
+    rows: Tensor = hidden
+    gathered: Tensor | None = order_S
+    if config.tiles[0].kernel == "tall":
+        rows, gathered = gather_rows(hidden, order_S, top_k, pdl=True), None
+    for number, (layer, tile) in enumerate(zip(layers, config.tiles, strict=True)):
+        last = number == len(layers) - 1
+        shape = (order_S.numel(), layer.weight.shape[1])
+        into = out if last and out is not None else hidden.new_empty(shape)
+        rows = grouped_mm_hopper(
+            rows,
+            layer.weight,
+            tasks,
+            into,
+            config=tile,
+            num_sms=num_sms,
+            order_S=gathered,
+            top_k=top_k,
+            bias=layer.bias,
+            activation=layer.activation,
+            limit=None if last else limit,
+            alpha=alpha,
+            ticket=number % 2 if draw else None,
+            pdl="prefetch" if number else "wait",
+        )
+        gathered = None
+    return rows
+
+
+def rows_mlp(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    *,
+    up: Tensor,
+    down: Tensor,
+    mid: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    mid_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "relu",
+    limit: float | None = None,
+    alpha: float = 1.0,
+    num_sms: int | None = None,
+    expected: int | None = None,
+    config: MlpConfig | None = None,
+    counters: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`experts_mlp` without the combine: rows (S, H), and where each slot's row is.
+
+    Args:
+        expected: how many live slots to expect, for the choice of tiles; None: all.
+        out: where the rows are written, (S, H).
+
+    Returns:
+        The rows, and int32 (S,): the row of each slot; -1 where its id is not in [0, E).
+    """
+    slots, experts = topk_ids.numel(), up.shape[0]
+    num_sms = num_sms or sm_count(hidden.device)
+    layers = layers_of(up, down, mid, (up_bias, mid_bias, down_bias), activation)
+    config = config or choose_measured(
+        max(1, slots if expected is None else expected), topk_ids.shape[1],
+        (experts, up.shape[2], up.shape[1]), len(layers), hidden.dtype, hidden.device, num_sms,
+    )  # fmt: skip
+    one = topk_ids.shape[0] == 1 and counters is None and out is None
+    if one:
+        order_S, tasks = one_token(topk_ids)
+        position_S = order_S
+    else:
+        sort, tasks = batch_rows(
+            topk_ids, experts, heights=(config.height,), order=config.order, counters=counters  # type: ignore[arg-type]
+        )  # fmt: skip
+        order_S, position_S = sort.order_S, sort.position_S
+    rows_SH = chain(
+        hidden, order_S, tasks, layers, top_k=topk_ids.shape[1], config=config, num_sms=num_sms,
+        limit=limit if mid is None else None, alpha=alpha, draw=not one, out=out,
+    )  # fmt: skip
+    return rows_SH, position_S
+
+
+def experts_mlp(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, **weights: Any) -> Tensor:
+    """Each token through its K experts, weighted and summed in slot order: the output (T, H).
+
+    Args:
+        hidden: (T, H) bf16 or fp16; H and I multiples of 64.
+        topk_ids: (T, K) int32 or int64. topk_weights: (T, K), fp32 or the dtype of `hidden`.
+        weights: arguments of `rows_mlp`: `up` (E, I, H), `mid` (E, I, I), `down` (E, H, I), biases
+            (E, width), activation, `num_sms` (SM budget of the products), `config` (moves time,
+            never bits), `counters` (3, E) int32.
+    """
+    if topk_ids.numel() == 0:
+        return torch.zeros_like(hidden)
+    hidden, topk_ids = hidden.contiguous(), topk_ids.contiguous()
+    rows_SH, position_S = rows_mlp(hidden, topk_ids, **weights)
+    position_TK = position_S.view(topk_ids.shape)
+    return combine(rows_SH, position_TK, topk_weights.contiguous(), pdl=True)
