@@ -27,7 +27,7 @@ def hopper_problem(device: torch.device, dtype: torch.dtype, spec: ExpertSpec) -
         dtype,
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_size,
-        plain=not (spec.layers == 3 or spec.transposed or spec.interleaved or spec.bias),
+        plain=not (spec.transposed or spec.interleaved or (spec.gated and spec.bias)),
     )
 
 

@@ -126,6 +126,11 @@ def _epilogue(s: ExpertSpec) -> dict[str, Any]:
     return {name: getattr(s, name) for name in names}
 
 
+def ungated(s: ExpertSpec) -> dict[str, Any]:
+    """What follows the products of ungated experts, for kernels that know no others."""
+    return {"activation": s.activation, "limit": s.limit, "alpha": s.alpha}
+
+
 def _arithmetic(s: ExpertSpec) -> dict[str, Any]:
     """The arithmetic and the layout of the experts, as kernels take them."""
     return _epilogue(s) | {"interleaved": s.interleaved, "transposed": s.transposed}
@@ -197,6 +202,13 @@ def _experts_cuda(
         if counters is not None:
             count_rows(counters, topk_ids)
         return moe_reference(hidden, topk_ids, topk_weights, weights, s)
+    if impl == "hopper" and (s.layers == 3 or s.bias):
+        from .kernels.hopper.mlp import experts_mlp
+
+        named: dict[str, Any] = {**weights.named()}
+        return experts_mlp(
+            hidden, topk_ids, topk_weights, **named, **ungated(s), counters=counters
+        )
     if impl == "hopper":
         from .kernels.hopper.experts import experts_hopper
 
@@ -211,8 +223,7 @@ def _experts_cuda(
         )
     from .kernels.experts import experts_triton
 
-    named: dict[str, Any] = {**weights.named()}
-    named |= _arithmetic(s)
+    named = {**weights.named(), **_arithmetic(s)}
     return experts_triton(hidden, topk_ids, topk_weights, **named, counters=counters)
 
 

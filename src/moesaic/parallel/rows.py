@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Impl, choose_impl
+from ..ops import ungated
 from ..reference import moe_reference
 from ..types import ExpertSpec, ExpertWeights
 from .exchange.base import ExpertRows, Returned
@@ -121,6 +122,14 @@ def _rows_hopper(
     expected: int,
     num_sms: int | None,
 ) -> ExpertRows:
+    if spec.layers == 3 or spec.bias:
+        from ..kernels.hopper.mlp import rows_mlp
+
+        named: dict[str, Any] = dict(weights.named())
+        rows_XH, position_S = rows_mlp(
+            rows_RH, ids_RJ, **named, **ungated(spec), num_sms=num_sms, expected=max(1, expected)
+        )
+        return ExpertRows(rows_XH, position_S.view(ids_RJ.shape))
     from ..kernels.batching import batch_rows
     from ..kernels.device import sm_count
     from ..kernels.hopper.experts import choose, products

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..dispatch import Impl, choose_impl
 from ..functional import moe
+from ..ops import ungated
 from ..types import ExpertSpec, ExpertWeights
 from .seats import Seat
 
@@ -203,6 +204,13 @@ class SlicedExperts:
     def _rows_hopper(
         self, hidden_TH: Tensor, ids_TK: Tensor, rows_SH: Tensor, num_sms: int | None
     ) -> Tensor:
+        if self.spec.layers == 3 or self.spec.bias:
+            from ..kernels.hopper.mlp import rows_mlp
+
+            named: dict[str, Any] = dict(self.weights.named())
+            return rows_mlp(
+                hidden_TH, ids_TK, **named, **ungated(self.spec), num_sms=num_sms, out=rows_SH
+            )[1]
         from ..kernels.batching import batch_rows
         from ..kernels.device import sm_count
         from ..kernels.hopper.experts import choose, products
