@@ -1,7 +1,8 @@
-"""Predictions of suite `ep`, written down before it runs, and set beside its lines afterwards.
+"""Predictions of suites `ep` and `layer`, written before they run, then set beside their lines.
 
     python -m moesaic.planner.forecast write --gpus 8      # benchmarks/predictions/h200-x8/ep.jsonl
     python -m moesaic.planner.forecast compare --gpus 8    # beside benchmarks/results/h200-x8
+    python -m moesaic.planner.forecast compare --gpus 1    # suite layer, clock experts, uniform
 
 `write` uses every committed line on one GPU and on fewer GPUs than it predicts (for 2, those of the
 other cells) and leaves out cells measured before; `git log` of the file says when it was written.
@@ -23,9 +24,10 @@ import numpy as np
 
 from .cluster import load_cluster
 from .kernels import device_lines, fit_table, measured_layers, path_of
-from .shapes import EIGHT, SHAPES, SPREAD
+from .shapes import EIGHT, FIELD, SHAPES, SPREAD
 from .spread import WIDTHS, exchange_cell_s, experts_of_layers, layer_s, measured_ways
 
+TOKENS = (1, 4, 16, 64, 128, 512, 1024, 4096, 8192, 32768)
 ROWS = (1, 4, 32, 128, 512, 2048, 8192, 32768, 65536)
 PER_RANK, SMALL = 8192, 128
 GOAL = 0.10
@@ -37,7 +39,14 @@ def _ranks(gpus: int) -> list[int]:
 
 
 def cells(gpus: int) -> Iterator[tuple[str, str, int, str, int]]:
-    """(clock, model, tokens, routing, ranks): exchanges, strong, weak and small scaling."""
+    """(clock, model, tokens, routing, ranks): exchanges, strong, weak and small scaling.
+
+    On 1 GPU: the layers of suite `layer`.
+    """
+    if gpus == 1:
+        for model in FIELD:
+            yield from (("experts", model, tokens, "uniform", 1) for tokens in TOKENS)
+        return
     for model in WIDTHS:
         for routing in ("even", "uniform", "zipf1"):
             for rows in ROWS:
@@ -51,9 +60,10 @@ def cells(gpus: int) -> Iterator[tuple[str, str, int, str, int]]:
 
 
 def predictions(gpus: int, results: Path) -> list[Line]:
-    """One line per cell, from what was measured on fewer GPUs (on as many for 2)."""
+    """One line per cell, from what was measured on fewer GPUs (on as many for 1 and 2)."""
     lines, gpu = device_lines(results, "h200"), load_cluster("H200").gpu
     known = (2,) if gpus == 2 else range(2, gpus)
+    shapes = SPREAD | EIGHT | FIELD
     ways = measured_ways(lines, ranks=known)
     layers = measured_layers(lines, SHAPES | SPREAD)
     layers += experts_of_layers(lines, SPREAD, ways, ranks=known)
@@ -66,17 +76,23 @@ def predictions(gpus: int, results: Path) -> list[Line]:
         if model in WIDTHS:
             seconds = exchange_cell_s(ways, clock, ranks, tokens, WIDTHS[model], routing)
         else:
-            spec, top_k = (SPREAD | EIGHT)[model]
+            spec, top_k = shapes[model]
             seconds = layer_s(gpu, spec, top_k, tokens, ranks, tables[path_of(spec)], ways)
-        found.append({"suite": "ep", "clock": clock, "model": model, "tokens": tokens,
+        found.append({"suite": suite_of(gpus), "clock": clock, "model": model, "tokens": tokens,
                       "routing": routing, "ranks": ranks,
                       "ms": float(f"{seconds * 1e3:.4g}")})  # fmt: skip
     return found
 
 
+def suite_of(gpus: int) -> str:
+    """The suite that measures these cells."""
+    return "layer" if gpus == 1 else "ep"
+
+
 def key(line: Line) -> tuple[Any, ...]:
     """What a prediction and a measured line have in common."""
-    return tuple(line[k] for k in ("clock", "model", "tokens", "routing", "ranks"))
+    names = ("suite", "clock", "model", "tokens", "routing")
+    return (*(line[name] for name in names), int(line.get("ranks") or 1))
 
 
 def unmeasured(predicted: list[Line], measured: list[Line]) -> list[Line]:
@@ -90,8 +106,7 @@ def pairs(predicted: list[Line], measured: list[Line]) -> list[tuple[Line, Line]
     known = {
         key(x): x
         for x in measured
-        if x["suite"] == "ep" and x["impl"] == "moesaic" and x["mode"] == "graph"
-        and x["ms"] and not x.get("wrong") and x.get("ranks")
+        if x["impl"] == "moesaic" and x["mode"] == "graph" and x["ms"] and not x.get("wrong")
     }  # fmt: skip
     return [(line, known[key(line)]) for line in predicted if key(line) in known]
 
@@ -105,8 +120,9 @@ def read_lines(path: Path) -> list[Line]:
 
 def table_of(both: list[tuple[Line, Line]]) -> tuple[list[str], float]:
     """Predictions beside measurements as a table, and the median error."""
-    rows = ["| clock | model | tokens | routing | ranks | predicted ms | measured ms | error |",
-            "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    heads = ("suite", "clock", "model", "tokens", "routing", "ranks", "predicted ms",
+             "measured ms", "error")  # fmt: skip
+    rows = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     errors = []
     for guess, line in both:
         errors.append(guess["ms"] / line["ms"] - 1)
@@ -123,14 +139,15 @@ def table_of(both: list[tuple[Line, Line]]) -> tuple[list[str], float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Write predictions, or compare."""
-    parser = argparse.ArgumentParser(description="Predictions of suite ep.")
+    parser = argparse.ArgumentParser(description="Predictions before measurements.")
     parser.add_argument("what", choices=("write", "compare"))
-    parser.add_argument("--gpus", type=int, choices=(2, 4, 8), required=True)
+    parser.add_argument("--gpus", type=int, choices=(1, 2, 4, 8), required=True)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--predictions", type=Path, default=Path("benchmarks/predictions"))
     options = parser.parse_args(argv)
-    name = f"h200-x{options.gpus}"
-    path, results = options.predictions / name / "ep.jsonl", options.results / name / "ep.jsonl"
+    name = "h200" if options.gpus == 1 else f"h200-x{options.gpus}"
+    file = f"{name}/{suite_of(options.gpus)}.jsonl"
+    path, results = options.predictions / file, options.results / file
     measured = read_lines(results)
     if options.what == "write":
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,

@@ -14,11 +14,11 @@ from typing import Any
 
 from .cluster import Gpu, load_cluster
 from .kernels import KernelTable, Measured, device_lines, expert_layer_s, fit_table, measured_layers
-from .shapes import EIGHT, SHAPES, SPREAD
+from .shapes import EIGHT, FIELD, SHAPES, SPREAD
 from .spread import WIDTHS, Ways, exchange_cell_s, experts_of_layers, layer_s, measured_ways
 
 DEVICE = "h200"
-ALL = SHAPES | SPREAD | EIGHT
+ALL = SHAPES | SPREAD | EIGHT | FIELD
 BASE = "rows-7168"
 
 

@@ -40,3 +40,8 @@ EIGHT: dict[str, tuple[ExpertSpec, int]] = {
     "mixtral-8": (_spec(8, 4096, 14336), 2),
     "deepseek-v3-8-k2": (_spec(8, 7168, 2048), 2),
 }
+# The models of suite `layer`.
+FIELD: dict[str, tuple[ExpertSpec, int]] = {
+    name: SHAPES[name]
+    for name in ("Qwen3-30B-A3B", "Mixtral-8x7B", "DeepSeek-V3", "Qwen3-235B-A22B", "OLMoE")
+} | {"gpt-oss-120b-swiglu": (_spec(128, 2880, 2880), 4)}
