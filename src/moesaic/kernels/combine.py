@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from .aot import AotCase
+from .launching import launch
 
 UNROLL = 8
 WANTED_PROGRAMS = 132
@@ -142,10 +143,12 @@ def combine(
         raise ValueError("combine needs contiguous tensors: call .contiguous() first")
     if tokens:
         plan = plan_combine(tokens, hidden, top_k, rows_SH.element_size())
-        grid = (tokens * triton.cdiv(hidden, plan["BLOCK_H"]),)
+        grid = tokens * triton.cdiv(hidden, plan["BLOCK_H"])
         overlap = {"PDL": True, "launch_pdl": True} if pdl else {}
         extra = {} if counted is None else _counting(*counted)
-        combine_kernel[grid](rows_SH, position_TK, weights_TK, out, **plan, **overlap, **extra)
+        launch(
+            combine_kernel, grid, rows_SH, position_TK, weights_TK, out, **plan, **overlap, **extra
+        )
     return out
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .aot import AotCase
+from .launching import launch
 
 
 @triton.jit
@@ -86,9 +87,9 @@ def gather_rows(x: Tensor, order_S: Tensor, top_k: int, *, pdl: bool = False) ->
     out = x.new_empty((order_S.numel(), width))
     if out.numel():
         plan = plan_gather(width, x.element_size())
-        grid = (triton.cdiv(len(out), plan["ROWS"]) * triton.cdiv(width, plan["BLOCK"]),)
+        grid = triton.cdiv(len(out), plan["ROWS"]) * triton.cdiv(width, plan["BLOCK"])
         overlap = {"PDL": True, "launch_pdl": True} if pdl else {}
-        gather_kernel[grid](x, order_S, out, len(out), top_k, **plan, **overlap)
+        launch(gather_kernel, grid, x, order_S, out, len(out), top_k, **plan, **overlap)
     return out
 
 

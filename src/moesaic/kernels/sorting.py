@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import registers
+from .launching import launch
 from .taskmap import HEIGHTS, lanes, write_task_map
 
 MAX_EXPERTS = 1024
@@ -120,8 +121,9 @@ def launch_sort(
     }
     outputs = (*rows, rows.offsets_E1 if table is None else table)
     if slots <= ONE_LAUNCH_SLOTS:
-        grid = (1 + triton.cdiv(slots, SMALL["ROWS"]),)
-        sort_small_kernel[grid](
+        launch(
+            sort_small_kernel,
+            1 + triton.cdiv(slots, SMALL["ROWS"]),
             ids_TK,
             *outputs,
             slots,

@@ -5,7 +5,7 @@ T tokens · H hidden width · I intermediate width · E experts · K top-k · S 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +15,12 @@ from ..batching import batch_rows
 from ..combine import combine
 from ..device import sm_count
 from ..gather import gather_rows
+from ..sorting import ONE_LAUNCH_SLOTS
 from ..taskmap import TaskMap
 from ..tune import Problem, device_family, hopper_row
 from .launch import GLUON_DTYPES, HopperConfig, grouped_mm_hopper
-from .single import one_token
+from .plans import planned
+from .single import constants, one_token
 from .tiles import triton_problem
 
 
@@ -142,6 +144,43 @@ def experts_hopper(
     tokens, top_k = topk_ids.shape
     if tokens == 0:
         return torch.empty_like(hidden)
+    inputs: tuple[Tensor, ...] = (hidden, topk_ids, topk_weights, up, down)
+    if counters is not None:
+        inputs = (*inputs, counters)
+
+    def call() -> Tensor:
+        return _launches(
+            hidden, topk_ids, topk_weights, up, down, activation, gated, limit, alpha, up_offset,
+            num_sms, config, counters,
+        )  # fmt: skip
+
+    if tokens * top_k > ONE_LAUNCH_SLOTS or not all([t.is_contiguous() for t in inputs]):
+        return call()
+    key = (
+        hidden.shape, top_k, up.shape, down.shape, hidden.dtype, topk_ids.dtype,
+        topk_weights.dtype, hidden.device, activation, gated, limit, alpha, up_offset, num_sms,
+        config, counters is None,
+    )  # fmt: skip
+    return planned(key, inputs, partial(constants, top_k, hidden.device), call)
+
+
+def _launches(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    gated: bool,
+    limit: float | None,
+    alpha: float,
+    up_offset: float,
+    num_sms: int | None,
+    config: LayerConfig | None,
+    counters: Tensor | None,
+) -> Tensor:
+    """`experts_hopper` through Triton's launcher."""
+    tokens, top_k = topk_ids.shape
     num_sms = num_sms or sm_count(hidden.device)
     config = config or choose_measured(
         tokens, top_k, up.shape, gated, hidden.dtype, hidden.device, num_sms

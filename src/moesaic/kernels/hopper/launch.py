@@ -17,6 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..activation import activate_ref
 from ..aot import AotCase
+from ..launching import launch
 from ..taskmap import TaskMap
 from .decode import decode_kernel
 from .prefill import prefill_kernel
@@ -174,7 +175,9 @@ def grouped_mm_hopper(
     depth, cols = weight.shape[2], out.shape[1]
     gather = order_S is not None
     operand = x if gather else _descriptor(x, list(x.shape), [depth, 1], _row_box(config))
-    KERNELS[config.kernel][(num_sms * config.ctas_per_sm,)](
+    launch(
+        KERNELS[config.kernel],
+        num_sms * config.ctas_per_sm,
         operand,
         order_S if gather else tasks.task_N,
         weight_descriptor(weight, gated, config),

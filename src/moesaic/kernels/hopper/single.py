@@ -1,6 +1,6 @@
 """A single token needs no sort: each of its K slots is a task of one row, in slot order.
 
-    K top-k
+K top-k
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ def _every_slot(top_k: int, device: torch.device) -> tuple[Tensor, Tensor, Tenso
 @lru_cache(maxsize=64)
 def _ones(top_k: int, device: torch.device) -> Tensor:
     return torch.ones(top_k, dtype=torch.int32, device=device)
+
+
+def constants(top_k: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The tensors of `one_token` that are the same for every token."""
+    return (*_every_slot(top_k, device), _ones(top_k, device))
 
 
 def one_token(topk_ids: Tensor) -> tuple[Tensor, TaskMap]:

@@ -1,0 +1,189 @@
+"""Recorded launches made again: same arguments, other tensors; refused where they would be wrong.
+
+The driver here is made of Python: its one kernel, `scale`, reads its parameters as a GPU would,
+from the host memory that the launch points at, and works on CPU tensors by their addresses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from moesaic.kernels import launching
+from moesaic.kernels.hopper import plans, raw
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+SIZES = {"*fp32": 8, "i32": 4, "fp32": 4}
+SIGNATURE = {"x_ptr": "*fp32", "out_ptr": "*fp32", "n": "i32", "factor": "fp32", "W": "constexpr"}
+
+
+def scale(x: int, out: int, n: int, factor: float) -> None:
+    read, written = ((ctypes.c_float * n).from_address(address) for address in (x, out))
+    written[:] = [value * factor for value in read]
+
+
+class Kernel:
+    """Stands for a JIT function: launched as one, it does its work at once."""
+
+    arg_names = tuple(SIGNATURE)
+    params = tuple(SimpleNamespace(name=n, has_default=n == "W", default=8) for n in SIGNATURE)
+    metadata = SimpleNamespace(
+        num_warps=4, num_ctas=1, shared=0, launch_pdl=True, launch_cooperative_grid=False,
+        global_scratch_size=0, profile_scratch_size=0,
+    )  # fmt: skip
+    signature = SIGNATURE
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(x: torch.Tensor, out: torch.Tensor, n: int, factor: float, W: int = 8) -> Any:
+            scale(x.data_ptr(), out.data_ptr(), n, factor)
+            src = SimpleNamespace(signature=self.signature)
+            return SimpleNamespace(src=src, metadata=self.metadata, function=1)
+
+        return run
+
+
+class FakeDriver:
+    def __init__(self) -> None:
+        self.launches: list[tuple[int, int]] = []
+        self.sizes = [SIZES[kind] for kind in SIGNATURE.values() if kind in SIZES] + [8, 8]
+
+    def launch(self, config: int, function: int, parameters: int, extra: None) -> int:
+        places = (ctypes.c_void_p * 4).from_address(parameters)
+        x, out = (ctypes.c_uint64.from_address(place).value for place in places[:2])
+        n, factor = ctypes.c_int32.from_address(places[2]), ctypes.c_float.from_address(places[3])
+        scale(x, out, n.value, factor.value)
+        told = raw._Config.from_address(config)
+        self.launches.append((told.grid[0], told.stream or 0))
+        return 0
+
+    def parameter(self, function: int, index: int, offset: int, size: int) -> int:
+        if index >= len(self.sizes):
+            return 1
+        ctypes.c_size_t.from_address(size).value = self.sizes[index]
+        return 0
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    driver = FakeDriver()
+    found = raw.Driver(driver.launch, None, None, driver.parameter)  # type: ignore[arg-type]
+    monkeypatch.setattr(raw, "driver", lambda: found)
+    monkeypatch.setattr(plans, "driver", lambda: found)
+    monkeypatch.setattr(plans, "_threads", SimpleNamespace())
+    monkeypatch.setattr(plans, "ENABLED", True)
+    monkeypatch.setattr(plans, "_told", plans.Counter())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
+    return driver
+
+
+KERNEL = Kernel()
+FIXED = torch.full((8,), 3.0)
+
+
+def twice(x: torch.Tensor) -> torch.Tensor:
+    """2 * (5 * x) + nothing, through scratch; then the constant's own scratch is read by nobody."""
+    between = torch.empty(16)
+    launching.launch(KERNEL, 7, x, between[8:], 8, 5.0)
+    out = torch.empty_like(x)
+    launching.launch(KERNEL, 9, between[8:], out, 8, 2.0)
+    return out
+
+
+def call(x: torch.Tensor, function: Any = twice, key: str = "a") -> torch.Tensor:
+    return plans.planned((key, x.shape), (x,), lambda: (FIXED,), lambda: function(x))
+
+
+def test_the_second_call_makes_the_same_launches_for_other_tensors(fake: FakeDriver) -> None:
+    first = torch.randn(8)
+    assert torch.equal(call(first), first * 5 * 2) and not fake.launches
+    for _ in range(3):
+        other = torch.randn(8)
+        assert torch.equal(call(other), other * 5 * 2)
+    assert fake.launches == [(7, 77), (9, 77)] * 3
+    assert plans.told() == {"the first of its shapes": 1, "raw": 3}
+
+
+def test_constants_stay_and_unknown_memory_is_refused(fake: FakeDriver) -> None:
+    def fixed(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        launching.launch(KERNEL, 1, given, out, 8, 2.0)
+        return out
+
+    for given, told in ((FIXED, "raw"), (torch.ones(8), "x_ptr is memory of unknown origin")):
+        for _ in range(2):
+            x = torch.randn(8)
+            assert torch.equal(call(x, lambda x, g=given: fixed(x, g), told), given * 2)
+        assert plans.told()[told] == 1
+
+
+def test_what_a_plan_cannot_do_goes_the_ordinary_way(fake: FakeDriver) -> None:
+    memory = torch.randn(64)
+    call(memory[:8])
+    assert torch.equal(call(memory[1:9]), memory[1:9] * 10)
+    assert plans.told()["an unaligned tensor"] == 1
+
+    def more(x: torch.Tensor) -> torch.Tensor:
+        return twice(x * 2)
+
+    for _ in range(2):
+        assert torch.equal(call(memory[:8], more, "b"), memory[:8] * 20)
+    assert plans.told()["aten.mul.Tensor ran between the launches"] == 1
+
+    fake.sizes[2] = 8
+    for _ in range(2):
+        assert torch.equal(call(memory[:8], key="c"), memory[:8] * 10)
+    assert sum("the kernel has" in reason for reason in plans.told()) == 1
+    assert not fake.launches
+
+
+def test_overlapping_tensors_make_no_plan_and_do_not_forbid_one(fake: FakeDriver) -> None:
+    def two(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return plans.planned(("two",), (x, y), lambda: (), lambda: twice(y))
+
+    x, y = torch.randn(8), torch.randn(8)
+    assert torch.equal(two(x, x), x * 10)
+    assert torch.equal(two(x, y), y * 10) and not fake.launches
+    assert torch.equal(two(y, x), x * 10) and len(fake.launches) == 2
+
+
+def test_a_launch_hook_hears_every_launch(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(8)
+    call(x)
+    monkeypatch.setattr(plans.knobs.runtime.launch_enter_hook, "calls", [print])
+    assert torch.equal(call(x), x * 10) and not fake.launches
+
+
+def test_the_driver_reports_a_failed_launch(fake: FakeDriver) -> None:
+    x = torch.randn(8)
+    call(x)
+    failing = raw.RawLaunch.__new__(raw.RawLaunch)
+    failing.go = lambda: 719  # type: ignore[assignment]
+    plan = plans._threads.plans["a", x.shape]
+    plan._goes[1] = failing.go
+    with pytest.raises(RuntimeError, match="719"):
+        call(x)
+
+
+def test_parameters_are_laid_out_as_triton_compiles_them() -> None:
+    told = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("raw_layout.py"))],
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stdout + told.stderr
+    if "skipped" not in told.stdout:
+        boxes, refusal = told.stdout.splitlines()
+        assert boxes == "[(9, 2, 64, 16), (9, 3, 64, 64, 1), (9, 4, 64, 16, 1, 1)]"
+        assert "the kernel has" in refusal
