@@ -59,16 +59,19 @@ def tile_problem(row: Mapping[str, Any]) -> str | None:
 
 
 def layer_problem(row: Any) -> str | None:
-    """Why a table's row, two tiles and an order, cannot exist, or None."""
-    if not isinstance(row, dict) or not {"up", "down"} <= set(row) <= {"up", "down", "order"}:
-        return "a row must have up, down and perhaps order"
-    for name in ("up", "down"):
+    """Why a table's row, two or three tiles and an order, cannot exist, or None."""
+    known = {"up", "mid", "down", "order"}
+    if not isinstance(row, dict) or not {"up", "down"} <= set(row) <= known:
+        return "a row must have up, down and perhaps mid and order"
+    names = [name for name in ("up", "mid", "down") if name in row]
+    for name in names:
         if not isinstance(row[name], dict):
             return f"{name} must be an object"
         if problem := tile_problem(row[name]):
             return f"{name}: {problem}"
-    if row["up"]["bm"] != row["down"]["bm"]:
-        return f"up and down share one map: bm {row['up']['bm']} and {row['down']['bm']} differ"
+    heights = [row[name]["bm"] for name in names]
+    if len(set(heights)) > 1:
+        return f"{' and '.join(names)} share one map: bm {' and '.join(map(str, heights))} differ"
     if row.get("order", "index") not in ORDERS:
         return f"order must be one of {', '.join(ORDERS)}, got {row['order']!r}"
     return None
