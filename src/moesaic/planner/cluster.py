@@ -26,7 +26,8 @@ class Gpu:
 
     Args:
         flops, fp8_flops: per second, peak, dense, 16-bit and 8-bit.
-        mfu: the share of the peak that large products reach.
+        mfu: the share of the peak that large products reach; attention_mfu: that attention's core
+            does, whose softmax keeps the tensor cores waiting.
         memory_bytes, reserve_bytes: in all, and kept for the runtime.
         bytes_per_s, bandwidth_efficiency: of device memory.
         overhead_s: of one expert layer beyond its bytes and flops; kernel_s: of one other kernel.
@@ -36,6 +37,7 @@ class Gpu:
     flops: float
     fp8_flops: float
     mfu: float
+    attention_mfu: float
     memory_bytes: float
     reserve_bytes: float
     bytes_per_s: float
@@ -48,6 +50,11 @@ class Gpu:
     def rate(self, itemsize: float) -> float:
         """Flops per second that large products of this item size reach."""
         return self.mfu * (self.fp8_flops if itemsize == 1 else self.flops)
+
+    @property
+    def attention_flops_per_s(self) -> float:
+        """Flops per second of attention's core in 16 bits."""
+        return self.attention_mfu * self.flops
 
     @property
     def read_bytes_per_s(self) -> float:
@@ -220,6 +227,7 @@ def _pick(given: Block | None, base: Block | None, name: str, **limits: Any) -> 
 def _gpu(given: Block | None, base: Block | None) -> Gpu:
     share: dict[str, Any] = {"low": 0.0, "high": 1.0, "above": True}
     positive: dict[str, Any] = {"above": True}
+    mfu = _pick(given, base, "mfu", **share)
     values = Gpu(
         flops=_pick(given, base, "tflops", **positive) * 1e12,
         fp8_flops=(
@@ -227,7 +235,8 @@ def _gpu(given: Block | None, base: Block | None) -> Gpu:
             if base is not None or (given is not None and "fp8_tflops" in given)
             else _pick(given, base, "tflops", **positive)
         ) * 1e12,
-        mfu=_pick(given, base, "mfu", **share),
+        mfu=mfu,
+        attention_mfu=_share(given, base, "attention_mfu", mfu),
         memory_bytes=_pick(given, base, "memory_gb", **positive) * 1e9,
         reserve_bytes=_or(given, base, "reserve_gb", 4.0) * 1e9,
         bytes_per_s=_pick(given, base, "bandwidth_tb_per_s", **positive) * 1e12,
@@ -242,6 +251,15 @@ def _gpu(given: Block | None, base: Block | None) -> Gpu:
         if values.reserve_bytes >= values.memory_bytes:
             raise given.wrong("reserve_gb", "less than memory_gb", values.reserve_bytes / 1e9)
     return values
+
+
+def _share(given: Block | None, base: Block | None, name: str, fallback: float) -> float:
+    """A number in (0, 1] from the file, the preset, or the fallback."""
+    if base is not None and name in base:
+        fallback = float(base.number(name))
+    if given is None:
+        return fallback
+    return float(given.number(name, fallback, low=0.0, high=1.0, above=True))
 
 
 def _or(given: Block | None, base: Block | None, name: str, fallback: float) -> float:

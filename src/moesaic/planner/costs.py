@@ -32,6 +32,8 @@ Floats = npt.NDArray[np.float64]
 # Kernels of an attention block (norms, projections, rope, core) and of gate and shared expert.
 ATTENTION_KERNELS, GATE_KERNELS, MLP_KERNELS = 6, 2, 3
 SMS = 132
+# Of a step of a ring over NVLink, as NCCL's own tuning table has it.
+RING_STEP_S = 0.6e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +144,22 @@ def attention_s(
     cache = tokens * tp * context * model.cache_bytes if decode else 0.0
     # The compressed cache has no heads to divide; key-value heads divide until there are none left.
     cache /= 1 if a.kv_rank else min(tp, a.kv_heads)
-    return projections + gemm_s(gpu, core_flops, cache, 2, 1)
+    return projections + core_s(gpu, core_flops, cache)
+
+
+def core_s(gpu: Gpu, flops: float, moved: float) -> float:
+    """Attention's core: scores, softmax and values in one kernel."""
+    busy = flops / gpu.attention_flops_per_s
+    return gpu.kernel_s + float(np.hypot(busy, moved / gpu.read_bytes_per_s))
 
 
 def reduce_s(cluster: Cluster, num_bytes: float, ranks: int) -> float:
-    """A ring all-reduce over NVLink inside a node."""
+    """A ring all-reduce over NVLink inside a node: 2 (G - 1) steps, the first two in the latency."""
     if ranks == 1:
         return 0.0
     moved = 2 * (ranks - 1) / ranks * num_bytes
-    return moved / cluster.nvlink_bytes_per_s + cluster.nvlink_latency_s + cluster.gpu.kernel_s
+    latency = cluster.nvlink_latency_s + RING_STEP_S * (2 * (ranks - 1) - 2)
+    return moved / cluster.nvlink_bytes_per_s + latency + cluster.gpu.kernel_s
 
 
 def mlp_s(model: Model, gpu: Gpu, tokens: int, elements: float, cut: int) -> float:
