@@ -96,14 +96,15 @@ class _Experts(torch.autograd.Function):
         spec: str,
         impl: str,
         counters: Tensor | None,
+        num_sms: int | None,
         *params: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(hidden_TH, topk_ids_TK, topk_weights_TK, *params)
         ctx.spec = spec
         tensors = (hidden_TH, topk_ids_TK, topk_weights_TK, *params)
         if counters is None:
-            return experts_op(*tensors, spec, impl)
-        return experts_counted_op(*tensors, spec, impl, counters)
+            return experts_op(*tensors, spec, impl, num_sms=num_sms)
+        return experts_counted_op(*tensors, spec, impl, counters, num_sms=num_sms)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -115,7 +116,7 @@ class _Experts(torch.autograd.Function):
         )
         it = iter(d_present)
         d_params = [None if p is None else next(it) for p in params]
-        return (d_hidden, None, d_weights, None, None, None, *d_params)
+        return (d_hidden, None, d_weights, None, None, None, None, *d_params)
 
 
 def moe(
@@ -127,6 +128,7 @@ def moe(
     *,
     impl: Impl = "auto",
     counters: Tensor | None = None,
+    num_sms: int | None = None,
 ) -> Tensor:
     """Each token through its K experts, weighted and summed in slot order: the output (T, H).
 
@@ -140,12 +142,16 @@ def moe(
         impl: "auto", or an implementation by name; one that cannot run raises.
         counters: (3, E) int32; rows and, on a GPU, tiles are added to lines 1 and 2, by launches
             that are there anyway.
+        num_sms: SMs that the products may use, for what runs beside them (an exchange, another
+            tenant); moves time, never bits. None: all. Only the GPU's kernels obey one.
 
     Raises:
-        TypeError, ValueError: see `validate.check_moe` and `check_counters`.
-        RuntimeError: `impl` cannot run on this device; or packed weights were changed after they
-            were packed, or are asked for gradients.
+        TypeError, ValueError: see `validate.check_moe` and `check_counters`; `num_sms` under 1.
+        RuntimeError: `impl` cannot run on this device, or obeys no `num_sms`; or packed weights
+            were changed after they were packed, or are asked for gradients.
     """
+    if num_sms is not None and (num_sms < 1 or isinstance(weights, PackedWeights)):
+        _refuse_budget(num_sms)
     if counters is not None and not torch.compiler.is_compiling():
         check_counters(counters, spec.num_experts, hidden_TH)
     if isinstance(weights, PackedWeights):
@@ -163,11 +169,21 @@ def moe(
     tensors = (hidden_TH, topk_weights_TK, *named.values())
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out_TH: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
-            hidden_TH, topk_ids_TK, topk_weights_TK, spec.key(), impl, counters, *params
+            hidden_TH, topk_ids_TK, topk_weights_TK, spec.key(), impl, counters, num_sms, *params
         )
         return out_TH
     args = (hidden_TH, topk_ids_TK, topk_weights_TK, *params, spec.key(), impl)
-    return experts_op(*args) if counters is None else experts_counted_op(*args, counters)
+    # Without a budget nothing is said of one: keywords cost every eager call.
+    budget = {} if num_sms is None else {"num_sms": num_sms}
+    if counters is None:
+        return experts_op(*args, **budget)
+    return experts_counted_op(*args, counters, **budget)
+
+
+def _refuse_budget(num_sms: int) -> None:
+    if num_sms < 1:
+        raise ValueError(f"num_sms must be positive or None, got {num_sms}")
+    raise RuntimeError("packed weights run on the CPU, which obeys no SM budget; pass num_sms=None")
 
 
 def _moe_packed(

@@ -1,8 +1,10 @@
 """One registered torch op per contract: `moesaic::route`, `::experts`, `::experts_backward`.
 
-`route_counted` and `experts_counted` do the same and add what happened to counters (3, E) int32:
-line 0 the router's choices, line 1 the rows computed, line 2 the tiles of the task map (on a GPU).
-They are ops of their own, so that the others stay free of side effects.
+`route_hidden` is the router from hidden states, its product in the same launch where the tensor
+cores can run it. `route_counted` and `experts_counted` do the same as `route` and `experts` and add
+what happened to counters (3, E) int32: line 0 the router's choices, line 1 the rows computed, line
+2 the tiles of the task map (on a GPU). They are ops of their own, so that the others stay free of
+side effects.
 
 Importing this module needs torch alone; the kernels (and Triton) are imported when an op first
 runs on a device. Specs cross the boundary as strings (`ExpertSpec.key()`), because op schemas know
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .dispatch import choose_impl
 from .packing import PackedWeights
@@ -33,12 +36,20 @@ torch.library.define(
     "moesaic::route_counted",
     "(Tensor logits, Tensor? bias, str spec, Tensor(a!) counters) -> (Tensor, Tensor, Tensor)",
 )
+torch.library.define(
+    "moesaic::route_hidden",
+    "(Tensor hidden, Tensor weight, Tensor? linear_bias, Tensor? bias, str spec, bool fp32, "
+    "bool as_logits) -> (Tensor, Tensor, Tensor)",
+)
 _EXPERTS = (
     "(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor up, Tensor down, "
     "Tensor? up_bias, Tensor? down_bias, Tensor? mid, Tensor? mid_bias, str spec, str impl"
 )
-torch.library.define("moesaic::experts", f"{_EXPERTS}) -> Tensor")
-torch.library.define("moesaic::experts_counted", f"{_EXPERTS}, Tensor(a!) counters) -> Tensor")
+_BUDGET = "*, int? num_sms=None"
+torch.library.define("moesaic::experts", f"{_EXPERTS}, {_BUDGET}) -> Tensor")
+torch.library.define(
+    "moesaic::experts_counted", f"{_EXPERTS}, Tensor(a!) counters, {_BUDGET}) -> Tensor"
+)
 torch.library.define(
     "moesaic::experts_backward",
     "(Tensor grad, Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor[] params, str spec)"
@@ -120,6 +131,92 @@ def _route_fake(
     )
 
 
+def _logits_dtype(hidden: Tensor, fp32: bool) -> torch.dtype:
+    return torch.float32 if fp32 else hidden.dtype
+
+
+def _route_composed(
+    route: Callable[..., tuple[Tensor, ...]],
+    hidden: Tensor,
+    weight: Tensor,
+    linear_bias: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+    fp32: bool,
+    as_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The product by torch, then a route: logits, ids, weights."""
+    if fp32:
+        hidden, weight = hidden.float(), weight.float()
+        linear_bias = None if linear_bias is None else linear_bias.float()
+    logits = F.linear(hidden, weight, linear_bias)
+    ids, weights, _ = route(logits, bias, spec)
+    return logits, ids, weights.to(logits.dtype) if as_logits else weights
+
+
+def _route_hidden_cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    linear_bias: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+    fp32: bool,
+    as_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _route_composed(_route_cpu, hidden, weight, linear_bias, bias, spec, fp32, as_logits)
+
+
+def _route_hidden_cuda(
+    hidden: Tensor,
+    weight: Tensor,
+    linear_bias: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+    fp32: bool,
+    as_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .kernels.router import refusal, route_hidden
+
+    if refusal(hidden, weight) is not None:
+        return _route_composed(
+            _route_cuda, hidden, weight, linear_bias, bias, spec, fp32, as_logits
+        )
+    r = RouterSpec.from_key(spec)
+    dtype = _logits_dtype(hidden, fp32)
+    return route_hidden(
+        hidden,
+        weight,
+        linear_bias,
+        bias,
+        top_k=r.top_k,
+        scoring=r.scoring,
+        renormalize=r.renormalize,
+        n_group=r.n_group,
+        topk_group=r.topk_group,
+        scale=r.scale,
+        logits_dtype=dtype,
+        weights_dtype=dtype if as_logits else torch.float32,
+    )
+
+
+def _route_hidden_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    linear_bias: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+    fp32: bool,
+    as_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, top_k = hidden.shape[0], RouterSpec.from_key(spec).top_k
+    dtype = _logits_dtype(hidden, fp32)
+    return (
+        hidden.new_empty((tokens, weight.shape[0]), dtype=dtype),
+        hidden.new_empty((tokens, top_k), dtype=torch.int32),
+        hidden.new_empty((tokens, top_k), dtype=dtype if as_logits else torch.float32),
+    )
+
+
 def _epilogue(s: ExpertSpec) -> dict[str, Any]:
     """What happens between the products, as kernels take it."""
     names = ("activation", "gated", "limit", "alpha", "up_offset")
@@ -136,6 +233,11 @@ def _arithmetic(s: ExpertSpec) -> dict[str, Any]:
     return _epilogue(s) | {"interleaved": s.interleaved, "transposed": s.transposed}
 
 
+def _refuse_budget(num_sms: int | None, impl: str) -> None:
+    if num_sms is not None:
+        raise RuntimeError(f"impl={impl!r} obeys no SM budget; pass num_sms=None")
+
+
 def _experts_cpu(
     hidden: Tensor,
     topk_ids: Tensor,
@@ -149,7 +251,10 @@ def _experts_cpu(
     spec: str,
     impl: str,
     counters: Tensor | None = None,
+    *,
+    num_sms: int | None = None,
 ) -> Tensor:
+    _refuse_budget(num_sms, "reference" if impl == "reference" else "cpu")
     s = ExpertSpec.from_key(spec)
     weights = ExpertWeights(up, down, up_bias, down_bias, mid, mid_bias)
     if counters is not None:
@@ -194,11 +299,14 @@ def _experts_cuda(
     spec: str,
     impl: str,
     counters: Tensor | None = None,
+    *,
+    num_sms: int | None = None,
 ) -> Tensor:
     s = ExpertSpec.from_key(spec)
     weights = ExpertWeights(up, down, up_bias, down_bias, mid, mid_bias)
     impl = choose_impl(impl, hidden.device, hidden.dtype, s)
     if impl == "reference":
+        _refuse_budget(num_sms, impl)
         if counters is not None:
             count_rows(counters, topk_ids)
         return moe_reference(hidden, topk_ids, topk_weights, weights, s)
@@ -207,7 +315,13 @@ def _experts_cuda(
 
         named: dict[str, Any] = {**weights.named()}
         return experts_mlp(
-            hidden, topk_ids, topk_weights, **named, **ungated(s), counters=counters
+            hidden,
+            topk_ids,
+            topk_weights,
+            **named,
+            **ungated(s),
+            counters=counters,
+            num_sms=num_sms,
         )
     if impl == "hopper":
         from .kernels.hopper.experts import experts_hopper
@@ -220,14 +334,17 @@ def _experts_cuda(
             down=down,
             **_epilogue(s),
             counters=counters,
+            num_sms=num_sms,
         )
     from .kernels.experts import experts_triton
 
     named = {**weights.named(), **_arithmetic(s)}
-    return experts_triton(hidden, topk_ids, topk_weights, **named, counters=counters)
+    return experts_triton(
+        hidden, topk_ids, topk_weights, **named, counters=counters, num_sms=num_sms
+    )
 
 
-def _experts_fake(hidden: Tensor, *_: object) -> Tensor:
+def _experts_fake(hidden: Tensor, *_: object, num_sms: int | None = None) -> Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
@@ -269,6 +386,9 @@ for _route_name in ("moesaic::route", "moesaic::route_counted"):
     torch.library.impl(_route_name, "CPU", _route_cpu)
     torch.library.impl(_route_name, "CUDA", _route_cuda)
     torch.library.register_fake(_route_name, _route_fake)
+torch.library.impl("moesaic::route_hidden", "CPU", _route_hidden_cpu)
+torch.library.impl("moesaic::route_hidden", "CUDA", _route_hidden_cuda)
+torch.library.register_fake("moesaic::route_hidden", _route_hidden_fake)
 for _experts_name in ("moesaic::experts", "moesaic::experts_counted"):
     torch.library.impl(_experts_name, "CPU", _experts_cpu)
     torch.library.impl(_experts_name, "CUDA", _experts_cuda)
@@ -280,6 +400,7 @@ torch.library.register_fake("moesaic::experts_backward", _experts_backward_fake)
 Routed = tuple[Tensor, Tensor, Tensor]
 route_op: Callable[..., Routed] = torch.ops.moesaic.route.default
 route_counted_op: Callable[..., Routed] = torch.ops.moesaic.route_counted.default
+route_hidden_op: Callable[..., Routed] = torch.ops.moesaic.route_hidden.default
 experts_op: Callable[..., Tensor] = torch.ops.moesaic.experts.default
 experts_counted_op: Callable[..., Tensor] = torch.ops.moesaic.experts_counted.default
 experts_backward_op: Callable[..., list[Tensor]] = torch.ops.moesaic.experts_backward.default

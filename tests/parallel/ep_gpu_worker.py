@@ -53,7 +53,7 @@ def kinds(bound: int, ranks: int) -> dict[str, Options]:
         "nccl": Options("nccl"),
         "two levels": Options("two_level", per_node=max(1, ranks // 2)),
         "symmetric": Options("symmetric", capacity=bound),
-        "few SMs": Options("symmetric", capacity=bound, num_sms=16),
+        "few SMs": Options("symmetric", capacity=bound, num_sms=16, expert_sms=64),
         "rounds": Options("symmetric", capacity=third),
     }
 

@@ -15,6 +15,8 @@ from layer_cases import draw_ids, draw_layer
 
 from moesaic import moe
 from moesaic.hardware.green import GreenDevice, GreenUnavailable
+from moesaic.packing import pack
+from moesaic.parallel.expert_parallel import ExpertParallel, Options
 from moesaic.runtime.seats import Seat, SeatedWork
 from moesaic.runtime.sliced import SlicedExperts, group_ids, run_budgeted
 from moesaic.types import ExpertSpec
@@ -66,6 +68,15 @@ def test_a_budget_is_refused_where_nothing_obeys_it() -> None:
         run_budgeted(*args, weights, spec, num_sms=8)
     with pytest.raises(ValueError, match="positive"):
         run_budgeted(*args, weights, spec, num_sms=0)
+    for impl in ("auto", "reference"):
+        with pytest.raises(RuntimeError, match="obeys no SM budget"):
+            moe(*args, weights, spec, num_sms=8, impl=impl)
+    with pytest.raises(RuntimeError, match="obeys no SM budget"):
+        moe(*args, pack(weights, spec), spec, num_sms=8)
+    options = Options(expert_sms=8)
+    layer = ExpertParallel(spec, None, weights, top_k=2, options=options, dtype=torch.float32)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="obeys no SM budget"):
+        layer(*args)
 
 
 def test_a_new_seat_chooses_among_graphs_and_never_captures() -> None:
@@ -97,6 +108,9 @@ def test_slices_graphs_and_budgets_have_the_bits_of_the_layer(kind: str, tokens:
     args = layer_inputs(spec, tokens, 4, torch.bfloat16, cuda)
     whole = moe(*args, weights, spec)
     assert torch.equal(run_budgeted(*args, weights, spec, num_sms=24), whole)
+    few = ExpertParallel(spec, None, weights, top_k=4, options=Options(expert_sms=24))
+    with torch.no_grad():
+        assert torch.equal(few(*args), whole)
     groups = [[0, 3], [1, *range(4, 14)], [2, 14, 15]]
     assert torch.equal(SlicedExperts(weights, spec, groups)(*args), whole)
     try:

@@ -84,11 +84,16 @@ def choose_backend(backend: str, group: dist.ProcessGroup | None, device: torch.
 
 
 class Options(NamedTuple):
-    """How a layer exchanges; see `ExpertParallel`."""
+    """How a layer exchanges; see `ExpertParallel`.
+
+    `num_sms` is the SM budget of the exchange, `expert_sms` that of the products of this rank's
+    experts, for exchanges that run beside them (`begin`, `experts`, `end`); None: all SMs.
+    """
 
     backend: Backend = "auto"
     capacity: int = 4096
     num_sms: int | None = None
+    expert_sms: int | None = None
     per_node: int | None = None
     wire: Wire = "exact"
     timeout_s: float = 30.0
@@ -259,6 +264,7 @@ class ExpertParallel(nn.Module):
             self.local_spec,
             expected=bound * self.top_k,
             impl=self.impl,
+            num_sms=self.options.expert_sms,
         )
 
     def forward(

@@ -46,7 +46,7 @@ def expert_rows(
         num_sms: SM budget of the products on a GPU; None: all.
 
     Raises:
-        RuntimeError: `impl` cannot run here.
+        RuntimeError: `impl` cannot run here, or obeys no `num_sms`.
     """
     chosen = choose_impl(impl, rows_RH.device, rows_RH.dtype, spec)
     if ids_RJ.numel() == 0:
@@ -55,6 +55,8 @@ def expert_rows(
     if chosen == "reference" and rows_RH.device.type != "cpu":
         raise RuntimeError("impl='reference' has no expert parallelism on a GPU; use impl='triton'")
     if rows_RH.device.type == "cpu":
+        if num_sms is not None:
+            raise RuntimeError(f"impl={chosen!r} obeys no SM budget; pass num_sms=None")
         return _rows_cpu(rows_RH, ids_RJ, weights, spec, chosen)
     with torch.cuda.device(rows_RH.device):
         if chosen == "hopper":

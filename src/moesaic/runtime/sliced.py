@@ -50,27 +50,10 @@ def run_budgeted(
         ValueError: `num_sms` is not positive.
         RuntimeError: `impl` cannot run here; or a budget is asked for where nothing obeys one.
     """
-    if num_sms is None:
-        with torch.no_grad():
-            return moe(hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec, impl=impl)
-    if num_sms < 1:
-        raise ValueError(f"num_sms must be positive or None, got {num_sms}")
-    chosen = choose_impl(impl, hidden_TH.device, hidden_TH.dtype, spec)
-    named: dict[str, Any] = dict(weights.named())
-    if chosen == "hopper":
-        from ..kernels.hopper.experts import experts_hopper
-
-        return experts_hopper(
-            hidden_TH, topk_ids_TK, topk_weights_TK, **named, **arithmetic_of(spec), num_sms=num_sms
+    with torch.no_grad():
+        return moe(
+            hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec, impl=impl, num_sms=num_sms
         )
-    if chosen == "triton":
-        from ..kernels.experts import experts_triton
-
-        return experts_triton(
-            hidden_TH, topk_ids_TK, topk_weights_TK, **named, **arithmetic_of(spec),
-            interleaved=spec.interleaved, transposed=spec.transposed, num_sms=num_sms,
-        )  # fmt: skip
-    raise RuntimeError(f"impl={chosen!r} obeys no SM budget; pass num_sms=None")
 
 
 def group_ids(groups: Sequence[Sequence[int]], num_experts: int) -> Tensor:
