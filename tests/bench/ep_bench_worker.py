@@ -39,9 +39,10 @@ def wall_ms(work, *, head_start):
 def main() -> None:
     torch.set_num_threads(1)
     exchanges.capture, exchanges.CHAIN, exchanges.LAYER_CHAIN = plain_capture, 1, 1
+    exchanges.in_graphs = lambda team: True
     ranks._events_ms = wall_ms
     spec = ExpertSpec(num_experts=4, hidden_size=64, intermediate_size=48)
-    ep.WIDTHS, ep.LAYERS = {"rows-7168": 64}, {"deepseek-v3-16": ep.Layer(spec, 2)}
+    ep.CPU_WIDTHS, ep.CPU_LAYERS = {"rows-7168": 64}, {"deepseek-v3-16": ep.Layer(spec, 2)}
     if os.environ.get("SABOTAGE"):
         whole = exchanges.combine
         exchanges.combine = lambda *a: whole(*a)._replace(rows_XH=whole(*a).rows_XH + 1)

@@ -60,6 +60,45 @@ def test_rows_that_come_back_changed_are_wrong(tmp_path) -> None:
     assert ep.summarize(lines)[0].met is False
 
 
+@pytest.mark.slow
+def test_the_command_runs_on_processes_of_a_cpu(tmp_path) -> None:
+    command = [sys.executable, "-m", "moesaic", "bench", "--suite", "ep", "--gpus", "4"]
+    some = ["--only", "deepseek-v3-8-k2/16", "--only", "rows-448", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, *some, "--out", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = Recorder(tmp_path, "cpu-x4", "ep", ep.summarize).lines
+    cells = {ep.measured(x) for x in lines if x["impl"] == "moesaic"}
+    assert cells == {
+        c for c in ep.runnable(4, cpu=True) if c.model in ("rows-448", "deepseek-v3-8-k2/16")
+    }
+    assert {x["mode"] for x in lines} == {"eager"} and not any(x.get("wrong") for x in lines)
+
+
+def test_cells_of_gpus_and_of_a_cpu_are_apart() -> None:
+    gpu, cpu = ep.gpu_cells(), ep.cpu_cells()
+    assert not {c.model for c in gpu} & {c.model for c in cpu}
+    counts = [len(ep.runnable(ranks)) for ranks in (1, 2, 4, 8)]
+    assert counts == sorted(counts) and counts[-1] == len(gpu)
+    assert {c.clock for c in ep.runnable(4)} == {"exchange", "layer-ep1", "layer-ep2", "layer-ep4"}
+
+
+def test_weak_scaling_on_eight_is_that_of_the_worst_layer() -> None:
+    def layer(model: str, ranks: int, ms: float) -> dict:
+        made = line(f"layer-ep{ranks}", ranks * ep.PER_RANK, "moesaic", ms, routing="uniform")
+        return made | {"ranks": ranks, "model": model}
+
+    lines = [layer("mixtral-8", 1, 9.0), layer("mixtral-8", 8, 9.5)]
+    lines += [layer("wide-16-k1", 1, 8.0), layer("wide-16-k1", 8, 10.0)]
+    told = {t.name: t for t in ep.summarize(lines)}
+    name = "weak-scaling efficiency at 8, lowest of the layers"
+    assert told[name].value == 0.8 and not told[name].met
+    assert {t.name: t for t in ep.summarize(lines[:2])}[name].met
+
+
 def line(clock: str, tokens: int, impl: str, ms: float, gbps: float = 350.0, **more):
     fixed = dict.fromkeys(REQUIRED) | {"suite": "ep", "model": "rows-7168", "routing": "even"}
     fixed |= {"dtype": "bfloat16", "mode": "graph"}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..cost import expert_flops
 from ..functional import moe
-from ..parallel.exchange.base import ExpertRows, Received, combine, dispatch, seat_of
+from ..parallel.exchange.base import Exchange, ExpertRows, Received, combine, dispatch, seat_of
 from ..parallel.exchange.symmetric import SymmetricExchange
 from ..parallel.expert_parallel import ExpertParallel, Options, take_experts
 from ..parallel.placement import contiguous
@@ -48,6 +48,11 @@ def estimate_s(cell: Cell, layers: Mapping[str, Layer], widths: Mapping[str, int
     return 2.0 + 60 * flops / ranks / 4e14
 
 
+def in_graphs(team: Team) -> bool:
+    """Whether calls are timed in CUDA graphs and rows pushed: on GPUs."""
+    return team.device.type == "cuda"
+
+
 def ranks_of(cell: Cell) -> int:
     """The ranks that a layer's cell uses; 0 for an exchange, which uses all."""
     return int(cell.clock.removeprefix("layer-ep")) if cell.clock.startswith("layer-ep") else 0
@@ -62,7 +67,10 @@ def measure_all(
     layers: Mapping[str, Layer],
 ) -> None:
     """Measure every cell that this many ranks can run, in order, while it fits into the budget."""
+    from . import exchanges_cpu
+
     team = Team(context.device)
+    exchange = exchange_lines if in_graphs(team) else exchanges_cpu.exchange_lines
     stamped = stamp(team.device) | {"suite": suite}
     shelf: dict[str, ExpertWeights] = {}
     left_out = 0
@@ -80,7 +88,7 @@ def measure_all(
             if ranks:
                 work = partial(layer_lines, team, cell, layers[cell.model], shelf, fixed, seed)
             else:
-                work = partial(exchange_lines, team, cell, widths[cell.model], fixed, seed)
+                work = partial(exchange, team, cell, widths[cell.model], fixed, seed)
             lines = attempt(team, work, cell, fixed)
             if team.rank == 0:
                 context.record(lines)
@@ -150,7 +158,7 @@ def positions(received: Received) -> Tensor:
     return position_S.to(torch.int32).view_as(received.ids_RJ)
 
 
-def round_trip(exchange: SymmetricExchange, batch: Batch) -> tuple[bool, Received, Tensor]:
+def round_trip(exchange: Exchange, batch: Batch) -> tuple[bool, Received, Tensor]:
     """Whether rows sent and brought back are the rows; what was received; rows to send back."""
     tokens = batch.rows_TH.shape[0]
     received = dispatch(exchange, batch.rows_TH, batch.ids_T1, bound=tokens)
@@ -276,16 +284,18 @@ def layer_lines(
     group = team.group(ranks)
     samplers: dict[tuple[str, str], Sampler] = {}
     bad: dict[str, float] = {}
-    candidates = {"moesaic": "symmetric", "moesaic-nccl": dist.get_backend()} if ranks > 1 else {
-        "moesaic": "local"
-    }  # fmt: skip
+    candidates = {"moesaic": "local"}
+    if ranks > 1 and in_graphs(team):
+        candidates = {"moesaic": "symmetric", "moesaic-nccl": dist.get_backend()}
+    elif ranks > 1:
+        candidates = {"moesaic": dist.get_backend()}
 
     def prepare() -> None:
         weights = full_weights(team, cell, layer, shelf, seed=7)
         calls, wants = layer_calls(team, cell, layer, weights, group, candidates, seed)
         bad.update({impl: float(not torch.equal(call(), wants)) for impl, call in calls.items()})
         for impl, call in calls.items():
-            if impl == "moesaic":
+            if impl == "moesaic" and in_graphs(team):
                 held = capture([call] * LAYER_CHAIN)
                 held.graph.replay()
                 bad[impl] = max(bad[impl], float(not torch.equal(held.first_output, wants)))

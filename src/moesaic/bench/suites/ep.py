@@ -14,13 +14,16 @@ With more GPUs than G every group of G measures the same layer at the same time,
 counts. `moesaic` is the symmetric exchange in a graph, `moesaic-nccl` the one by collectives,
 eager. Bits of both are compared with one GPU that has all the experts.
 
+On the CPU the ranks are processes over gloo and the cells the same in small (`rows-448`, layers
+with every width divided by 16): a rehearsal of what more GPUs will run, with its bits compared.
+
     T rows a rank · H width · E experts · K top-k · G ranks
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from ...types import ExpertSpec
 from ..ep_page import ep_section
@@ -74,20 +77,42 @@ LAYERS = {
     "mixtral-8": _gated(8, 4096, 14336, 2),
     "deepseek-v3-8-k2": _gated(8, 7168, 2048, 2),
 }
+SHRINK, CPU_PER_RANK, CPU_ROWS = 16, 64, (4, 128, 1)
 
 
-def cells() -> list[Cell]:
-    """Exchanges of width 7168 first, then layers by kind of scaling, then the other exchanges."""
-    main = [Cell("rows-7168", t, "even", clock="exchange") for t in ROWS]
-    strong = [(ranks, PER_RANK) for ranks in RANKS]
-    weak = [(ranks, ranks * PER_RANK) for ranks in RANKS[1:]]
-    small = [(ranks, SMALL) for ranks in RANKS]
-    layers = [
+def shrunk(layer: Layer) -> Layer:
+    """The same experts with every width divided by 16."""
+    spec = layer.spec
+    return Layer(
+        replace(
+            spec,
+            hidden_size=spec.hidden_size // SHRINK,
+            intermediate_size=spec.intermediate_size // SHRINK,
+        ),
+        layer.top_k,
+    )
+
+
+CPU_WIDTHS = {"rows-448": 448}
+CPU_LAYERS = {f"{name}/{SHRINK}": shrunk(layer) for name, layer in LAYERS.items()}
+
+
+def scalings(models: Iterable[str], each: int, small: int) -> list[Cell]:
+    """Layers: strong scaling of `each` tokens, weak with as many a rank, strong of `small`."""
+    strong = [(ranks, each) for ranks in RANKS]
+    weak = [(ranks, ranks * each) for ranks in RANKS[1:]]
+    few = [(ranks, small) for ranks in RANKS]
+    return [
         Cell(model, total, "uniform", clock=f"layer-ep{ranks}")
-        for scaling in (strong, weak, small)
-        for model in LAYERS
+        for scaling in (strong, weak, few)
+        for model in models
         for ranks, total in scaling
     ]
+
+
+def gpu_cells() -> list[Cell]:
+    """Exchanges of width 7168 first, then layers by kind of scaling, then the other exchanges."""
+    main = [Cell("rows-7168", t, "even", clock="exchange") for t in ROWS]
     rest = [
         Cell(width, t, routing, clock="exchange")
         for width in WIDTHS
@@ -95,26 +120,51 @@ def cells() -> list[Cell]:
         for t in ROWS
         if (width, routing) != ("rows-7168", "even")
     ]
-    return main + layers + rest
+    return main + scalings(LAYERS, PER_RANK, SMALL) + rest
 
 
-def runnable(ranks: int) -> list[Cell]:
-    """The cells that so many ranks can measure."""
+def cpu_cells() -> list[Cell]:
+    """The same in small, for processes that share a CPU."""
+    exchanges = [
+        Cell(width, t, routing, clock="exchange")
+        for width in CPU_WIDTHS
+        for routing in ("even", "uniform", "zipf1")
+        for t in CPU_ROWS
+    ]
+    return exchanges + scalings(CPU_LAYERS, CPU_PER_RANK, CPU_PER_RANK // 8)
+
+
+def cells() -> list[Cell]:
+    """Those of GPUs, then those of processes on a CPU."""
+    return gpu_cells() + cpu_cells()
+
+
+def runnable(ranks: int, cpu: bool = False) -> list[Cell]:
+    """The cells that so many ranks can measure, on GPUs or on a CPU."""
     layers = tuple(f"layer-ep{r}" for r in RANKS if ranks % r == 0)
     clocks = layers if ranks == 1 else ("exchange", *layers)
-    return [cell for cell in cells() if cell.clock in clocks]
+    return [cell for cell in (cpu_cells() if cpu else gpu_cells()) if cell.clock in clocks]
 
 
 def run(wanted: Sequence[Cell], context: Context) -> None:
-    """Measure the cells that fit the number of ranks, while time is left."""
+    """Measure the cells that fit the device and the number of ranks, while time is left."""
     from ..exchanges import measure_all
 
-    measure_all(wanted, context, suite=NAME, widths=WIDTHS, layers=LAYERS)
+    small = context.device.type == "cpu"
+    widths, layers = (CPU_WIDTHS, CPU_LAYERS) if small else (WIDTHS, LAYERS)
+    mine = [cell for cell in wanted if cell.model in widths or cell.model in layers]
+    measure_all(mine, context, suite=NAME, widths=widths, layers=layers)
+
+
+def on_cpu(line: Line) -> bool:
+    """Whether a line is of a cell of `cpu_cells`."""
+    return line["model"] in CPU_WIDTHS or line["model"] in CPU_LAYERS
 
 
 def measured(line: Line) -> Cell | None:
-    """The cell of a right time of moesaic under a graph."""
-    if line["impl"] != OURS or line["mode"] != "graph" or not line["ms"] or line.get("wrong"):
+    """The cell of a right time of moesaic, on a GPU under a graph."""
+    mode = "eager" if on_cpu(line) else "graph"
+    if line["impl"] != OURS or line["mode"] != mode or not line["ms"] or line.get("wrong"):
         return None
     clock = "exchange" if line["clock"] in ("dispatch", "combine") else line["clock"]
     return Cell(line["model"], line["tokens"], line["routing"], line["dtype"], clock)
@@ -148,16 +198,33 @@ def _ratios(lines: Sequence[Line], rival: str) -> list[float]:
     ]
 
 
+def weak_efficiencies(lines: Sequence[Line], ranks: int) -> dict[str, float]:
+    """By model, the share of one GPU's speed that `ranks` keep at 8192 tokens each."""
+    ms = {
+        (x["model"], x["ranks"], x["tokens"]): x["ms"]
+        for x in lines
+        if x["clock"].startswith("layer-ep") and measured(x)
+    }
+    return {
+        model: ms[model, 1, PER_RANK] / ms[model, ranks, ranks * PER_RANK]
+        for model in LAYERS
+        if (model, 1, PER_RANK) in ms and (model, ranks, ranks * PER_RANK) in ms
+    }
+
+
 def summarize(lines: Sequence[Line]) -> list[Target]:
-    """Bandwidth of large exchanges, latency of small ones on 4 GPUs, wrong lines, speed-ups."""
+    """Bandwidth of large exchanges, latency of small ones on 4 GPUs, wrong lines, speed-ups, weak
+    scaling on 8."""
     ranks = max((x.get("ranks") or 1 for x in lines), default=1)
+    cpu = any(on_cpu(x) for x in lines)
     wrong = [x for x in lines if x["impl"].startswith(OURS) and (x.get("wrong") or x.get("error"))]
-    done = {measured(x) for x in lines} & set(runnable(ranks))
+    wanted = runnable(ranks, cpu)
+    done = {measured(x) for x in lines} & set(wanted)
     targets = [
         at_most("moesaic lines wrong or failed", float(len(wrong)), 0.0),
-        at_least("cells with a right time", float(len(done)), float(len(runnable(ranks)))),
+        at_least("cells with a right time", float(len(done)), float(len(wanted))),
     ]
-    if ranks == 1:
+    if ranks == 1 or cpu:
         return targets
     for impl, goal in ((OURS, 340.0), (FEW, 300.0)):
         slowest = min(_speeds(lines, impl), default=None)
@@ -175,6 +242,9 @@ def summarize(lines: Sequence[Line]) -> list[Target]:
                 targets.append(
                     at_most(f"us of {clock}, {peer} rows a peer", min(us, default=None), goal)
                 )
+    if ranks == 8:
+        kept = min(weak_efficiencies(lines, ranks).values(), default=None)
+        targets.append(at_least("weak-scaling efficiency at 8, lowest of the layers", kept, 0.90))
     for rival in (NCCL, COUNTED):
         targets.append(
             at_least(f"geomean speed-up over {rival}", geomean(_ratios(lines, rival)), 1.0)
@@ -188,6 +258,7 @@ SUITE = Suite(
     cells=cells,
     run=run,
     summarize=summarize,
+    devices=("cuda", "cpu"),
     budget_s=140.0,
     measured=measured,
     section=ep_section,
