@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from nvml_double import Driver
 
 from moesaic.bench import command
 from moesaic.bench.layer_targets import MIXTRAL, layer_targets
@@ -20,6 +21,7 @@ from moesaic.bench.suites import layer
 from moesaic.bench.timing import eager_sampler
 from moesaic.bench.workloads import Inputs, Model, make_inputs
 from moesaic.functional import route
+from moesaic.hardware.meter import EnergyMeter, NvmlSource
 from moesaic.types import RouterSpec
 
 TINY = {name: Model(name, 8, 2, 64, 96) for name in ("tiny", "other")}
@@ -78,13 +80,14 @@ def test_logits_route_to_the_given_ids_and_weights() -> None:
 
 def test_the_grid_is_the_announced_one_and_begins_with_what_matters_most() -> None:
     cells = layer.cells()
-    assert len(cells) == len(set(cells)) == 6 * 10 * 4 * 2
+    assert len(cells) == len(set(cells)) == 6 * 10 * 4 * 2 + 7 + 18
     head = cells[: 6 * 5]
     assert {c.model for c in head} == set(layer.SHAPES)
     assert {(c.routing, c.clock) for c in head} == {("uniform", "experts")}
     assert {c.tokens for c in head} == {1, 16, 128, 1024, 8192}
     assert [c for c in cells if layer.has_loop(c)] == head
-    assert all(c.clock == "layer" for c in cells[6 * 10 * 4 :])
+    clocks = [c.clock for c in cells[6 * 10 * 4 :]]
+    assert clocks == ["host"] * 7 + ["energy"] * 18 + ["layer"] * 240
     assert all(m.kind == "swiglu" for m in layer.SHAPES.values())
 
 
@@ -94,6 +97,33 @@ def test_the_load_curve_is_what_the_training_log_gives() -> None:
     by_rank = zip(*(sorted(s, reverse=True) for s in final["expert_shares"]), strict=True)
     want = [sum(shares) / len(shares) for shares in by_rank]
     assert layer.load_curve() == pytest.approx(want, abs=1e-6)
+
+
+def test_windows_give_joules_a_token_and_host_time(tmp_path: Path) -> None:
+    driver = Driver(watts=500.0)
+
+    def clock() -> float:
+        driver.pass_time(0.03)
+        return driver.clock()
+
+    source = NvmlSource(driver.gpu())
+    meter = EnergyMeter(source, tdp_w=700.0, clock=clock, sleep=driver.pass_time)
+    machine = Machine(torch.device("cpu"), 1e10, 2**10)
+    shelf = layer.Shelf(machine, TINY, "reference", 0, math.inf, meter)
+    (energy,) = [x for x in layer.measure(Cell("tiny", 8, clock="energy"), shelf, STAMP, 0)
+                 if x["impl"] == "moesaic"]  # fmt: skip
+    assert energy["window_s"] >= 2.0 and energy["watts"] == pytest.approx(500, rel=0.05)
+    assert energy["joules_per_token"] == pytest.approx(500 * energy["ms"] / 1e3 / 8, rel=0.05)
+    assert not energy["wrong"] and layer.measured(energy) == Cell("tiny", 8, clock="energy")
+    host = layer.measure(Cell("tiny", 1, clock="host"), shelf, STAMP, 0)
+    assert {x["mode"] for x in host} == {"eager"} and all(x["ms"] > 0 for x in host if x["ms"])
+    (mine,) = [x for x in host if x["impl"] == "moesaic"]
+    assert mine["samples"] == 1000 and layer.measured(mine) == Cell("tiny", 1, clock="host")
+    targets = layer.window_targets([energy, mine], layer.cells())
+    assert [t.met for t in targets] == [False, False] and targets[1].value == 1.0
+    driver.gone = True
+    (lost, *_) = layer.measure(Cell("tiny", 8, clock="energy"), shelf, STAMP, 0)
+    assert lost["ms"] is None and "no energy" in lost["error"] and layer.measured(lost) is None
 
 
 def test_a_second_piece_takes_only_cells_without_a_graph_time_of_the_same_clock() -> None:

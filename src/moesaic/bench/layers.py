@@ -176,6 +176,15 @@ def make_work(
     return Work(inputs, active, rows_R, want_RH)
 
 
+def calls_of(loaded: Loaded, candidate: Candidate, inputs: Sequence[Inputs]) -> list[Call]:
+    """A candidate's calls on these inputs, weight sets in turn."""
+    forwards = loaded.forwards[candidate.name]
+    return [
+        partial(forwards[i % len(forwards)], *candidate.prepare(one))
+        for i, one in enumerate(inputs)
+    ]
+
+
 @dataclass
 class Bench:
     """The state of one cell while it is measured."""
@@ -232,11 +241,7 @@ def _prepare(
     if refusal:
         bench.errors.update(dict.fromkeys(keys, f"skipped: {refusal}"))
         return
-    forwards = loaded.forwards[name]
-    calls = [
-        partial(forwards[i % len(forwards)], *candidate.prepare(inputs))
-        for i, inputs in enumerate(bench.work.inputs)
-    ]
+    calls = calls_of(loaded, candidate, bench.work.inputs)
 
     def first() -> None:
         bench.accuracy[name, "eager"] = bench.work.relative_error(calls[0]())

@@ -5,8 +5,10 @@
 Six models, 1 to 32768 tokens, four routings: uniform, Zipf(1), `worst` (every token to the same K
 experts) and `curve`, the embedded model's loads on held-out text resampled to E. Two clocks:
 `experts` from ids and weights to the output, `layer` from router logits (softmax, top-k, divided by
-the sum, for every model). gpt-oss-120b stands here for its sizes only, with plain SwiGLU; the name
-says so. transformers' eager loop is measured on `LOOP` cells, for it is slow everywhere.
+the sum, for every model). Two more are windows of some cells (`layer_windows`): `energy`, joules a
+token, and `host`, what an eager call of one token costs the host. gpt-oss-120b stands here for its
+sizes only, with plain SwiGLU; the name says so. transformers' eager loop is measured on `LOOP`
+cells, for it is slow everywhere.
 
 Cells come in the order of their importance over all models, and one whose estimate does not fit
 into the time left is left out, so that a run can be made in pieces with ``--missing``.
@@ -28,11 +30,14 @@ from torch import Tensor
 from ...cost import H200_READ_BYTES_PER_S, expert_flops, layer_bytes
 from ...dispatch import choose_impl
 from ...functional import route
+from ...hardware.energy import Unavailable
+from ...hardware.meter import EnergyMeter, open_meter
 from ...types import RouterSpec
 from ..baselines import Forward
 from ..layer_targets import layer_targets
+from ..layer_windows import HOST_MODEL, WINDOW_S, measure_windows
 from ..layers import Candidate, Loaded, Machine, candidates_of, load, measure_cell
-from ..results import Line, Target, stamp
+from ..results import Line, Target, at_least, at_most, stamp
 from ..suite import Cell, Context, Suite
 from ..timing import DeviceLost, eager_sampler, reason
 from ..workloads import MODELS, Inputs, Model, weight_bytes
@@ -44,35 +49,41 @@ SHAPES = {
     for name in ("Qwen3-30B-A3B", "Mixtral-8x7B", "DeepSeek-V3", "Qwen3-235B-A22B", "OLMoE")
 } | {"gpt-oss-120b-swiglu": Model("gpt-oss-120b-swiglu", 128, 4, 2880, 2880)}
 TOKENS = (1, 4, 16, 64, 128, 512, 1024, 4096, 8192, 32768)
+MEASURED = SHAPES | {HOST_MODEL.name: HOST_MODEL}
 MAIN_TOKENS = (1, 16, 128, 1024, 8192)
 ROUTINGS = ("uniform", "zipf1", "curve", "worst")
-CLOCKS = ("experts", "layer")
+ENERGY_TOKENS = (1, 128, 8192)
+CLOCKS = ("experts", "host", "energy", "layer")
 LOOP = "transformers-eager"
 GATHER_LIMIT_BYTES = 8 * 2**30
 RECORD_EVERY_S = 5.0
 GEMM_FLOPS_PER_S = 6e14
 
 
-def rank(cell: Cell) -> tuple[bool, bool, bool]:
+def rank(cell: Cell) -> tuple[int, bool, bool]:
     """What is measured first: clock `experts`, then uniform routing, then the main token counts."""
-    return (cell.clock != "experts", cell.routing != "uniform", cell.tokens not in MAIN_TOKENS)
+    return (
+        CLOCKS.index(cell.clock), cell.routing != "uniform", cell.tokens not in MAIN_TOKENS
+    )  # fmt: skip
 
 
 def cells() -> list[Cell]:
     """Every cell, the most important first; within a rank by model."""
     grid = [
         Cell(model, tokens, routing, clock=clock)
-        for clock in CLOCKS
+        for clock in ("experts", "layer")
         for model in SHAPES
         for routing in ROUTINGS
         for tokens in TOKENS
     ]
+    grid += [Cell(model, 1, clock="host") for model in (HOST_MODEL.name, *SHAPES)]
+    grid += [Cell(model, t, clock="energy") for model in SHAPES for t in ENERGY_TOKENS]
     return sorted(grid, key=rank)
 
 
 def has_loop(cell: Cell) -> bool:
     """Whether transformers' eager loop is measured: clock `experts`, uniform, main token counts."""
-    return rank(cell) == (False, False, False)
+    return rank(cell) == (0, False, False)
 
 
 def load_curve() -> list[float]:
@@ -116,8 +127,9 @@ class Entry:
 
     def of(self, cell: Cell) -> tuple[Loaded, list[Candidate]]:
         """The forwards and candidates of one cell."""
-        some = self.candidates[cell.clock]
-        return self.loaded[cell.clock], [c for c in some if c.name != LOOP or has_loop(cell)]
+        clock = "layer" if cell.clock == "layer" else "experts"
+        some = self.candidates[clock]
+        return self.loaded[clock], [c for c in some if c.name != LOOP or has_loop(cell)]
 
 
 def make_entry(
@@ -151,6 +163,8 @@ class Shelf:
     impl: str
     seed: int
     memory_bytes: float
+    meter: EnergyMeter = field(default_factory=lambda: EnergyMeter(Unavailable("not asked")))
+    window_s: float = WINDOW_S
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
 
     def _bytes(self, key: tuple[str, str]) -> int:
@@ -206,6 +220,8 @@ def estimate_s(cell: Cell, model: Model) -> float:
 
     Compiling kernels, which happens once per machine, is not counted.
     """
+    if cell.clock in ("host", "energy"):
+        return 1.0 + (2 * WINDOW_S + 1.0 if cell.clock == "energy" else 3.0)
     loop_s = 10 * model.num_experts * 1e-4 if has_loop(cell) else 0.0
     return 0.3 + sampling_s(cell, model) + 200 * call_s(cell, model) + loop_s
 
@@ -237,7 +253,10 @@ def measure(cell: Cell, shelf: Shelf, stamped: Line, seed: int) -> list[Line]:
     if cell.tokens >= 4096 or crowded(machine.device):
         tidy(machine.device)
     loaded, candidates = shelf.take(cell).of(cell)
-    lines = measure_cell(
+    lines = measure_windows(
+        loaded, cell, candidates, machine, meter=shelf.meter, seed=seed, stamped=stamped,
+        suite=NAME, seconds=shelf.window_s,
+    ) if cell.clock in ("host", "energy") else measure_cell(
         loaded, cell, candidates, machine, budget_s=sampling_s(cell, loaded.model), seed=seed,
         stamped=stamped, suite=NAME, curve=load_curve(),
         eager=partial(eager_sampler, target_ms=3.0, whole=False),
@@ -253,7 +272,7 @@ def make_shelf(context: Context, stamped: Line, models: dict[str, Model], impl: 
     tidy(context.device)
     if context.device.type == "cuda":
         memory = 0.9 * torch.cuda.get_device_properties(context.device).total_memory
-    return Shelf(machine, models, impl, context.seed, memory)
+    return Shelf(machine, models, impl, context.seed, memory, open_meter(context.device))
 
 
 def run(
@@ -261,7 +280,7 @@ def run(
     context: Context,
     *,
     impl: str = "auto",
-    models: dict[str, Model] = SHAPES,
+    models: dict[str, Model] = MEASURED,
 ) -> None:
     """Measure cells in their order while their estimates fit into the budget of the context.
 
@@ -294,15 +313,30 @@ def run(
 
 def measured(line: Line) -> Cell | None:
     """The cell of a right time of moesaic under a graph; eager alone leaves it missing."""
-    if line["impl"] != "moesaic" or line["mode"] != "graph" or not line["ms"] or line.get("wrong"):
+    mode = "eager" if line["clock"] == "host" else "graph"
+    if line["impl"] != "moesaic" or line["mode"] != mode or not line["ms"] or line.get("wrong"):
         return None
     return Cell(line["model"], line["tokens"], line["routing"], line["dtype"], line["clock"])
 
 
 def summarize(lines: Sequence[Line], grid: Sequence[Cell] | None = None) -> list[Target]:
-    """The targets of clock `experts` over the grid."""
-    wanted = [c for c in (cells() if grid is None else grid) if c.clock == "experts"]
-    return layer_targets(lines, wanted, [c for c in wanted if has_loop(c)])
+    """The targets of clock `experts` over the grid, then of the windows."""
+    every = cells() if grid is None else grid
+    wanted = [c for c in every if c.clock == "experts"]
+    found = layer_targets(lines, wanted, [c for c in wanted if has_loop(c)])
+    return [*found, *window_targets(lines, every)]
+
+
+def window_targets(lines: Sequence[Line], every: Sequence[Cell]) -> list[Target]:
+    """Host time of an eager call of one token, and how many cells have their energy."""
+    mine = [x for x in lines if x["impl"] == "moesaic" and x["ms"] and not x.get("wrong")]
+    host = [1e3 * x["ms"] for x in mine if x["clock"] == "host"]
+    energy = sum(x["clock"] == "energy" for x in mine)
+    wanted = sum(c.clock == "energy" for c in every)
+    return [
+        at_most("highest host µs of an eager call, one token", max(host, default=None), 25.0),
+        at_least("cells with joules per token", float(energy), float(wanted)),
+    ]
 
 
 SUITE = Suite(
