@@ -56,39 +56,41 @@ def combine_kernel(
     dtype. out_ptr: (T, HIDDEN) row-major, any float dtype. Program p computes columns
     ``(p % B) * BLOCK_H ...`` of token ``p // B``, B = ceil(HIDDEN / BLOCK_H). ids_ptr: (TOP_K,)
     int32 or int64, with counters_ptr: (3, experts) int32, for a single token whose slots nobody
-    else counts: program 0 adds 1 to lines 1 and 2 of each slot's expert. Else both are None.
+    else counts: one more program adds 1 to lines 1 and 2 of each slot's expert. Else both are None.
 
     Example: rows [[1, 2], [3, 4], [5, 6]], position [[2, 0], [1, -1]], weights
     [[0.5, 2], [1, 9]] give [[4.5, 7], [3, 4]].
     """
-    if PDL:
-        gdc_wait()
     blocks: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
     program = tl.program_id(0).to(tl.int64)
     token = program // blocks
-    if counters_ptr is not None:
-        # Loaded before the sum, whose loads take longer, and added after it: nobody waits.
-        slot_K = tl.arange(0, MAX_K)
-        expert_K = tl.load(ids_ptr + slot_K, (slot_K < TOP_K) & (program == 0), other=-1)
     column = (program % blocks).to(tl.int32) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = column < HIDDEN
+    if counters_ptr is not None:
+        # The program after the token's waits for nobody: it counts beside the products.
+        inside = inside & (token == 0)
+        slot_K = tl.arange(0, MAX_K)
+        expert_K = tl.load(ids_ptr + slot_K, (slot_K < TOP_K) & (token > 0), other=-1)
+        known_K = (expert_K >= 0) & (expert_K < experts)
+        one_K = tl.full((MAX_K,), 1, tl.int32)
+        counted_ptr = counters_ptr + experts + expert_K
+        tl.atomic_add(counted_ptr, one_K, known_K, sem="relaxed")
+        tl.atomic_add(counted_ptr + experts, one_K, known_K, sem="relaxed")
+    if PDL:
+        gdc_wait()
     acc = tl.zeros((BLOCK_H,), tl.float32)
     for start in range(0, TOP_K, UNROLL):
         for step in tl.static_range(UNROLL):
             slot = token * TOP_K + start + step
             live = start + step < TOP_K
+            if counters_ptr is not None:
+                live = live & (token == 0)
             row = tl.load(position_ptr + slot, live, other=-1).to(tl.int64)
             weight = tl.load(weights_ptr + slot, live & (row >= 0), other=0.0).to(tl.float32)
             at = rows_ptr + row * HIDDEN + column
             value = tl.load(at, inside & (row >= 0), other=0.0).to(tl.float32)
             acc += weight * value
     tl.store(out_ptr + token * HIDDEN + column, acc.to(out_ptr.dtype.element_ty), inside)
-    if counters_ptr is not None:
-        known_K = (expert_K >= 0) & (expert_K < experts)
-        one_K = tl.full((MAX_K,), 1, tl.int32)
-        rows_ptr = counters_ptr + experts + expert_K
-        tl.atomic_add(rows_ptr, one_K, known_K, sem="relaxed")
-        tl.atomic_add(rows_ptr + experts, one_K, known_K, sem="relaxed")
 
 
 def plan_combine(tokens: int, hidden: int, top_k: int, itemsize: int) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def combine(
         raise ValueError("combine needs contiguous tensors: call .contiguous() first")
     if tokens:
         plan = plan_combine(tokens, hidden, top_k, rows_SH.element_size())
-        grid = tokens * triton.cdiv(hidden, plan["BLOCK_H"])
+        grid = tokens * triton.cdiv(hidden, plan["BLOCK_H"]) + (counted is not None)
         overlap = {"PDL": True, "launch_pdl": True} if pdl else {}
         extra = {} if counted is None else _counting(*counted)
         launch(
