@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..functional import route
+from ..ops import route_hidden_op
 from ..types import RouterSpec
 
 PLAN = "_moesaic_router"
 TOKENS = 64
+HALF = (torch.bfloat16, torch.float16)
 BIAS = "e_score_correction_bias"
 GROUPS = ("n_group", "num_group")
 
@@ -39,19 +41,34 @@ class RouterPlan:
 
 
 def fused_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A router's `forward` by one product and one launch: logits (T, E), weights, ids (T, K)."""
+    """A router's `forward`, in one launch where it can be: logits (T, E), weights, ids (T, K)."""
     plan: RouterPlan = getattr(self, PLAN)
     weight: Tensor = self.get_parameter("weight")
     bias = getattr(self, "bias", None)
     hidden_TH = hidden_states.reshape(-1, weight.shape[1])
+    correction = getattr(self, BIAS, None) if plan.spec.scoring == "sigmoid" else None
+    correction = None if correction is None else correction.float()
+    if _in_one_launch(hidden_TH, weight):
+        logits_TE, ids_TK, weights_TK = route_hidden_op(
+            hidden_TH, weight, bias, correction, plan.spec.key(), plan.fp32, plan.as_logits
+        )
+        return logits_TE, weights_TK, ids_TK
     if plan.fp32:
         hidden_TH, weight = hidden_TH.float(), weight.float()
         bias = None if bias is None else bias.float()
     logits_TE = F.linear(hidden_TH, weight, bias)
-    correction = getattr(self, BIAS, None) if plan.spec.scoring == "sigmoid" else None
-    routing = route(logits_TE, plan.spec, bias_E=None if correction is None else correction.float())
+    routing = route(logits_TE, plan.spec, bias_E=correction)
     dtype = logits_TE.dtype if plan.as_logits else torch.float32
     return logits_TE, routing.topk_weights_TK.to(dtype), routing.topk_ids_TK
+
+
+def _in_one_launch(hidden_TH: Tensor, weight: Tensor) -> bool:
+    """Whether the product may be part of the launch: 16-bit numbers, no gradients, no autocast."""
+    if hidden_TH.dtype != weight.dtype or hidden_TH.dtype not in HALF:
+        return False
+    if torch.is_grad_enabled() and (hidden_TH.requires_grad or weight.requires_grad):
+        return False
+    return not torch.is_autocast_enabled(hidden_TH.device.type)
 
 
 # Bound methods are pickled by name: a router that is unpickled finds its class's own forward.
