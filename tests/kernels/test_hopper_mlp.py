@@ -195,6 +195,15 @@ def test_rows_of_others_are_left_alone_and_counted(tokens: int) -> None:
 
 
 @needs_hopper
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_lone_tokens_slots_of_nobody_add_nothing(bias: bool) -> None:
+    case = draw(1, bias=bias)
+    for stranger in (-1, -7, 24, 1 << 20, 1 << 30):
+        case["topk_ids"] = torch.tensor([[3, stranger, 0, 5]], device="cuda", dtype=torch.int32)
+        assert torch.equal(experts_mlp(**case), triton(case)), stranger
+
+
+@needs_hopper
 def test_the_layer_chooses_this_path() -> None:
     case = draw(64)
     spec = ExpertSpec(

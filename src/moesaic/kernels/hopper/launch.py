@@ -42,7 +42,7 @@ class HopperConfig(NamedTuple):
     (64 or 128), `tall` tiles up to `bm` sorted rows (a multiple of 64, to 384) by 128.
     """
 
-    kernel: Literal["prefill", "tall", "decode"]
+    kernel: Literal["prefill", "tall", "decode", "pair"]
     bm: int
     bn: int
     stages: int
@@ -145,7 +145,7 @@ def grouped_mm_hopper(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
-    ticket: int | None = None,
+    ticket: int | Tensor | None = None,
     pdl: Literal["off", "wait", "prefetch"] = "off",
 ) -> Tensor:
     """``out[row] = act(x[token of row] @ weight[e].T + bias[e])`` for the rows of every task.
@@ -160,18 +160,23 @@ def grouped_mm_hopper(
         tasks: built with ``heights=(config.bm,)``.
         out: (S, C), written where rows are live.
         num_sms: SM budget; the persistent grid has `num_sms * ctas_per_sm` programs.
-        ticket: which of `tasks.tickets_2` to draw tiles from; None: a fixed stride.
+        ticket: which of `tasks.tickets_2` to draw tiles from; None: a fixed stride; a tensor: a row
+            of a gate, see `tiles.draw_or_leave`, for `tall` tiles on SMs of which some are lent.
         pdl: how to overlap with the launch before, see `pipeline.begin`.
 
     Raises:
         RuntimeError: Triton is outside the tested range.
-        ValueError: `tall` tiles with rows that are not sorted, or a bias of a gated product.
+        ValueError: `tall` tiles with rows that are not sorted, a gate without `tall` tiles, or a
+            bias of a gated product.
     """
     check_triton()
     if gated and bias is not None:
         raise ValueError("only ungated products have a bias here; use the Triton path")
     if config.kernel == "tall" and order_S is not None:
         raise ValueError("tall tiles take sorted rows; call gather_rows first and pass no order_S")
+    borrows = isinstance(ticket, Tensor)
+    if borrows and config.kernel != "tall":
+        raise ValueError(f"only tall tiles run on lent SMs, got {config.kernel}")
     depth, cols = weight.shape[2], out.shape[1]
     gather = order_S is not None
     operand = x if gather else _descriptor(x, list(x.shape), [depth, 1], _row_box(config))
@@ -187,10 +192,11 @@ def grouped_mm_hopper(
         tasks.row_start_N,
         tasks.rows_N,
         tasks.total_2,
-        tasks.total_2 if ticket is None else tasks.tickets_2[ticket:],
+        _ticket_counter(tasks, ticket),
         tasks.task_N if bias is None else bias,
         depth,
         cols,
+        weight.shape[0],
         -(-cols // (config.bn // 2 if gated else config.bn)),
         top_k,
         0.0 if limit is None else limit,
@@ -198,7 +204,7 @@ def grouped_mm_hopper(
         up_offset,
         ACTIVATION=activation,
         HAS_LIMIT=limit is not None,
-        DYNAMIC=ticket is not None,
+        DYNAMIC="borrow" if borrows else ticket is not None,
         PDL=pdl,
         launch_pdl=pdl != "off",
         **_constants(
@@ -211,6 +217,13 @@ def grouped_mm_hopper(
         **_options(config),
     )
     return out
+
+
+def _ticket_counter(tasks: TaskMap, ticket: int | Tensor | None) -> Tensor:
+    """Where a launch's programs draw their tiles."""
+    if isinstance(ticket, Tensor):
+        return ticket
+    return tasks.total_2 if ticket is None else tasks.tickets_2[ticket:]
 
 
 def grouped_mm_hopper_ref(
@@ -250,7 +263,13 @@ def grouped_mm_hopper_ref(
 
 
 def _aot_case(
-    config: HopperConfig, gather: bool, gated: bool, dtype: str, quick: bool, bias: bool = False
+    config: HopperConfig,
+    gather: bool,
+    gated: bool,
+    dtype: str,
+    quick: bool,
+    bias: bool = False,
+    borrows: bool = False,
 ) -> AotCase:
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
 
@@ -263,6 +282,7 @@ def _aot_case(
     kind = "up" if gated else "down"
     if bias:
         kind = "relu-gathered" if gather else "relu"
+    kind += "-borrowing" if borrows else ""
     return AotCase(
         name=f"hopper/{config.kernel}-{config.bm}x{config.bn}-{kind}-{dtype}",
         fn=KERNELS[config.kernel],
@@ -272,14 +292,14 @@ def _aot_case(
             "out_desc": described(1, 1, *_store_box(config, gated)),
             **dict.fromkeys((*integers, *counters), "*i32"),
             "bias_ptr": f"*{dtype}" if bias else "*i32",
-            **dict.fromkeys(("K", "cols", "n_tiles", "top_k"), "i32"),
+            **dict.fromkeys(("K", "cols", "experts", "n_tiles", "top_k"), "i32"),
             **dict.fromkeys(("limit", "alpha", "up_offset"), "fp32"),
         },
         constexprs={
             **_constants(config, entries=128, gather=gather, gated=gated, bias=bias),
             "ACTIVATION": "silu" if gated else "relu" if bias else "none",
             "HAS_LIMIT": False,
-            "DYNAMIC": True,
+            "DYNAMIC": "borrow" if borrows else True,
             "PDL": "wait" if gated else "prefetch",
         },
         options=_options(config) | {"launch_pdl": True},
@@ -313,5 +333,8 @@ def aot_cases() -> list[AotCase]:
         _aot_case(tile, gather, False, "bf16", tile.bm == 128, bias=True)
         for tile in tiles
         for gather in ((False,) if tile.kernel == "tall" else (True, False))
+    ]
+    cases += [
+        _aot_case(tall[1], False, gated, "bf16", gated, borrows=True) for gated in (True, False)
     ]
     return [*cases, _aot_case(tiles[0], True, True, "fp16", False)]

@@ -275,6 +275,7 @@ def rows_mlp(
         (experts, up.shape[2], up.shape[1]), len(layers), hidden.dtype, hidden.device, num_sms,
     )  # fmt: skip
     one = topk_ids.shape[0] == 1 and counters is None and out is None
+    # Slots of nobody are tasks there too: weights and bias of no expert are read as zeros.
     if one:
         order_S, tasks = one_token(topk_ids)
         position_S = order_S
@@ -290,19 +291,31 @@ def rows_mlp(
     return rows_SH, position_S
 
 
-def experts_mlp(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, **weights: Any) -> Tensor:
+def experts_mlp(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    counters: Tensor | None = None,
+    **weights: Any,
+) -> Tensor:
     """Each token through its K experts, weighted and summed in slot order: the output (T, H).
 
     Args:
         hidden: (T, H) bf16 or fp16; H and I multiples of 64.
         topk_ids: (T, K) int32 or int64. topk_weights: (T, K), fp32 or the dtype of `hidden`.
+        counters: (3, E) int32 to which each expert's rows and tiles are added: by the sort, and of
+            a single token, which is not sorted, by the combine.
         weights: arguments of `rows_mlp`: `up` (E, I, H), `mid` (E, I, I), `down` (E, H, I), biases
             (E, width), activation, `num_sms` (SM budget of the products), `config` (moves time,
-            never bits), `counters` (3, E) int32.
+            never bits).
     """
     if topk_ids.numel() == 0:
         return torch.zeros_like(hidden)
     hidden, topk_ids = hidden.contiguous(), topk_ids.contiguous()
-    rows_SH, position_S = rows_mlp(hidden, topk_ids, **weights)
-    position_TK = position_S.view(topk_ids.shape)
-    return combine(rows_SH, position_TK, topk_weights.contiguous(), pdl=True)
+    counted = None
+    if topk_ids.shape[0] == 1 and counters is not None:
+        counted, counters = (topk_ids[0], counters), None
+    rows_SH, position_S = rows_mlp(hidden, topk_ids, counters=counters, **weights)
+    position_TK, shares_TK = position_S.view(topk_ids.shape), topk_weights.contiguous()
+    return combine(rows_SH, position_TK, shares_TK, pdl=True, counted=counted)

@@ -50,13 +50,14 @@ class Stage:
     PDL: gl.constexpr
     bias_ptr: gl.tensor
     cols: gl.tensor
+    experts: gl.tensor
     HAS_BIAS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, notes, full, empty, K, top_k,
         limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
-        bias_ptr=None, cols=None, HAS_BIAS=False,
+        bias_ptr=None, cols=None, experts=None, HAS_BIAS=False,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -84,6 +85,7 @@ class Stage:
         self.PDL = gl.constexpr(PDL)
         self.bias_ptr = order_ptr if bias_ptr is None else bias_ptr
         self.cols = top_k if cols is None else cols
+        self.experts = top_k if experts is None else experts
         self.HAS_BIAS = gl.constexpr(HAS_BIAS)
 
 
@@ -103,9 +105,12 @@ def begin(p):
 
 @gluon.jit
 def with_expert(p, e, n):
-    """Column tile `n` as a note holds it: the expert above it where its bias is needed."""
+    """Column tile `n` as a note holds it: the expert above it where its bias is needed.
+
+    Experts that there are not (a lone token's slot of nobody) share one number.
+    """
     if p.HAS_BIAS:
-        return n | (e << 16)
+        return n | (gl.where((e >= 0) & (e < p.experts), e, -1) << 16)
     else:
         return n
 
@@ -121,10 +126,12 @@ def column_tile(p, n):
 
 @gluon.jit
 def bias_of(p, n, col, column):
-    """Bias of the columns `col + column` for the expert in a note's last number, in fp32."""
+    """Bias of the columns `col + column` for the expert in a note's last number, in fp32; zero for
+    no expert."""
     at = col + column
-    row = p.bias_ptr + (n >> 16).to(gl.int64) * p.cols
-    return gl.load(row + at, mask=at < p.cols, other=0.0).to(gl.float32)
+    e = n >> 16
+    row = p.bias_ptr + e.to(gl.int64) * p.cols
+    return gl.load(row + at, mask=(at < p.cols) & (e >= 0), other=0.0).to(gl.float32)
 
 
 @gluon.jit

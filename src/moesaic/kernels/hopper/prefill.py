@@ -120,7 +120,7 @@ def _consume_high(p, work):
 def prefill_kernel(
     x, order_ptr, w_desc, out_desc,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, ticket_ptr,
-    bias_ptr, K, cols, n_tiles, top_k, limit, alpha, up_offset,
+    bias_ptr, K, cols, experts, n_tiles, top_k, limit, alpha, up_offset,
     N: gl.constexpr, LANES: gl.constexpr, GROUP_M: gl.constexpr, DYNAMIC: gl.constexpr,
     GATED: gl.constexpr, GATHER: gl.constexpr, ACTIVATION: gl.constexpr,
     HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
@@ -158,7 +158,7 @@ def prefill_kernel(
     p = Stage(
         x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, notes, full, empty, K, top_k,
         limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
-        bias_ptr, cols, HAS_BIAS,
+        bias_ptr, cols, experts, HAS_BIAS,
     )  # fmt: skip
     if GATHER:
         gl.warp_specialize(

@@ -32,9 +32,13 @@ from .tiles import (
     Work,
     activate,
     activate_alone,
+    asked_to_leave,
+    draw_or_leave,
+    leave_unseen,
     load_weight,
     locate,
     next_tile,
+    sm_number,
     tile_count,
 )
 
@@ -82,6 +86,41 @@ def _read_note(p, c):
 
 
 @gluon.jit
+def _load_tile(p, c, e, row_start, rows, m, n):
+    """All stages of a tile, from stage `c` of the ring on; the stage after them."""
+    first, units = _span(rows, m, p.BM)
+    row = row_start + first * UNIT
+    for k in range(0, p.K, p.BK):
+        i = c % p.NB
+        full = p.full.index(i)
+        mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+        if k == 0:
+            _write_note(p, i, row_start, rows, first, units, with_expert(p, e, n))
+        for some in gl.static_range(1, p.BM // UNIT + 1):
+            mbarrier.expect(
+                full,
+                p.w_desc.block_type.nbytes + some * p.x.block_type.nbytes,
+                pred=units == some,
+            )
+        load_weight(p.w_desc, e, n, k, full, p.b_bufs.index(i), True, p.GATED, p.BN)
+        for unit in range(0, units):
+            tma.async_copy_global_to_shared(
+                p.x, [row + unit * UNIT, k], full, p.a_bufs.index(i * (p.BM // UNIT) + unit)
+            )
+        c += 1
+    return c
+
+
+@gluon.jit
+def _end(p, c):
+    """Tell the consumers in stage `c` that there are no more tiles."""
+    i = c % p.NB
+    mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+    _write_note(p, i, 0, 0, 0, 0, 0)
+    mbarrier.arrive(p.full.index(i), count=1)
+
+
+@gluon.jit
 def load_rows_tall(p, work):
     """One warp: weights and sorted rows by TMA; rows past a task's end belong to its neighbour."""
     begin(p)
@@ -93,32 +132,37 @@ def load_rows_tall(p, work):
     while t < tiles:
         e, row_start, rows, m, n = locate(t, work)
         t = next_tile(t, tiles, work)
-        first, units = _span(rows, m, p.BM)
-        row = row_start + first * UNIT
-        for k in range(0, p.K, p.BK):
-            i = c % p.NB
-            full = p.full.index(i)
-            mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
-            if k == 0:
-                _write_note(p, i, row_start, rows, first, units, with_expert(p, e, n))
-            for some in gl.static_range(1, p.BM // UNIT + 1):
-                mbarrier.expect(
-                    full,
-                    p.w_desc.block_type.nbytes + some * p.x.block_type.nbytes,
-                    pred=units == some,
-                )
-            load_weight(p.w_desc, e, n, k, full, p.b_bufs.index(i), True, p.GATED, p.BN)
-            for unit in range(0, units):
-                tma.async_copy_global_to_shared(
-                    p.x, [row + unit * UNIT, k], full, p.a_bufs.index(i * (p.BM // UNIT) + unit)
-                )
-            c += 1
+        c = _load_tile(p, c, e, row_start, rows, m, n)
     if work.DYNAMIC and gl.program_id(0) >= tiles:
         next_tile(t, tiles, work)
-    i = c % p.NB
-    mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
-    _write_note(p, i, 0, 0, 0, 0, 0)
-    mbarrier.arrive(p.full.index(i), count=1)
+    _end(p, c)
+
+
+@gluon.jit
+def load_rows_borrowing(p, work):
+    """As `load_rows_tall`, on SMs of which some are lent: between two tiles they are given back.
+
+    A program that is not wanted where it starts leaves before it waits for the launch before this
+    one. The next tile is drawn when this one's last stage is under way, not ahead of it, so that an
+    SM is given back a tile sooner; the stages in flight hide the draw.
+    """
+    lent = gl.load(work.ticket_ptr + 2 + sm_number())
+    t = gl.program_id(0) * 0
+    c = t
+    tiles = t
+    if asked_to_leave(lent, work):
+        leave_unseen(work)
+    else:
+        begin(p)
+        if p.PDL == "prefetch":
+            gdc_wait()
+        tiles = tile_count(work)
+        t = draw_or_leave(lent, tiles, work)
+    while t < tiles:
+        e, row_start, rows, m, n = locate(t, work)
+        c = _load_tile(p, c, e, row_start, rows, m, n)
+        t = draw_or_leave(lent, tiles, work)
+    _end(p, c)
 
 
 @gluon.jit
@@ -225,7 +269,7 @@ def _consume_odd(p, work):
 def tall_kernel(
     x, order_ptr, w_desc, out_desc,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, ticket_ptr,
-    bias_ptr, K, cols, n_tiles, top_k, limit, alpha, up_offset,
+    bias_ptr, K, cols, experts, n_tiles, top_k, limit, alpha, up_offset,
     N: gl.constexpr, LANES: gl.constexpr, GROUP_M: gl.constexpr, DYNAMIC: gl.constexpr,
     GATED: gl.constexpr, GATHER: gl.constexpr, ACTIVATION: gl.constexpr,
     HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
@@ -262,10 +306,21 @@ def tall_kernel(
     p = Stage(
         x, order_ptr, w_desc, out_desc, a_bufs, b_bufs, c_bufs, notes, full, empty, K, top_k,
         limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
-        bias_ptr, cols, HAS_BIAS,
+        bias_ptr, cols, experts, HAS_BIAS,
     )  # fmt: skip
-    gl.warp_specialize(
-        [(_consume_even, (p, work)), (_consume_odd, (p, work)), (load_rows_tall, (p, work))],
-        [4, 1],
-        [CREG, LREG],
-    )
+    if DYNAMIC == "borrow":
+        gl.warp_specialize(
+            [
+                (_consume_even, (p, work)),
+                (_consume_odd, (p, work)),
+                (load_rows_borrowing, (p, work)),
+            ],
+            [4, 1],
+            [CREG, LREG],
+        )
+    else:
+        gl.warp_specialize(
+            [(_consume_even, (p, work)), (_consume_odd, (p, work)), (load_rows_tall, (p, work))],
+            [4, 1],
+            [CREG, LREG],
+        )
