@@ -79,7 +79,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(raw, "driver", lambda: found)
     monkeypatch.setattr(plans, "driver", lambda: found)
     monkeypatch.setattr(plans, "_threads", SimpleNamespace())
-    monkeypatch.setattr(plans, "ENABLED", True)
     monkeypatch.setattr(plans, "_told", plans.Counter())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
     return driver
