@@ -26,8 +26,8 @@ class Gpu:
 
     Args:
         flops, fp8_flops: per second, peak, dense, 16-bit and 8-bit.
-        mfu: the share of the peak that large products reach; attention_mfu: that attention's core
-            does, whose softmax keeps the tensor cores waiting.
+        mfu, fp8_mfu: the share of the peak that large products reach; attention_mfu: that
+            attention's core does, whose softmax keeps the tensor cores waiting.
         memory_bytes, reserve_bytes: in all, and kept for the runtime.
         bytes_per_s, bandwidth_efficiency: of device memory.
         overhead_s: of one expert layer beyond its bytes and flops; kernel_s: of one other kernel.
@@ -37,6 +37,7 @@ class Gpu:
     flops: float
     fp8_flops: float
     mfu: float
+    fp8_mfu: float
     attention_mfu: float
     memory_bytes: float
     reserve_bytes: float
@@ -49,7 +50,7 @@ class Gpu:
 
     def rate(self, itemsize: float) -> float:
         """Flops per second that large products of this item size reach."""
-        return self.mfu * (self.fp8_flops if itemsize == 1 else self.flops)
+        return self.fp8_mfu * self.fp8_flops if itemsize == 1 else self.mfu * self.flops
 
     @property
     def attention_flops_per_s(self) -> float:
@@ -236,6 +237,7 @@ def _gpu(given: Block | None, base: Block | None) -> Gpu:
             else _pick(given, base, "tflops", **positive)
         ) * 1e12,
         mfu=mfu,
+        fp8_mfu=_share(given, base, "fp8_mfu", mfu),
         attention_mfu=_share(given, base, "attention_mfu", mfu),
         memory_bytes=_pick(given, base, "memory_gb", **positive) * 1e9,
         reserve_bytes=_or(given, base, "reserve_gb", 4.0) * 1e9,

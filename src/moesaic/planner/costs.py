@@ -24,16 +24,14 @@ from .cluster import Cluster, Gpu
 from .exchange import NO_TABLE, ExchangeTable
 from .kernels import ROOFLINE, KernelTable, expert_layer_s
 from .model import Model
+from .primitives import decode_core_s, prefill_core_s, product_s, reduce_s
 from .routing import Counts, sample_counts
 from .strategies import Strategy
 from .workload import Workload
 
 Floats = npt.NDArray[np.float64]
-# Kernels of an attention block (norms, projections, rope, core) and of gate and shared expert.
-ATTENTION_KERNELS, GATE_KERNELS, MLP_KERNELS = 6, 2, 3
-SMS = 132
-# Of a step of a ring over NVLink, as NCCL's own tuning table has it.
-RING_STEP_S = 0.6e-6
+# Kernels of an attention block beside products and core (norms, rope), and of a gate.
+ATTENTION_KERNELS, GATE_KERNELS = 3, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,41 +129,28 @@ def attention_s(
         context: tokens each of them attends to, on average.
         decode: MLA works on its compressed cache, every token reads the whole of its sequence's.
     """
-    a, item = model.attention, model.itemsize
-    weights = a.weights(model.hidden)
-    flops = 2.0 * tokens * weights
-    # Every intermediate is written and read once, two bytes a number; norms, residual and their
-    # like pass over the hidden state four times.
-    through = tokens * a.activations(absorbed=decode) + 4.0 * tokens * tp * model.hidden
-    moved = weights * item / tp + 2 * 2.0 * through
-    projections = gemm_s(gpu, flops, moved, item, ATTENTION_KERNELS)
-    pairs = float(tokens) * tp * context
-    core_flops = a.core_flops(pairs, absorbed=decode) / tp
-    cache = tokens * tp * context * model.cache_bytes if decode else 0.0
+    a, shared = model.attention, float(tokens * tp)
+    seconds = sum(
+        product_s(gpu, shared, n, k, model.itemsize)
+        for n, k in a.products(model.hidden, tp, absorbed=decode)
+    )
+    # Norms, residual and their like pass over the hidden state four times, two bytes a number.
+    seconds += gemm_s(gpu, 0.0, 2 * 2 * 4.0 * shared * model.hidden, 2, ATTENTION_KERNELS)
+    if not decode:
+        return seconds + prefill_core_s(gpu, a, shared, context, tp)
     # The compressed cache has no heads to divide; key-value heads divide until there are none left.
-    cache /= 1 if a.kv_rank else min(tp, a.kv_heads)
-    return projections + core_s(gpu, core_flops, cache)
+    parts = 1 if a.kv_rank else min(tp, a.kv_heads)
+    return seconds + decode_core_s(gpu, a, shared, context, model.cache_bytes / parts, tp)
 
 
-def core_s(gpu: Gpu, flops: float, moved: float) -> float:
-    """Attention's core: scores, softmax and values in one kernel."""
-    busy = flops / gpu.attention_flops_per_s
-    return gpu.kernel_s + float(np.hypot(busy, moved / gpu.read_bytes_per_s))
-
-
-def reduce_s(cluster: Cluster, num_bytes: float, ranks: int) -> float:
-    """A ring all-reduce over NVLink inside a node: 2 (G - 1) steps, the first two in the latency."""
-    if ranks == 1:
+def mlp_s(model: Model, gpu: Gpu, tokens: int, width: float, cut: int) -> float:
+    """A dense MLP of so many inner numbers, cut over `cut` GPUs that share cut * tokens tokens."""
+    if not width:
         return 0.0
-    moved = 2 * (ranks - 1) / ranks * num_bytes
-    latency = cluster.nvlink_latency_s + RING_STEP_S * (2 * (ranks - 1) - 2)
-    return moved / cluster.nvlink_bytes_per_s + latency + cluster.gpu.kernel_s
-
-
-def mlp_s(model: Model, gpu: Gpu, tokens: int, elements: float, cut: int) -> float:
-    """A dense MLP of so many elements, cut over `cut` GPUs that share cut * tokens tokens."""
-    flops, moved = 2.0 * tokens * elements, elements * model.itemsize / cut
-    return gemm_s(gpu, flops, moved, model.itemsize, MLP_KERNELS)
+    rows, item = float(tokens * cut), model.itemsize
+    columns = (2 if model.experts.gated else 1) * width / cut
+    up = product_s(gpu, rows, columns, model.hidden, item, kernels=2)
+    return up + product_s(gpu, rows, model.hidden, width / cut, item)
 
 
 def distinct(places: int, top_k: int) -> float:
@@ -227,8 +212,7 @@ def moe_layer_costs(
     reduce = reduce_s(cluster, 2.0 * tokens * strategy.tp * model.hidden, strategy.tp)
     gate = gemm_s(gpu, 2.0 * tokens * model.hidden * model.experts.num_experts,
                   2.0 * model.hidden * model.experts.num_experts, 2, GATE_KERNELS)  # fmt: skip
-    shared_elements = model.shared_experts * model.mlp_elements(model.shared_intermediate)
-    shared = mlp_s(model, gpu, tokens, shared_elements, 1) if shared_elements else 0.0
+    shared = mlp_s(model, gpu, tokens, model.shared_experts * model.shared_intermediate, 1)
     counts = sampler.counts(strategy.homes, tokens)
     if strategy.family == "tp-pp":
         return [

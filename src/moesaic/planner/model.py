@@ -65,16 +65,28 @@ class Attention:
             return self.kv_rank + self.rope_dim
         return self.kv_heads * (self.head_dim + self.value_dim)
 
-    def activations(self, *, absorbed: bool) -> int:
-        """Numbers per token that pass through memory between the projections and the core."""
-        heads = self.heads * (self.head_dim + self.value_dim)
+    def products(self, hidden: int, tp: int, *, absorbed: bool) -> list[tuple[float, float]]:
+        """Columns and inner width of every projection on one of `tp` GPUs that divide the heads.
+
+        MLA's way down to its compressed vectors has no heads and is done on every GPU; `absorbed`
+        takes queries and values through the compressed cache's width head by head, as one product.
+        """
+        heads, out = self.heads / tp, self.heads / tp * self.value_dim
         if not self.kv_rank:
-            return heads + self.cache_elements()
-        if absorbed:
-            inner = self.heads * (2 * self.kv_rank + self.rope_dim)
+            kept = self.kv_heads / min(tp, self.kv_heads) * (self.head_dim + self.value_dim)
+            return [(heads * self.head_dim + kept, hidden), (hidden, out)]
+        down = self.kv_rank + self.rope_dim
+        found: list[tuple[float, float]] = [(self.q_rank + down, hidden)]
+        if self.q_rank:
+            found.append((heads * self.head_dim, self.q_rank))
         else:
-            inner = self.heads * (self.head_dim - self.rope_dim + self.value_dim)
-        return heads + inner + self.q_rank + self.cache_elements()
+            found = [(heads * self.head_dim + down, hidden)]
+        plain = self.head_dim - self.rope_dim
+        if absorbed:
+            found += [(heads * self.kv_rank, plain), (out, self.kv_rank)]
+        else:
+            found.append((heads * (plain + self.value_dim), self.kv_rank))
+        return [*found, (hidden, out)]
 
     def core_flops(self, pairs: float, *, absorbed: bool) -> float:
         """Flops of scores and values for `pairs` of a query and a cached token.

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .cluster import Cluster
-from .costs import SMS, LayerCost, Sampler, attention_s, gemm_s, mlp_s, moe_layer_costs, reduce_s
+from .costs import LayerCost, Sampler, attention_s, mlp_s, moe_layer_costs
 from .exchange import NO_TABLE, ExchangeTable
 from .kernels import ROOFLINE, KernelTable
 from .memory import Memory, memory
 from .model import Model
+from .primitives import SMS, product_s, reduce_s
 from .simulate import Task, TimeLine, pipeline_s, run_best
 from .strategies import Strategy
 from .workload import Workload
@@ -174,7 +175,7 @@ def _chain(
         slower = SMS / (SMS - workload.exchange_sms)
     attend = attention_s(model, gpu, tokens, context, strategy.tp, decode=decode)
     reduce = reduce_s(cluster, 2.0 * tokens * strategy.tp * model.hidden, strategy.tp)
-    dense = mlp_s(model, gpu, tokens, model.mlp_elements(model.dense_intermediate), strategy.tp)
+    dense = mlp_s(model, gpu, tokens, model.dense_intermediate, strategy.tp)
     layers: list[list[Task]] = []
     for number in range(model.layers):
         tasks = [Task("attention", where, attend * slower, layer=number)]
@@ -207,8 +208,9 @@ def _step(
     decode: bool,
 ) -> tuple[float, TimeLine]:  # fmt: skip
     """Seconds of a step, and the time line of its first (or only) stage."""
-    head = gemm_s(cluster.gpu, 2.0 * tokens * model.hidden * model.vocab if decode else 0.0,
-                  2.0 * model.hidden * model.vocab / strategy.tp, 2, 2)  # fmt: skip
+    # A prefill needs the logits of a prompt's last token only.
+    head = product_s(cluster.gpu, tokens * strategy.tp if decode else 1.0,
+                     model.vocab / strategy.tp, model.hidden, 2, kernels=2)  # fmt: skip
     last = [Task("head", "compute", head)]
     if strategy.stages == 1:
         chain = [task for tasks in layers for task in tasks] + last
