@@ -233,12 +233,13 @@ def products(
     up_offset: float,
     num_sms: int,
     config: LayerConfig,
-    tickets: tuple[int | None, int | None] = (0, 1),
+    tickets: tuple[int | Tensor | None, int | Tensor | None] = (0, 1),
     out: Tensor | None = None,
 ) -> Tensor:
     """Both products of the rows that `tasks` covers, two launches: rows (S, H) in sorted order.
 
     `out`: where they are written, (S, H) contiguous; rows of no task are left as they are.
+    `tickets`: of the two launches, see `grouped_mm_hopper`.
     """
     act_SI = hidden.new_empty((order_S.numel(), down.shape[2]))
     sorts = config.up.kernel == "tall"
