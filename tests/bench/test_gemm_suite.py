@@ -77,10 +77,11 @@ def test_a_whole_run_times_in_turn_and_compares_bits(tmp_path: Path) -> None:
     builders = {"moesaic": twin, "cublas": gemm.cublas, "torch-grouped-mm": gemm.torch_grouped}
     lines = run(tmp_path, builders)
     timed = [x for x in lines if x["clock"] != "bits"]
-    assert len(timed) == len(builders) * 4
+    assert len(timed) == len(builders) * 4 + 3
     for x in timed:
         assert x.get("error") is None and x["wrong"] is False and x["of_datasheet"] > 0
-        assert x["floor_ms"] > 0 and (x["clock"] == "random") == (x["err"] > 0)
+        assert x["floor_ms"] > 0 and (x["clock"] != "zero") == (x["err"] > 0)
+    assert [x["routing"] for x in timed if x["clock"] == "imbalance"] == list(gemm.ROUTINGS)
     bits = [x for x in lines if x["clock"] == "bits"]
     assert {(x["tokens"], x["equal_experts"]) for x in bits} == {(1, 4), (16, 4)}
     text, _ = gemm.section(lines, summarize(lines, ("tiny",)), tmp_path, "cpu", "")
@@ -150,25 +151,26 @@ def test_wrong_rows_rows_not_written_and_other_bits_are_told(tmp_path: Path) -> 
     assert targets["tiny: × cuBLAS on the dense product, balanced"].value is None
 
 
-def line(routing: str, impl: str, ms: float, **more: Any) -> Line:
-    values = {"suite": "gemm", "clock": "random", "model": "tiny", "tokens": 1, "mode": "graph"}
-    return make_line(STAMP, **values, routing=routing, impl=impl, ms=ms, **more)
+def line(routing: str, impl: str, ms: float, clock: str = "imbalance", **more: Any) -> Line:
+    values = {"suite": "gemm", "model": "tiny", "tokens": 1, "mode": "graph"}
+    return make_line(STAMP, **values, clock=clock, routing=routing, impl=impl, ms=ms, **more)
 
 
 def test_targets_compare_per_tile_and_with_cublas() -> None:
-    lines = [line("balanced", "moesaic", 1.0), line("balanced", "cublas", 1.0),
-             line("one_expert", "moesaic", 0.96), line("skewed", "moesaic", 1.04)]  # fmt: skip
+    lines = [line("balanced", "moesaic", 1.0, "random"), line("balanced", "cublas", 1.0, "random"),
+             line("balanced", "moesaic", 1.0), line("one_expert", "moesaic", 0.96),
+             line("skewed", "moesaic", 1.04)]  # fmt: skip
     assert all(t.met for t in summarize(lines, ("tiny",)))
-    for worse in (line("balanced", "cublas", 0.99), line("skewed", "moesaic", 1.06),
+    for worse in (line("balanced", "cublas", 0.99, "random"), line("skewed", "moesaic", 1.06),
                   line("one_expert", "moesaic", 0.94), line("skewed", "moesaic", 1.0, error="x"),
-                  line("balanced", "cublas", 9.0, wrong=True)):  # fmt: skip
-        key = (worse["routing"], worse["impl"])
-        others = [x for x in lines if (x["routing"], x["impl"]) != key]
+                  line("balanced", "cublas", 9.0, "random", wrong=True)):  # fmt: skip
+        key = [worse[k] for k in ("clock", "routing", "impl")]
+        others = [x for x in lines if [x[k] for k in ("clock", "routing", "impl")] != key]
         assert not all(t.met for t in summarize([*others, worse], ("tiny",))), worse
 
 
 def test_the_suite_is_registered_with_every_cell_once() -> None:
     cells = registry()["gemm"].cells()
-    assert len(cells) == len(set(cells)) == 2 * 4 + len(gemm.BITS_SHAPES) * len(gemm.BITS_ROWS)
+    assert len(cells) == len(set(cells)) == 2 * 5 + len(gemm.BITS_SHAPES) * len(gemm.BITS_ROWS)
     assert Cell("8x4096x28672x4096", 32768, "skewed", clock="random") in cells
     assert all(shape.flops == 2 * 32768 * 28672 * 4096 for shape in gemm.SHAPES.values())

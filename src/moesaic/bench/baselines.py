@@ -9,6 +9,7 @@ likes best, outside the timing.
 - `transformers-eager`, `-grouped_mm`, `-batched_mm`: the model family's own experts class.
 - `torch-grouped-mm`: the leanest layer of `torch.nn.functional.grouped_mm`, two products (three for
   three-layer experts), sorted without a host sync, so that it can be captured.
+- `liger-fused-moe`: Liger Kernel's fused experts, where that package is installed.
 - `torch-loop`: one sort, one read of the counts, then expert after expert.
 """
 
@@ -32,6 +33,7 @@ from .workloads import Inputs, Model
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 Build = Callable[[Model, ExpertWeights], Forward]
 
+LIGER = "liger-fused-moe"
 TRANSFORMERS_CLASSES = {
     "mixtral": ("mixtral", "MixtralExperts"),
     "qwen3_moe": ("qwen3_moe", "Qwen3MoeExperts"),
@@ -189,6 +191,36 @@ def torch_loop(model: Model, weights: ExpertWeights) -> Forward:
     return forward
 
 
+def liger_fused(model: Model, weights: ExpertWeights) -> Forward:
+    """Liger Kernel's fused experts: gather, product and SwiGLU in one Triton launch, then down.
+
+    It tunes itself once for a pair of widths, on the first call it sees: here 1024 tokens.
+
+    Raises:
+        Unavailable: liger-kernel is not installed, or the experts are no plain SwiGLU.
+    """
+    if model.kind != "swiglu":
+        raise Unavailable("liger-kernel's fused experts are plain SwiGLU")
+    try:
+        fused: Any = import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
+    except ImportError as error:
+        raise Unavailable(f"liger-kernel is not installed: {error}") from error
+
+    def forward(hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        out_TH: Tensor = fused.apply(hidden_TH, weights.up, weights.down, ids_TK, weights_TK)
+        return out_TH
+
+    up = weights.up
+    slots = torch.arange(1024 * model.top_k, dtype=torch.int32, device=up.device)
+    ids_TK = (slots % model.num_experts).view(1024, model.top_k)
+    with torch.no_grad():
+        forward(
+            torch.randn(1024, model.hidden_size, dtype=up.dtype, device=up.device), ids_TK,
+            torch.full(ids_TK.shape, 1 / model.top_k, device=up.device),
+        )  # fmt: skip
+    return forward
+
+
 def _never(model: Model, tokens: int, dtype: torch.dtype, limit_bytes: int) -> str | None:
     return None
 
@@ -214,6 +246,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("transformers-batched_mm", _transformers("batched_mm"), _gathers_weights),
         Baseline("torch-grouped-mm", torch_grouped_mm, _never),
         Baseline("torch-loop", torch_loop, _never),
+        Baseline(LIGER, liger_fused, _never),
     )
 }
 
@@ -221,7 +254,7 @@ BASELINES: dict[str, Baseline] = {
 def baselines_of(model: Model) -> list[Baseline]:
     """The baselines that know the model's arithmetic, best known first."""
     if model.family in TRANSFORMERS_CLASSES:
-        names = [n for n in BASELINES if n != "torch-loop"]
+        names = [n for n in BASELINES if n not in ("torch-loop", LIGER)]
     else:
         names = ["torch-grouped-mm", "torch-loop"]
     return [BASELINES[name] for name in names]

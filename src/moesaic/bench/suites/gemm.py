@@ -7,13 +7,14 @@ Triton kernel, torch's grouped_mm, and cuBLAS on one dense (S, K) @ (K, N) of as
 turn. `balanced` gives every expert as many rows; `one_expert` gives one all of them; `skewed` gives
 every expert but one a single tile, full, and that one the rest: all three have as many full tiles,
 so time compares per tile of work. Clock `random` and `zero` say what the operands hold (zeros let a
-GPU clock higher). Clock `bits` reports for which shapes each expert's rows equal `torch.matmul`.
+GPU clock higher). Clock `imbalance` takes the three splits in turn on the same operands, for a GPU
+slows as it warms. Clock `bits` reports for which shapes each expert's rows equal `torch.matmul`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -78,8 +79,9 @@ BITS_SHAPES = {
 
 
 def cells(shapes: dict[str, Shape] = SHAPES, bits: dict[str, Shape] = BITS_SHAPES) -> list[Cell]:
-    """Random data in all three splits and zeros, balanced; then the bits."""
+    """Random data in all three splits and zeros, balanced; the splits in turn; then the bits."""
     found = [Cell(n, s.slots, r, clock="random") for n, s in shapes.items() for r in ROUTINGS]
+    found += [Cell(name, s.slots, "balanced", clock="imbalance") for name, s in shapes.items()]
     found += [Cell(name, s.slots, "balanced", clock="zero") for name, s in shapes.items()]
     return found + [Cell(name, rows, "balanced", clock="bits")
                     for name in bits for rows in BITS_ROWS]  # fmt: skip
@@ -215,6 +217,11 @@ def measure(
     device: torch.device, *, budget_s: float, seed: int, tile_rows: int = TILE_ROWS,
 ) -> list[Line]:  # fmt: skip
     """The lines of one cell: every candidate checked, then all sampled in turn."""
+    if cell.clock == "imbalance":
+        return measure_imbalance(
+            cell, shape, builders["moesaic"], stamped, device, budget_s=budget_s, seed=seed,
+            tile_rows=tile_rows,
+        )  # fmt: skip
     work = make_work(
         shape, cell.routing, zero=cell.clock == "zero", device=device, seed=seed,
         tile_rows=tile_rows,
@@ -249,6 +256,39 @@ def measure(
         if name in errors:
             values["error"] = errors[name]
         lines.append(line_of(cell, stamped, values))
+    return lines
+
+
+def measure_imbalance(
+    cell: Cell, shape: Shape, build: Callable[[Work], Call], stamped: Line, device: torch.device,
+    *, budget_s: float, seed: int, tile_rows: int = TILE_ROWS,
+) -> list[Line]:  # fmt: skip
+    """moesaic's time of each split of the same rows, in turn; the dense product beside them."""
+    balanced = make_work(shape, "balanced", zero=False, device=device, seed=seed)
+    works = {"balanced": balanced}
+    for routing in ROUTINGS[1:]:
+        rows = split(routing, shape.experts, shape.slots, tile_rows)
+        offsets = torch.tensor([0, *rows]).cumsum(0).to(device=device, dtype=torch.int32)
+        works[routing] = replace(balanced, offsets_E1=offsets)
+    samplers: dict[str, Sampler] = {"cublas": sampler_of(cublas(balanced), device)}
+    errors: dict[str, float] = {}
+    for routing, work in works.items():
+        call = build(work)
+        work.out_SN.fill_(float("nan"))
+        errors[routing] = error_of(work, call(), False)
+        samplers[routing] = sampler_of(call, device)
+    timed = interleave(samplers, budget_s=budget_s, min_samples=15, seed=seed)
+    dense = timed.measured["cublas"].median
+    lines = []
+    for routing in ROUTINGS:
+        m = timed.measured[routing]
+        rate = shape.flops / m.median / 1e9
+        values: Line = {"impl": "moesaic", "mode": "graph" if device.type == "cuda" else "eager"}
+        values |= {"ms": m.median, "ms_p20": m.p20, "ms_p80": m.p80, "samples": m.samples}
+        values |= {"tflops": rate, "of_datasheet": rate / DATASHEET_TFLOPS, "floor_ms": dense}
+        values |= {"of_floor": dense / m.median, "err": errors[routing]}
+        values["wrong"] = not errors[routing] <= ERROR_BOUNDS["bfloat16"]
+        lines.append(line_of(replace(cell, routing=routing), stamped, values))
     return lines
 
 
@@ -319,9 +359,10 @@ def run(
                 if cell.clock == "bits":
                     lines = [compare_bits(cell, shape, bits, stamped, context.device, seed)]
                 else:
+                    left = sum(one.clock != "bits" for one in wanted[number:])
                     lines = measure(
                         cell, shape, builders or BUILDERS, stamped, context.device,
-                        budget_s=0.5 * min(4.0, context.share_s(len(wanted) - number)), seed=seed,
+                        budget_s=0.6 * min(4.0, context.share_s(left)), seed=seed,
                         tile_rows=tile_rows,
                     )  # fmt: skip
         except DeviceLost:
@@ -359,6 +400,8 @@ def summarize(lines: Sequence[Line], shapes: Sequence[str] = tuple(SHAPES)) -> l
         mine, dense = ms.get(("balanced", "moesaic")), ms.get(("balanced", "cublas"))
         gain = dense / mine if mine and dense else None
         targets.append(at_least(f"{name}: × cuBLAS on the dense product, balanced", gain, 1.0))
+        ms = times(lines, "imbalance", name)
+        mine = ms.get(("balanced", "moesaic"))
         for routing in ROUTINGS[1:]:
             other = ms.get((routing, "moesaic"))
             apart = abs(other / mine - 1) if mine and other else None

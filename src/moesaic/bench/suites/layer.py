@@ -7,8 +7,9 @@ experts) and `curve`, the embedded model's loads on held-out text resampled to E
 `experts` from ids and weights to the output, `layer` from router logits (softmax, top-k, divided by
 the sum, for every model). Two more are windows of some cells (`layer_windows`): `energy`, joules a
 token, and `host`, what an eager call of one token costs the host. gpt-oss-120b stands here for its
-sizes only, with plain SwiGLU; the name says so. transformers' eager loop is measured on `LOOP`
-cells, for it is slow everywhere.
+sizes only, with plain SwiGLU; the name says so. transformers' eager loop, slow everywhere, is
+measured on the main cells, and on those of two models Liger Kernel, where it is installed: it
+waits for the device, so no graph holds it, and tunes itself for long.
 
 Cells come in the order of their importance over all models, and one whose estimate does not fit
 into the time left is left out, so that a run can be made in pieces with ``--missing``.
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.resources import files
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ from ...functional import route
 from ...hardware.energy import Unavailable
 from ...hardware.meter import EnergyMeter, open_meter
 from ...types import RouterSpec
-from ..baselines import Forward
+from ..baselines import BASELINES, LIGER, Forward
 from ..layer_targets import layer_targets
 from ..layer_windows import HOST_MODEL, WINDOW_S, measure_windows
 from ..layers import Candidate, Loaded, Machine, candidates_of, load, measure_cell
@@ -55,6 +57,7 @@ ROUTINGS = ("uniform", "zipf1", "curve", "worst")
 ENERGY_TOKENS = (1, 128, 8192)
 CLOCKS = ("experts", "host", "energy", "layer")
 LOOP = "transformers-eager"
+PEER_MODELS = ("Qwen3-30B-A3B", "Mixtral-8x7B")
 GATHER_LIMIT_BYTES = 8 * 2**30
 RECORD_EVERY_S = 5.0
 GEMM_FLOPS_PER_S = 6e14
@@ -129,7 +132,8 @@ class Entry:
         """The forwards and candidates of one cell."""
         clock = "layer" if cell.clock == "layer" else "experts"
         some = self.candidates[clock]
-        return self.loaded[clock], [c for c in some if c.name != LOOP or has_loop(cell)]
+        rare = {LOOP: has_loop(cell), LIGER: has_loop(cell)}
+        return self.loaded[clock], [c for c in some if rare.get(c.name, True)]
 
 
 def make_entry(
@@ -137,6 +141,9 @@ def make_entry(
 ) -> Entry:
     """Weights made once, every candidate built on them, and the same from logits."""
     given = candidates_of(model, impl)
+    if model.name in PEER_MODELS and find_spec("liger_kernel") is not None:
+        peer = BASELINES[LIGER]
+        given.append(Candidate(peer.name, peer.build, lambda inputs: inputs, peer.refuses))
     experts = load(model, dtype, given, machine, seed)
     prepare = partial(as_logits, num_experts=model.num_experts)
     from_logits = {
