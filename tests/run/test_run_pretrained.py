@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_families import model_class, tiny_config
+from hf_checks import token_ids
+from hf_families import model_class, tiny_config, tiny_model
 from typer.testing import CliRunner
 
 from moesaic.cli import app
@@ -186,6 +187,23 @@ def test_a_static_cache_and_recorded_steps_give_the_same_tokens(
         assert len(ends) == 13 and decoder.cache.get_seq_length() == len(ids) + 12
     assert tokens[True] == tokens[False]
     assert recorder is None or recorder.replays == (0 if recorder.fails else 12)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_sliding_window_is_left_by_the_mask_not_by_the_cache(family: str) -> None:
+    model = tiny_model(family)
+    assert model.config.sliding_window == 16
+    ids = token_ids(model, 1, 9)[0].tolist()
+    tokens = {}
+    for static in (False, True):
+        decoder = Decoder(model, torch.device("cpu"), 40, lambda: None, static=static)
+        with torch.no_grad():
+            decoder.prefill(ids)
+            tokens[static] = [decoder.step() for _ in range(24)]
+        if static:
+            assert all(isinstance(x.cumulative_length, torch.Tensor) for x in decoder.cache.layers)
+            assert decoder.cache.get_seq_length() == 9 + 24 > 16
+    assert tokens[True] == tokens[False]
 
 
 def test_a_character_waits_for_its_bytes(directory: Path) -> None:

@@ -39,6 +39,22 @@ MOST_PROMPT = 2048
 WARM_UPS = 2
 
 
+def static_cache(config: Any, length: int) -> Any:
+    """A cache of `length` positions whose updates are the same launches at every step.
+
+    transformers' layers of sliding windows roll, and decide on the host when; here they hold every
+    position, and the mask alone leaves the window.
+    """
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    cache = StaticCache(config=config, max_cache_len=length)
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is StaticSlidingWindowLayer:
+            cache.layers[index] = StaticLayer(max_cache_len=length)
+    return cache
+
+
 @dataclass
 class Decoder:
     """One sequence and its cache; `step` gives a token and computes the next, by a graph if any.
@@ -59,13 +75,11 @@ class Decoder:
 
     def prefill(self, ids: list[int]) -> None:
         """Read the prompt; its last logits give the first token."""
-        from transformers import DynamicCache, StaticCache
+        from transformers import DynamicCache
 
         config = self.model.config
         self.cache = (
-            StaticCache(config=config, max_cache_len=self.length)
-            if self.static
-            else DynamicCache(config=config)
+            static_cache(config, self.length) if self.static else DynamicCache(config=config)
         )
         ids_1N = torch.tensor([ids], device=self.device)
         self.token_11 = self._forward(ids_1N)
@@ -87,7 +101,8 @@ class Decoder:
     def capture(self, capturer: Capturer, counters: Sequence[Tensor] = ()) -> None:
         """Record one step; warm-ups leave the cache, the token and `counters` as they were."""
         lengths: list[Any] = [getattr(x, "cumulative_length", None) for x in self.cache.layers]
-        if any(not isinstance(length, Tensor) for length in lengths):
+        on_host = any(hasattr(layer, "cumulative_length_int") for layer in self.cache.layers)
+        if on_host or any(not isinstance(length, Tensor) for length in lengths):
             self.graph = "none: the family's cache is not static"
             return
         state: list[Tensor] = [*lengths, self.token_11, *counters]
@@ -182,6 +197,8 @@ def read_prompt(loaded: Pretrained, text: Path | None, prompt: str | None) -> li
 
 def energy_facts(reading: Reading, tokens: int) -> dict[str, Any]:
     """Joules per token, or why there are none."""
+    if not tokens:
+        return {"joules_per_token": None, "energy": "not available: no tokens were made"}
     if isinstance(reading, Energy):
         return {"joules_per_token": reading.joules_per_token(tokens), "watts": reading.watts}
     return {"joules_per_token": None, "energy": str(reading)}
@@ -218,7 +235,7 @@ def decode(
 
         reading = open_meter(device).measure(work)
         seconds = time.perf_counter() - begun
-    made = max(1, len(stream.ids))
+    made = len(stream.ids)
     facts = {
         "prompt_tokens": len(ids), "tokens": len(stream.ids), "prefill_s": prefill_s,
         "decode_s": seconds, "tokens_per_s": made / seconds, "graph": decoder.graph,
