@@ -19,9 +19,11 @@ from ..sorting import ONE_LAUNCH_SLOTS
 from ..taskmap import TaskMap
 from ..tune import Problem, device_family, hopper_row
 from .launch import GLUON_DTYPES, HopperConfig, grouped_mm_hopper
+from .pair import layer_pair
 from .plans import planned
 from .single import constants, one_token
 from .tiles import triton_problem
+from .zeros import prepare
 
 
 class LayerConfig(NamedTuple):
@@ -161,7 +163,15 @@ def experts_hopper(
         topk_weights.dtype, hidden.device, activation, gated, limit, alpha, up_offset, num_sms,
         config, counters is None,
     )  # fmt: skip
-    return planned(key, inputs, partial(constants, top_k, hidden.device), call)
+    return planned(key, inputs, partial(_constants, tokens, top_k, hidden.device), call)
+
+
+def _constants(tokens: int, top_k: int, device: torch.device) -> tuple[Tensor, ...]:
+    """What a call uses besides its tensors, made before it is recorded."""
+    if tokens > 1:
+        return ()
+    prepare(device)
+    return constants(top_k, device)
 
 
 def _launches(
@@ -185,6 +195,20 @@ def _launches(
     config = config or choose_measured(
         tokens, top_k, up.shape, gated, hidden.dtype, hidden.device, num_sms
     )
+    if config.up.kernel == "pair":
+        epilogue = {
+            "gated": gated, "activation": activation, "limit": limit, "alpha": alpha,
+            "up_offset": up_offset,
+        }  # fmt: skip
+        out = layer_pair(
+            hidden, topk_ids, topk_weights, up, down, config=config.up,
+            order=config.order,  # type: ignore[arg-type]
+            num_sms=num_sms, epilogue=epilogue, counters=counters,
+        )  # fmt: skip
+        if out is not None:
+            return out
+        apart = config.up._replace(kernel="decode")
+        config = LayerConfig(apart, apart, config.order)
     if tokens == 1:
         order_S, tasks = one_token(topk_ids)
         position = order_S
@@ -233,7 +257,7 @@ def products(
     up_offset: float,
     num_sms: int,
     config: LayerConfig,
-    tickets: tuple[int | Tensor | None, int | Tensor | None] = (0, 1),
+    tickets: tuple[int | None, int | None] = (0, 1),
     out: Tensor | None = None,
 ) -> Tensor:
     """Both products of the rows that `tasks` covers, two launches: rows (S, H) in sorted order.

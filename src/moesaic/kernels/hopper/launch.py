@@ -51,6 +51,19 @@ class HopperConfig(NamedTuple):
     ctas_per_sm: int = 1
 
 
+class SharedTiles(NamedTuple):
+    """A task map whose tiles several launches draw, see `tiles.draw_shared`.
+
+    `counter_2`: [0, programs of all launches], int32. `wanted_1`: not 0 while guests' SMs are
+    wanted back, int32. The owner's launch may run beside guests' and ends when every tile is drawn;
+    whoever reads the output waits for all of them.
+    """
+
+    counter_2: Tensor
+    wanted_1: Tensor
+    role: Literal["owner", "guest"]
+
+
 @lru_cache(maxsize=4096)
 def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for(list(box), GLUON_DTYPES[dtype])
@@ -145,7 +158,7 @@ def grouped_mm_hopper(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
-    ticket: int | Tensor | None = None,
+    ticket: int | SharedTiles | None = None,
     pdl: Literal["off", "wait", "prefetch"] = "off",
 ) -> Tensor:
     """``out[row] = act(x[token of row] @ weight[e].T + bias[e])`` for the rows of every task.
@@ -160,23 +173,23 @@ def grouped_mm_hopper(
         tasks: built with ``heights=(config.bm,)``.
         out: (S, C), written where rows are live.
         num_sms: SM budget; the persistent grid has `num_sms * ctas_per_sm` programs.
-        ticket: which of `tasks.tickets_2` to draw tiles from; None: a fixed stride; a tensor: a row
-            of a gate, see `tiles.draw_or_leave`, for `tall` tiles on SMs of which some are lent.
+        ticket: which of `tasks.tickets_2` to draw tiles from; None: a fixed stride; `SharedTiles`:
+            several launches draw the `tall` tiles of this map.
         pdl: how to overlap with the launch before, see `pipeline.begin`.
 
     Raises:
         RuntimeError: Triton is outside the tested range.
-        ValueError: `tall` tiles with rows that are not sorted, a gate without `tall` tiles, or a
-            bias of a gated product.
+        ValueError: `tall` tiles with rows that are not sorted, shared tiles that are not `tall`,
+            or a bias of a gated product.
     """
     check_triton()
     if gated and bias is not None:
         raise ValueError("only ungated products have a bias here; use the Triton path")
     if config.kernel == "tall" and order_S is not None:
         raise ValueError("tall tiles take sorted rows; call gather_rows first and pass no order_S")
-    borrows = isinstance(ticket, Tensor)
-    if borrows and config.kernel != "tall":
-        raise ValueError(f"only tall tiles run on lent SMs, got {config.kernel}")
+    shared = ticket if isinstance(ticket, SharedTiles) else None
+    if shared and config.kernel != "tall":
+        raise ValueError(f"only tall tiles are shared by launches, got {config.kernel}")
     depth, cols = weight.shape[2], out.shape[1]
     gather = order_S is not None
     operand = x if gather else _descriptor(x, list(x.shape), [depth, 1], _row_box(config))
@@ -184,7 +197,7 @@ def grouped_mm_hopper(
         KERNELS[config.kernel],
         num_sms * config.ctas_per_sm,
         operand,
-        order_S if gather else tasks.task_N,
+        order_S if gather else shared.wanted_1 if shared else tasks.task_N,
         weight_descriptor(weight, gated, config),
         ragged_descriptor(out, *_store_box(config, gated)),
         tasks.tile_end_N,
@@ -204,7 +217,7 @@ def grouped_mm_hopper(
         up_offset,
         ACTIVATION=activation,
         HAS_LIMIT=limit is not None,
-        DYNAMIC="borrow" if borrows else ticket is not None,
+        DYNAMIC=shared.role if shared else ticket is not None,
         PDL=pdl,
         launch_pdl=pdl != "off",
         **_constants(
@@ -219,10 +232,10 @@ def grouped_mm_hopper(
     return out
 
 
-def _ticket_counter(tasks: TaskMap, ticket: int | Tensor | None) -> Tensor:
+def _ticket_counter(tasks: TaskMap, ticket: int | SharedTiles | None) -> Tensor:
     """Where a launch's programs draw their tiles."""
-    if isinstance(ticket, Tensor):
-        return ticket
+    if isinstance(ticket, SharedTiles):
+        return ticket.counter_2
     return tasks.total_2 if ticket is None else tasks.tickets_2[ticket:]
 
 
@@ -269,7 +282,7 @@ def _aot_case(
     dtype: str,
     quick: bool,
     bias: bool = False,
-    borrows: bool = False,
+    role: str = "",
 ) -> AotCase:
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
 
@@ -282,7 +295,7 @@ def _aot_case(
     kind = "up" if gated else "down"
     if bias:
         kind = "relu-gathered" if gather else "relu"
-    kind += "-borrowing" if borrows else ""
+    kind += f"-{role}" if role else ""
     return AotCase(
         name=f"hopper/{config.kernel}-{config.bm}x{config.bn}-{kind}-{dtype}",
         fn=KERNELS[config.kernel],
@@ -299,7 +312,7 @@ def _aot_case(
             **_constants(config, entries=128, gather=gather, gated=gated, bias=bias),
             "ACTIVATION": "silu" if gated else "relu" if bias else "none",
             "HAS_LIMIT": False,
-            "DYNAMIC": "borrow" if borrows else True,
+            "DYNAMIC": role or True,
             "PDL": "wait" if gated else "prefetch",
         },
         options=_options(config) | {"launch_pdl": True},
@@ -335,6 +348,8 @@ def aot_cases() -> list[AotCase]:
         for gather in ((False,) if tile.kernel == "tall" else (True, False))
     ]
     cases += [
-        _aot_case(tall[1], False, gated, "bf16", gated, borrows=True) for gated in (True, False)
+        _aot_case(tall[1], False, gated, "bf16", gated, role=role)
+        for role in ("owner", "guest")
+        for gated in (True, False)
     ]
     return [*cases, _aot_case(tiles[0], True, True, "fp16", False)]

@@ -32,13 +32,10 @@ from .tiles import (
     Work,
     activate,
     activate_alone,
-    asked_to_leave,
-    draw_or_leave,
-    leave_unseen,
+    draw_shared,
     load_weight,
     locate,
     next_tile,
-    sm_number,
     tile_count,
 )
 
@@ -139,30 +136,33 @@ def load_rows_tall(p, work):
 
 
 @gluon.jit
-def load_rows_borrowing(p, work):
-    """As `load_rows_tall`, on SMs of which some are lent: between two tiles they are given back.
+def _load_rows_shared(p, work, GUEST: gl.constexpr):
+    """As `load_rows_tall`, of a map that several launches share.
 
-    A program that is not wanted where it starts leaves before it waits for the launch before this
-    one. The next tile is drawn when this one's last stage is under way, not ahead of it, so that an
-    SM is given back a tile sooner; the stages in flight hide the draw.
+    The next tile is drawn when this one's last stage is under way, not ahead of it, so that a guest
+    gives its SM back a tile sooner; the stages in flight hide the draw.
     """
-    lent = gl.load(work.ticket_ptr + 2 + sm_number())
-    t = gl.program_id(0) * 0
-    c = t
-    tiles = t
-    if asked_to_leave(lent, work):
-        leave_unseen(work)
-    else:
-        begin(p)
-        if p.PDL == "prefetch":
-            gdc_wait()
-        tiles = tile_count(work)
-        t = draw_or_leave(lent, tiles, work)
+    begin(p)
+    tiles = tile_count(work)
+    t = draw_shared(p.order_ptr, tiles, work, GUEST)
+    c = t * 0
     while t < tiles:
         e, row_start, rows, m, n = locate(t, work)
         c = _load_tile(p, c, e, row_start, rows, m, n)
-        t = draw_or_leave(lent, tiles, work)
+        t = draw_shared(p.order_ptr, tiles, work, GUEST)
     _end(p, c)
+
+
+@gluon.jit
+def load_rows_owner(p, work):
+    """The loader of the launch that ends when every tile is drawn."""
+    _load_rows_shared(p, work, False)
+
+
+@gluon.jit
+def load_rows_guest(p, work):
+    """The loader of a launch that helps while nobody wants its SMs."""
+    _load_rows_shared(p, work, True)
 
 
 @gluon.jit
@@ -278,7 +278,8 @@ def tall_kernel(
 ):  # fmt: skip
     """out[row] = act(x[row] @ w[e].T) for the rows of every task, up to BM rows a tile.
 
-    x: TMA descriptor of the sorted rows (S, K), box (64, BK). order_ptr: not read. GATHER: False.
+    x: TMA descriptor of the sorted rows (S, K), box (64, BK). GATHER: False. order_ptr: not read;
+    of "owner" and "guest" (DYNAMIC) `wanted_ptr` of `draw_shared`, and ticket_ptr as there.
     w_desc: (E, C/16, 2, 8, K) box (1, BN/16, 2, 8, BK) when GATED, else (E, C, K) box (1, BN, BK).
     out_desc: ragged store descriptor of (S, columns), box (1, 1, 64, 64). The task map's arrays
     are (N,) int32, total_ptr (2,), ticket_ptr one zero when DYNAMIC. bias_ptr: (E, cols), added to
@@ -308,13 +309,15 @@ def tall_kernel(
         limit, alpha, up_offset, GATED, GATHER, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
         bias_ptr, cols, experts, HAS_BIAS,
     )  # fmt: skip
-    if DYNAMIC == "borrow":
+    if DYNAMIC == "owner":
         gl.warp_specialize(
-            [
-                (_consume_even, (p, work)),
-                (_consume_odd, (p, work)),
-                (load_rows_borrowing, (p, work)),
-            ],
+            [(_consume_even, (p, work)), (_consume_odd, (p, work)), (load_rows_owner, (p, work))],
+            [4, 1],
+            [CREG, LREG],
+        )
+    elif DYNAMIC == "guest":
+        gl.warp_specialize(
+            [(_consume_even, (p, work)), (_consume_odd, (p, work)), (load_rows_guest, (p, work))],
             [4, 1],
             [CREG, LREG],
         )

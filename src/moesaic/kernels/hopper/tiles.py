@@ -119,54 +119,21 @@ def next_tile(t, tiles, work):
 
 
 @gluon.jit
-def sm_number():
-    """The number of the SM that runs this program."""
-    return gl.inline_asm_elementwise(
-        "mov.u32 $0, %smid;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+def draw_shared(wanted_ptr, tiles, work, GUEST: gl.constexpr):
+    """The next tile of a map that several launches share, or `tiles` when the program is to end.
 
-
-@gluon.jit
-def _close(got, tiles, work):
-    """Put the counter back to zero with the last of all draws and leaves.
-
-    There are as many as tiles and programs together: a draw for every tile, and one more for every
-    program, which fails or is its leave.
+    The owner's programs draw until no tile is left. A guest's also end when `wanted_ptr` (one
+    int32) is not 0: it runs on SMs that somebody else may want back. Who leaves draws nothing, so
+    the others take its tiles. `work.ticket_ptr` is [counter, programs of all launches]: leaves are
+    counted in the counter's upper bits, and whoever makes the last of all draws and leaves, of
+    which there are as many as tiles and programs, puts it back to zero. Five tiles, programs 0 and
+    1: 0 draws 0 and 1, 1 leaves, 0 draws 2, 3 and 4 and fails: 1, 2, 2 + LEAVE, ..., 5 + LEAVE, 0.
     """
-    if (got & (LEAVE - 1)) + (got // LEAVE) == tiles + gl.num_programs(0) - 1:
-        gl.store(work.ticket_ptr, 0)
-
-
-@gluon.jit
-def leave_unseen(work):
-    """Leave before anything was read: what says how many tiles there are may not be written yet.
-
-    Once somebody drew a tile it is, and before that a leave cannot be the last.
-    """
-    got = gl.atomic_add(work.ticket_ptr, LEAVE, sem="relaxed")
-    if (got & (LEAVE - 1)) > 0:
-        _close(got, gl.load(work.total_ptr + 1, volatile=True) * work.n_tiles, work)
-
-
-@gluon.jit
-def asked_to_leave(lent, work):
-    """Whether this program runs on an SM that is lent, and the lender wants it back."""
-    return (lent != 0) & (gl.load(work.ticket_ptr + 1, volatile=True) != 0)
-
-
-@gluon.jit
-def draw_or_leave(lent, tiles, work):
-    """The next tile of a launch that borrows SMs, or `tiles` when none is left or an SM goes back.
-
-    `work.ticket_ptr` is a row of a gate: the counter of tiles, whether lent SMs are wanted back,
-    and for every SM whether it is lent. A program that leaves draws nothing, so others take its
-    tiles; leaves are counted in the upper bits of the counter. With tiles 5 on programs 0 and 1,
-    0 drawing 0 and 1, 1 leaving, the counter goes 1, 2, 2 + LEAVE, 3, 4, 5, 6 (all + LEAVE), 0.
-    """
-    leaves = asked_to_leave(lent, work)
+    leaves = GUEST and gl.load(wanted_ptr, volatile=True) != 0
     got = gl.atomic_add(work.ticket_ptr, gl.where(leaves, LEAVE, 1), sem="relaxed")
-    _close(got, tiles, work)
-    return gl.where(leaves, tiles, got & (LEAVE - 1))
+    if (got % LEAVE) + (got // LEAVE) == tiles + gl.load(work.ticket_ptr + 1) - 1:
+        gl.store(work.ticket_ptr, 0)
+    return gl.where(leaves, tiles, got % LEAVE)
 
 
 @gluon.jit
