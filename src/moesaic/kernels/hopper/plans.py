@@ -27,6 +27,7 @@ from triton import knobs
 
 from ..launching import Recording, recorded
 from .raw import CELL, RawLaunch, TensorMap, Unsupported, check, driver
+from .zeros import given, zeroed
 
 ALIGNMENT = 16
 ARENA_ALIGNMENT = 256
@@ -69,6 +70,7 @@ class LayerPlan:
             self._claim(tensor, base, 0)
         self.device = out.device
         self._index = out.device.index
+        self._zeros_at: int | None = None
         self.arena_bytes = self._lay_out(recording.scratch, out, len(inputs) + 1)
         self._cell_at: dict[tuple[int, int], int] = {}
         self._cells = (ctypes.c_uint64 * 64)()
@@ -96,9 +98,19 @@ class LayerPlan:
         for tensor in scratch:
             if tensor.data_ptr() != out.data_ptr() and tensor.numel():
                 self._claim(tensor, base, used)
+                self._claim_zeros(tensor, base + 1, used)
                 size = tensor.numel() * tensor.element_size()
                 used += -(-size // ARENA_ALIGNMENT) * ARENA_ALIGNMENT
         return used
+
+    def _claim_zeros(self, tensor: Tensor, base: int, offset: int) -> None:
+        """Counters that belong to this piece of scratch belong to the arena from now on."""
+        counters = given(tensor.device, tensor.data_ptr())
+        if counters is not None:
+            if self._zeros_at is not None:
+                raise Unsupported("several sets of counters")
+            self._claim(counters, base, 0)
+            self._zeros_at = offset
 
     def _find(self, name: str, address: int) -> tuple[int, int] | None:
         for start, end, base, offset in self._ranges:
@@ -139,10 +151,18 @@ class LayerPlan:
         self._bases = bases
 
     def run(self, *inputs: Tensor) -> Tensor | None:
-        """The output for these tensors, of the recorded shapes; None when one is not aligned."""
+        """The output for these tensors, of the recorded shapes.
+
+        None when a tensor is not aligned, or no counters are left.
+        """
         out = torch.empty_like(inputs[0])
         arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=self.device)
         bases = (*[t.data_ptr() for t in inputs], out.data_ptr(), arena.data_ptr())
+        if self._zeros_at is not None:
+            counters = zeroed(self.device, bases[-1] + self._zeros_at)
+            if counters is None:
+                return None
+            bases = (*bases, counters.data_ptr())
         if bases != self._bases:
             union = 0
             for address in bases:
@@ -191,7 +211,7 @@ def planned(
         if out is not None:
             _told["raw"] += 1
             return out
-        _told["an unaligned tensor"] += 1
+        _told["an unaligned tensor, or no counters"] += 1
         return call()
     if plan is not None:
         _told[plan if isinstance(plan, str) else "a launch hook is installed"] += 1

@@ -30,10 +30,15 @@ def constants(top_k: int, device: torch.device) -> tuple[Tensor, ...]:
     return (*_every_slot(top_k, device), _ones(top_k, device))
 
 
-def one_token(topk_ids: Tensor) -> tuple[Tensor, TaskMap]:
-    """Order and task map of a single token's ids (1, K): each slot is a task of one row."""
+def one_token(topk_ids: Tensor, *, as_given: bool = False) -> tuple[Tensor, TaskMap]:
+    """Order and task map of a single token's ids (1, K): each slot is a task of one row.
+
+    `as_given`: int64 ids stay int64, for a launch that takes both.
+    """
     top_k, device = topk_ids.shape[1], topk_ids.device
     start, end, total = _every_slot(top_k, device)
     ones = _ones(top_k, device)
-    ids = topk_ids.view(-1).to(torch.int32)
+    ids = topk_ids.view(-1)
+    if ids.dtype != torch.int32 and not as_given:
+        ids = ids.to(torch.int32)
     return start, TaskMap(end, ids, start, ones, ones, total, total)

@@ -1,0 +1,223 @@
+"""Host side of `paired`: descriptors, the launch of both products at once, its torch twin.
+
+    S routed rows · T tokens · E experts · H hidden width · I intermediate width · K top-k
+
+Of a single token the launch also makes the weighted sum: one launch is the whole layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..aot import AotCase
+from ..batching import batch_rows
+from ..combine import combine
+from ..launching import launch
+from ..taskmap import Order, TaskMap
+from .launch import HopperConfig, _descriptor, _layout, grouped_mm_hopper_ref, weight_descriptor
+from .paired import pair_kernel
+from .single import one_token
+from .tiles import check_triton
+from .zeros import WORDS, zeroed
+
+LOADER_REGISTERS = 56
+FIRST_COLUMN = 1 + 64
+"""Counters of a single token: a ticket, 64 slots, and from here on the column tiles of H."""
+
+
+def rows_descriptor(weight: Tensor, config: HopperConfig) -> TensorDescriptor:
+    """TMA view of a weight (E, R, K) by rows, in the box of `weight_descriptor`'s paired view."""
+    experts, rows, depth = weight.shape
+    shape = [experts, rows // 16, 2, 8, depth]
+    strides = [rows * depth, 16 * depth, 8 * depth, depth, 1]
+    return _descriptor(weight, shape, strides, (1, config.bn // 16, 2, 8, config.bk))
+
+
+def _constants(
+    config: HopperConfig, entries: int, gated: bool, one: bool, summed: bool
+) -> dict[str, Any]:
+    return {
+        "N": entries,
+        "LANES": max(32, 1 << (entries - 1).bit_length()),
+        "ONE": one,
+        "SUM": summed,
+        "GATED": gated,
+        "BM": config.bm,
+        "BN": config.bn,
+        "BK": config.bk,
+        "NB": config.stages,
+        "LREG": LOADER_REGISTERS,
+    }
+
+
+def _options(config: HopperConfig) -> dict[str, int]:
+    return {"num_warps": 4, "maxnreg": 128 if config.bm <= 32 else 255}
+
+
+def pair_mm_hopper(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    tasks: TaskMap,
+    act: Tensor,
+    out: Tensor,
+    *,
+    config: HopperConfig,
+    num_sms: int,
+    order_S: Tensor,
+    top_k: int,
+    gated: bool = False,
+    activation: str = "none",
+    limit: float | None = None,
+    alpha: float = 1.0,
+    up_offset: float = 0.0,
+    counters: Tensor | None = None,
+    weighted: tuple[Tensor, Tensor] | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """``out[row] = act(x[token of row] @ up[e].T) @ down[e].T``, one launch, `act` in between.
+
+    Args:
+        x: (T, H) tokens, read through `order_S` (int32 slots, token = slot // top_k).
+        up: (E, U, H), U = 2I when `gated`. down: (E, H, I). bf16 or fp16; H, I multiples of 64.
+        tasks: built with ``heights=(config.bm,)`` and given to no other launch of this kind: its
+            heights become counters.
+        act: (S, I) scratch. out: (S, H), written where rows are live.
+        num_sms: SM budget; the grid has `num_sms * ctas_per_sm` programs.
+        counters: of a single token, whose K slots are tasks of one row: zeros (256,) int32, which
+            are zeros again when the launch has ended. `tasks.task_N` may then be int64.
+        weighted: of a single token with `counters`, weights (1, K) and where the weighted sum of
+            the rows goes, (1, H), as `combine` makes it.
+        pdl: start while the launch before still runs and wait for it on the device.
+    """
+    check_triton()
+    one = counters is not None
+    weights, total = (x, x) if weighted is None else weighted
+    hidden, inner = x.shape[1], act.shape[1]
+    columns = config.bn // 2 if gated else config.bn
+    launch(
+        pair_kernel,
+        num_sms * config.ctas_per_sm,
+        x,
+        order_S,
+        weight_descriptor(up, True, config) if gated else rows_descriptor(up, config),
+        rows_descriptor(down, config),
+        act,
+        out,
+        tasks.tile_end_N,
+        tasks.task_N,
+        tasks.row_start_N,
+        tasks.rows_N,
+        tasks.height_N if counters is None else counters[1:],
+        tasks.tickets_2 if counters is None else counters,
+        tasks.tickets_2 if counters is None else counters[FIRST_COLUMN:],
+        weights,
+        total,
+        hidden,
+        inner,
+        -(-inner // columns),
+        -(-hidden // config.bn),
+        top_k,
+        0.0 if limit is None else limit,
+        alpha,
+        up_offset,
+        ACTIVATION=activation,
+        HAS_LIMIT=limit is not None,
+        PDL=pdl,
+        launch_pdl=pdl,
+        **_constants(config, tasks.task_N.numel(), gated, one, weighted is not None),
+        **_options(config),
+    )
+    return out
+
+
+def layer_pair(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    config: HopperConfig,
+    order: Order,
+    num_sms: int,
+    epilogue: dict[str, Any],
+    counters: Tensor | None,
+) -> Tensor | None:
+    """A layer by `pair_mm_hopper`: with the sort and the combine, or alone for a single token.
+
+    None when a single token finds no zeroed counters, see `zeros`, or not enough of them.
+    """
+    tokens, top_k = topk_ids.shape
+    width, inner = hidden.shape[1], down.shape[2]
+    act_SI = hidden.new_empty((tokens * top_k, inner))
+    rows_SH = hidden.new_empty((tokens * top_k, width))
+    given = {"config": config, "num_sms": num_sms, "top_k": top_k, "pdl": True, **epilogue}
+    if tokens > 1:
+        sort, tasks = batch_rows(
+            topk_ids, up.shape[0], heights=(config.bm,), order=order, counters=counters
+        )
+        pair_mm_hopper(hidden, up, down, tasks, act_SI, rows_SH, order_S=sort.order_S, **given)
+        return combine(rows_SH, sort.position_S.view(tokens, top_k), topk_weights, pdl=True)
+    zeros = zeroed(hidden.device, act_SI.data_ptr())
+    if zeros is None or FIRST_COLUMN - (-width // config.bn) > WORDS:
+        return None
+    order_S, tasks = one_token(topk_ids, as_given=True)
+    out = None if counters is not None else torch.empty_like(hidden)
+    weighted = None if out is None else (topk_weights, out)
+    pair_mm_hopper(
+        hidden, up, down, tasks, act_SI, rows_SH, order_S=order_S, counters=zeros,
+        weighted=weighted, **given,
+    )  # fmt: skip
+    if out is not None:
+        return out
+    counted = None if counters is None else (tasks.task_N, counters)
+    return combine(rows_SH, order_S.view(1, top_k), topk_weights, pdl=True, counted=counted)
+
+
+def pair_mm_hopper_ref(
+    x: Tensor, up: Tensor, down: Tensor, tasks: TaskMap, *, order_S: Tensor, top_k: int, **how: Any
+) -> Tensor:
+    """The torch twin of `pair_mm_hopper`; `how`: gated, activation, limit, alpha, up_offset."""
+    act_SI = grouped_mm_hopper_ref(x, up, tasks, order_S=order_S, top_k=top_k, **how)
+    return grouped_mm_hopper_ref(act_SI, down, tasks)
+
+
+def aot_cases() -> list[AotCase]:
+    """The tiles that `experts.choose` picks, of one token and of more."""
+    cases = []
+    for one, bm, bn, stages in ((True, 16, 64, 9), (False, 16, 128, 9), (False, 64, 128, 8)):
+        config = HopperConfig("pair", bm, bn, stages)
+        box = (1, bn // 16, 2, 8, 64)
+        described = f"tensordesc<bf16[1, {bn // 16}, 2, 8, 64],{_layout(box, torch.bfloat16)!r}>"
+        pointers = ("tile_end_ptr", "task_ptr", "row_start_ptr", "rows_ptr")
+        case = AotCase(
+            name=f"hopper/pair-{bm}x{bn}-{'one' if one else 'many'}",
+            fn=pair_kernel,
+            signature={
+                "x": "*bf16", "order_ptr": "*i32", "up_desc": described, "down_desc": described,
+                "act_ptr": "*bf16", "out_ptr": "*bf16",
+                **dict.fromkeys((*pointers, "done_ptr", "ticket_ptr", "joined_ptr"), "*i32"),
+                "weights_ptr": "*fp32" if one else "*bf16", "sum_ptr": "*bf16",
+                **dict.fromkeys(("hidden", "inner", "up_n_tiles", "down_n_tiles", "top_k"), "i32"),
+                **dict.fromkeys(("limit", "alpha", "up_offset"), "fp32"),
+            },
+            constexprs={
+                **_constants(config, 8 if one else 128, True, one, one),
+                "ACTIVATION": "silu", "HAS_LIMIT": False, "PDL": True,
+            },
+            options=_options(config) | {"launch_pdl": True},
+            archs=(90,),
+            aligned=("hidden", "inner"),
+            unaligned=("ticket_ptr", "done_ptr", "joined_ptr"),
+            ptx={90: ("cp.async.bulk.tensor", "griddepcontrol.launch_dependents")},
+            wgmma=True,
+            gluon=True,
+            quick=one,
+        )  # fmt: skip
+        cases.append(case)
+    return cases

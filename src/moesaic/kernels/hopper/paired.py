@@ -1,0 +1,445 @@
+"""Both products of a layer in one launch: the ring of weights never runs dry between them.
+
+    S routed rows · T tokens · H hidden width · I intermediate width · BW weight rows of a tile
+    BT token rows of a tile · BK depth of a stage · NB stages · N entries of the task map
+
+With few rows the time is that of reading weights, and two launches leave the memory idle for some
+microseconds while the first drains and the second looks up its work. Here every program draws
+tiles from one counter, first those of the up-projection, then those of the down-projection. Its
+loader asks for the weights of a down tile while its own and other programs' up tiles are still
+multiplied, and waits only with the rows, until the entry's counter says that all its up tiles are
+written. An up tile that somebody waits for has been drawn by a running program, which waits for
+nobody, so no program need run beside another. Products, order of the K chain and rounding are
+those of `decode_kernel`: the bits are the same.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.core import _aggregate as aggregate
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .tiles import activate, activate_alone
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+SECOND = gl.constexpr(1 << 20)
+"""Added to a note's row tile when it is of the down-projection."""
+
+
+@aggregate
+class Pair:
+    """What the partitions share: operands, shared memory, barriers, the task map."""
+
+    x: gl.tensor
+    order_ptr: gl.tensor
+    act_ptr: gl.tensor
+    out_ptr: gl.tensor
+    up_desc: tma.tensor_descriptor
+    down_desc: tma.tensor_descriptor
+    tile_end_ptr: gl.tensor
+    task_ptr: gl.tensor
+    row_start_ptr: gl.tensor
+    rows_ptr: gl.tensor
+    done_ptr: gl.tensor
+    ticket_ptr: gl.tensor
+    joined_ptr: gl.tensor
+    weights_ptr: gl.tensor
+    sum_ptr: gl.tensor
+    a_bufs: gl.shared_memory_descriptor
+    b_bufs: gl.shared_memory_descriptor
+    notes: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    hidden: gl.tensor
+    inner: gl.tensor
+    top_k: gl.tensor
+    limit: gl.tensor
+    alpha: gl.tensor
+    up_offset: gl.tensor
+    N: gl.constexpr
+    LANES: gl.constexpr
+    ONE: gl.constexpr
+    SUM: gl.constexpr
+    GATED: gl.constexpr
+    ACTIVATION: gl.constexpr
+    HAS_LIMIT: gl.constexpr
+    BM: gl.constexpr
+    BN: gl.constexpr
+    BK: gl.constexpr
+    NB: gl.constexpr
+    PDL: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
+        row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, a_bufs,
+        b_bufs, notes, full, empty, hidden, inner, top_k, limit, alpha, up_offset, N, LANES, ONE,
+        SUM, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
+    ):  # fmt: skip
+        self.x = x
+        self.order_ptr = order_ptr
+        self.act_ptr = act_ptr
+        self.out_ptr = out_ptr
+        self.up_desc = up_desc
+        self.down_desc = down_desc
+        self.tile_end_ptr = tile_end_ptr
+        self.task_ptr = task_ptr
+        self.row_start_ptr = row_start_ptr
+        self.rows_ptr = rows_ptr
+        self.done_ptr = done_ptr
+        self.ticket_ptr = ticket_ptr
+        self.joined_ptr = joined_ptr
+        self.weights_ptr = weights_ptr
+        self.sum_ptr = sum_ptr
+        self.a_bufs = a_bufs
+        self.b_bufs = b_bufs
+        self.notes = notes
+        self.full = full
+        self.empty = empty
+        self.hidden = hidden
+        self.inner = inner
+        self.top_k = top_k
+        self.limit = limit
+        self.alpha = alpha
+        self.up_offset = up_offset
+        self.N = gl.constexpr(N)
+        self.LANES = gl.constexpr(LANES)
+        self.ONE = gl.constexpr(ONE)
+        self.SUM = gl.constexpr(SUM)
+        self.GATED = gl.constexpr(GATED)
+        self.ACTIVATION = gl.constexpr(ACTIVATION)
+        self.HAS_LIMIT = gl.constexpr(HAS_LIMIT)
+        self.BM = gl.constexpr(BM)
+        self.BN = gl.constexpr(BN)
+        self.BK = gl.constexpr(BK)
+        self.NB = gl.constexpr(NB)
+        self.PDL = gl.constexpr(PDL)
+
+
+@gluon.jit
+def _row_tiles(p, t):
+    """Row tiles of the map: its last prefix."""
+    if p.ONE:
+        return t * 0 + p.N
+    else:
+        return gl.load(p.tile_end_ptr + p.N - 1)
+
+
+@gluon.jit
+def _locate(p, t, n_tiles):
+    """Entry, expert, first row, rows, row tile, row tiles and column tile of tile `t` of a product.
+
+    The row tiles of an entry that meet the same weights are neighbours.
+    """
+    if p.ONE:
+        j = t // n_tiles
+        e = gl.load(p.task_ptr + j).to(gl.int32)
+        return j, e, j, t * 0 + 1, t * 0, t * 0 + 1, t % n_tiles
+    else:
+        L: gl.constexpr = gl.BlockedLayout([p.LANES // 32], [32], [gl.num_warps()], [0])
+        lane = gl.arange(0, p.LANES, layout=L)
+        end = gl.load(p.tile_end_ptr + lane, mask=lane < p.N, other=0x7FFFFFFF)
+        passed = end <= t // n_tiles
+        j = gl.sum(passed.to(gl.int32), axis=0)
+        first = gl.max(gl.where(passed, end, 0), axis=0)
+        m_tiles = gl.min(gl.where(passed, 0x7FFFFFFF, end), axis=0) - first
+        e = gl.load(p.task_ptr + j)
+        row_start = gl.load(p.row_start_ptr + j)
+        rows = gl.load(p.rows_ptr + j)
+        q = t - first * n_tiles
+        return j, e, row_start, rows, q % m_tiles, m_tiles, q // m_tiles
+
+
+@gluon.jit
+def _write_note(p, stage, row_start, rows, m, n, j):
+    """Leave where the tile is beside its first stage: five numbers."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    p.notes.index(5 * stage).store(gl.full([1], row_start, gl.int32, layout=L))
+    p.notes.index(5 * stage + 1).store(gl.full([1], rows, gl.int32, layout=L))
+    p.notes.index(5 * stage + 2).store(gl.full([1], m, gl.int32, layout=L))
+    p.notes.index(5 * stage + 3).store(gl.full([1], n, gl.int32, layout=L))
+    p.notes.index(5 * stage + 4).store(gl.full([1], j, gl.int32, layout=L))
+
+
+@gluon.jit
+def _read_note(p, c):
+    """Wait for stage `c` of the ring and read its note; a tile without rows ends the work."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    stage = c % p.NB
+    mbarrier.wait(p.full.index(stage), (c // p.NB) & 1)
+    row_start = gl.max(p.notes.index(5 * stage).load(L), axis=0)
+    rows = gl.max(p.notes.index(5 * stage + 1).load(L), axis=0)
+    m = gl.max(p.notes.index(5 * stage + 2).load(L), axis=0)
+    n = gl.max(p.notes.index(5 * stage + 3).load(L), axis=0)
+    j = gl.max(p.notes.index(5 * stage + 4).load(L), axis=0)
+    return row_start, rows, m, n, j
+
+
+@gluon.jit
+def _draw(p):
+    """Draw a tile. Every program draws until it fails, so the last draw of all is known."""
+    return gl.atomic_add(p.ticket_ptr, 1, sem="relaxed")
+
+
+@gluon.jit
+def _settle(p, t, total):
+    """The program that drew last, when nobody waits or counts any more, puts the counters back."""
+    if t == total + gl.num_programs(0) - 1:
+        gl.store(p.ticket_ptr, 0)
+        if p.ONE:
+            for j in range(0, p.N):
+                gl.store(p.done_ptr + j, 0)
+
+
+@gluon.jit
+def _ask(p, desc, c, e, n, k):
+    """Have the weights of one stage brought by TMA."""
+    i = c % p.NB
+    mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+    mbarrier.expect(p.full.index(i), p.up_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(
+        desc, [e, n * (p.BN // 16), 0, 0, k], p.full.index(i), p.b_bufs.index(i)
+    )
+
+
+@gluon.jit
+def _bring(p, c, ptrs, live):
+    """Copy the token rows of one stage."""
+    i = c % p.NB
+    async_copy.async_copy_global_to_shared(p.a_bufs.index(i), ptrs, mask=live)
+    async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
+
+
+@gluon.jit
+def _load_up(p, t, c, tiles, n_tiles, total):
+    """Fill the ring for every up tile that this program draws; the first down tile it drew."""
+    BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    r = gl.arange(0, p.BM, layout=gl.SliceLayout(1, BL))
+    cols = gl.arange(0, p.BK, layout=gl.SliceLayout(0, BL))
+    while t < tiles:
+        j, e, row_start, rows, m, _, n = _locate(p, t, n_tiles)
+        t = _draw(p)
+        _settle(p, t, total)
+        row = m * p.BM + r
+        if p.ONE:
+            token = row * 0
+        else:
+            slot = gl.load(p.order_ptr + row_start + row, mask=row < rows, other=0)
+            token = slot // p.top_k
+        live = (row < rows)[:, None] & (cols >= 0)[None, :]
+        ptrs = p.x + token.to(gl.int64)[:, None] * p.hidden + cols[None, :]
+        for k in range(0, p.hidden, p.BK):
+            i = c % p.NB
+            mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+            if k == 0:
+                _write_note(p, i, row_start, rows, m, n, j)
+            _ask(p, p.up_desc, c, e, n, k)
+            _bring(p, c, ptrs + k, live)
+            c += 1
+    return t, c
+
+
+@gluon.jit
+def _load_down(p, t, c, tiles, n_tiles, up_n_tiles, total):
+    """Fill the ring for every down tile: weights first, rows when its up tiles are written."""
+    BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    r = gl.arange(0, p.BM, layout=gl.SliceLayout(1, BL))
+    cols = gl.arange(0, p.BK, layout=gl.SliceLayout(0, BL))
+    while t < total:
+        j, e, row_start, rows, m, m_tiles, n = _locate(p, t - tiles, n_tiles)
+        ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.NB)
+        for s in range(0, ahead):
+            i = (c + s) % p.NB
+            mbarrier.wait(p.empty.index(i), (((c + s) // p.NB) & 1) ^ 1)
+            if s == 0:
+                _write_note(p, i, row_start, rows, m + SECOND, n, j)
+            _ask(p, p.down_desc, c + s, e, n, s * p.BK)
+        wanted = m_tiles * up_n_tiles
+        if not p.ONE:
+            wanted += p.BM
+        while gl.atomic_add(p.done_ptr + j, 0, sem="acquire") < wanted:
+            pass
+        t = _draw(p)
+        _settle(p, t, total)
+        row = m * p.BM + r
+        live = (row < rows)[:, None] & (cols >= 0)[None, :]
+        ptrs = p.act_ptr + (row_start + row).to(gl.int64)[:, None] * p.inner + cols[None, :]
+        for s in range(0, ahead):
+            _bring(p, c + s, ptrs + s * p.BK, live)
+        for k in range(ahead * p.BK, p.inner, p.BK):
+            _ask(p, p.down_desc, c + k // p.BK, e, n, k)
+            _bring(p, c + k // p.BK, ptrs + k, live)
+        c += gl.cdiv(p.inner, p.BK)
+    return t, c
+
+
+@gluon.jit
+def _load(p, up_n_tiles, down_n_tiles):
+    """Four warps: draw tiles, bring their weights and rows."""
+    if p.PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    t = _draw(p)
+    row_tiles = _row_tiles(p, t)
+    tiles = row_tiles * up_n_tiles
+    total = tiles + row_tiles * down_n_tiles
+    _settle(p, t, total)
+    c = t * 0
+    t, c = _load_up(p, t, c, tiles, up_n_tiles, total)
+    t, c = _load_down(p, t, c, tiles, down_n_tiles, up_n_tiles, total)
+    i = c % p.NB
+    mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+    _write_note(p, i, 0, 0, 0, 0, 0)
+    mbarrier.arrive(p.full.index(i), count=1)
+    async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
+
+
+@gluon.jit
+def _chain(p, c, depth):
+    """One in-order K chain: the transposed product (BN, BM) of a tile; the ring's next stage."""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BM, 16])
+    acc = gl.zeros((p.BN, p.BM), gl.float32, layout=L)
+    for k in range(0, depth, p.BK):
+        i = c % p.NB
+        mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
+        fence_async_shared()
+        w = p.b_bufs.index(i).reshape([p.BN, p.BK])
+        x = p.a_bufs.index(i).permute((1, 0))
+        acc = warpgroup_mma(w, x, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, (acc,))
+        mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
+        c += 1
+    acc = warpgroup_mma_wait(0, (acc,))
+    mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
+    return acc, c
+
+
+@gluon.jit
+def _put(p, y, c_buf, base, width, row_start, rows, row, col, COLS: gl.constexpr):
+    """Round a transposed tile (COLS, BM) and write its live rows, COLS columns from `col` on."""
+    PER: gl.constexpr = 8 if p.BM * COLS >= 1024 else p.BM * COLS // 128
+    ROW: gl.constexpr = COLS // PER if COLS // PER < 32 else 32
+    OL: gl.constexpr = gl.BlockedLayout([1, PER], [32 // ROW, ROW], [4, 1], [1, 0])
+    c_buf.store(y.to(base.dtype.element_ty).permute(1, 0))
+    barrier()
+    tile = c_buf.load(OL)
+    r = row + gl.arange(0, p.BM, layout=gl.SliceLayout(1, OL))
+    column = col + gl.arange(0, COLS, layout=gl.SliceLayout(0, OL))
+    at = base + (row_start + r).to(gl.int64)[:, None] * width + column[None, :]
+    gl.store(at, tile, mask=(r < rows)[:, None] & (column < width)[None, :])
+
+
+@gluon.jit
+def _plain(OP: gl.constexpr, x, y):
+    """x OP y, rounded on its own: never part of a fused multiply-add."""
+    return gl.inline_asm_elementwise(
+        OP + ".rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _join(p, n):
+    """The weighted sum over the N slots of a token, as `combine` computes it.
+
+    Done for BN columns by the program that wrote the last of their N rows.
+    """
+    joined = p.joined_ptr + n
+    if gl.atomic_add(joined, 1, sem="acq_rel") == p.N - 1:
+        gl.store(joined, 0)
+        L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        column = n * p.BN + gl.arange(0, p.BN, layout=L)
+        inside = column < p.hidden
+        acc = gl.zeros([p.BN], gl.float32, layout=L)
+        for slot in gl.static_range(p.N):
+            weight = gl.load(p.weights_ptr + slot + column * 0).to(gl.float32)
+            at = p.out_ptr + slot * p.hidden + column
+            value = gl.load(at, mask=inside, other=0.0, cache_modifier=".cg").to(gl.float32)
+            acc = _plain("add", acc, _plain("mul", weight, value))
+        gl.store(p.sum_ptr + column, acc.to(p.sum_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _multiply(p, up_buf, down_buf):
+    """One warpgroup: every up tile, activated and announced, then every down tile."""
+    COLS: gl.constexpr = p.BN // 2 if p.GATED else p.BN
+    row_start, rows, m, n, j = _read_note(p, 0)
+    c = rows * 0
+    while (rows > 0) & (m < SECOND):
+        acc, c = _chain(p, c, p.hidden)
+        if p.GATED:
+            g, u = acc.reshape(p.BN // 16, 2, 8, p.BM).permute(0, 2, 3, 1).split()
+            y = activate(g, u, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha, p.up_offset)
+            y = y.reshape(COLS, p.BM)
+        else:
+            y = activate_alone(acc, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha)
+        _put(p, y, up_buf, p.act_ptr, p.inner, row_start, rows, m * p.BM, n * COLS, COLS)
+        barrier()
+        gl.atomic_add(p.done_ptr + j, 1, sem="release")
+        row_start, rows, m, n, j = _read_note(p, c)
+    while rows > 0:
+        acc, c = _chain(p, c, p.inner)
+        row = (m - SECOND) * p.BM
+        _put(p, acc, down_buf, p.out_ptr, p.hidden, row_start, rows, row, n * p.BN, p.BN)
+        barrier()
+        if p.SUM:
+            _join(p, n)
+        row_start, rows, m, n, j = _read_note(p, c)
+
+
+@gluon.jit(do_not_specialize=["up_n_tiles", "down_n_tiles", "top_k"])
+def pair_kernel(
+    x, order_ptr, up_desc, down_desc, act_ptr, out_ptr,
+    tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr,
+    weights_ptr, sum_ptr, hidden, inner, up_n_tiles, down_n_tiles, top_k, limit, alpha, up_offset,
+    N: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr, SUM: gl.constexpr, GATED: gl.constexpr,
+    ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, LREG: gl.constexpr,
+):  # fmt: skip
+    """out[row] = act(x[token of row] @ up[e].T) @ down[e].T for the rows of every task.
+
+    x: (T, H). order_ptr: int32 (S,) slot of each sorted row, token = slot // top_k. up_desc:
+    (E, I/8, 2, 8, H) box (1, BN/16, 2, 8, BK), the middle strides those of gate and up when GATED,
+    else (E, I/16, 2, 8, H) in order; down_desc: (E, H/16, 2, 8, I) in order, same box. act_ptr:
+    (S, I), out_ptr: (S, H). The task map's arrays are (N,) int32. done_ptr: int32 (N,), BM for
+    every entry that has rows; ticket_ptr: one zero. ONE: a single token, whose N slots are tasks
+    of a row; task_ptr is then int32 or int64 ids and done_ptr (N,) zeros, put back at the end.
+    SUM: of a single token, also sum_ptr (H,) = the rows weighted by weights_ptr (N,) and summed in
+    slot order, counted by joined_ptr, one zero for each BN columns of H, put back at the end.
+    """
+    A: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], up_desc.dtype)
+    COLS: gl.constexpr = BN // 2 if GATED else BN
+    a_bufs = gl.allocate_shared_memory(up_desc.dtype, [NB, BM, BK], A)
+    b_bufs = gl.allocate_shared_memory(
+        up_desc.dtype, [NB] + up_desc.block_type.shape, up_desc.layout
+    )
+    up_buf = gl.allocate_shared_memory(
+        up_desc.dtype, [BM, COLS], gl.NVMMASharedLayout.get_default_for([BM, COLS], up_desc.dtype)
+    )
+    down_buf = gl.allocate_shared_memory(
+        up_desc.dtype, [BM, BN], gl.NVMMASharedLayout.get_default_for([BM, BN], up_desc.dtype)
+    )
+    full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NB):
+        mbarrier.init(full.index(i), count=129)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    notes = gl.allocate_shared_memory(
+        gl.int32, [5 * NB, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    )
+    p = Pair(
+        x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr, row_start_ptr,
+        rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, a_bufs, b_bufs, notes,
+        full, empty, hidden, inner, top_k, limit, alpha, up_offset, N, LANES, ONE, SUM, GATED,
+        ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [(_multiply, (p, up_buf, down_buf)), (_load, (p, up_n_tiles, down_n_tiles))], [4], [LREG]
+    )
