@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 CONTEXT = 512
+TUNED: dict[str, bool | int | str | Callable[..., Any]] = {"coordinate_descent_tuning": True}
 COMMON = {
     "vocab_size": 32000, "num_attention_heads": 32, "max_position_embeddings": 32768,
     "attention_dropout": 0.0,
@@ -103,7 +104,8 @@ def without_moe(model: Any) -> Iterator[None]:
 class Step:
     """One forward of a whole model at a batch and a length, its caches and its inputs.
 
-    `forward` is the decoder layer's, compiled or not.
+    `forward` is the decoder layer's, compiled or not; `any_batch`: one compiled form is to serve
+    every batch but that of one sequence.
     """
 
     model: Any
@@ -111,6 +113,7 @@ class Step:
     positions_1N: Tensor
     caches: list[FixedCache]
     forward: Callable[..., Tensor]
+    any_batch: bool = True
 
     def __call__(self) -> Tensor:
         """Logits of the last position, (B, vocabulary)."""
@@ -118,7 +121,8 @@ class Step:
         hidden_BNH: Tensor = inner.embed_tokens(self.ids_BN)
         rotary = inner.rotary_emb(hidden_BNH, position_ids=self.positions_1N)
         for layer, cache in zip(inner.layers, self.caches, strict=True):
-            torch._dynamo.maybe_mark_dynamic(hidden_BNH, 0)
+            if self.any_batch:
+                torch._dynamo.maybe_mark_dynamic(hidden_BNH, 0)
             hidden_BNH = self.forward(
                 layer,
                 hidden_BNH,
@@ -132,8 +136,9 @@ class Step:
 
 
 def make_step(
-    model: Any, batch: int, length: int, context: int, forward: Callable[..., Tensor], seed: int
-) -> Step:
+    model: Any, batch: int, length: int, context: int, forward: Callable[..., Tensor], seed: int,
+    any_batch: bool = True,
+) -> Step:  # fmt: skip
     """A step of B sequences of N new tokens that fill a cache of `context` positions."""
     config, weight = model.config, model.lm_head.weight
     device, dtype = weight.device, weight.dtype
@@ -145,19 +150,28 @@ def make_step(
         keys, values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         for tensor in (keys, values):
             tensor.normal_(generator=generator)
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            if any_batch:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         caches.append(FixedCache(keys, values, place))
     ids_BN = torch.randint(
         3, config.vocab_size, (batch, length), device=device, generator=generator
     )
-    return Step(model, ids_BN, place[None], caches, forward)
+    return Step(model, ids_BN, place[None], caches, forward, any_batch)
 
 
-def layer_forward(model: Any, backend: str | None) -> Callable[..., Tensor]:
-    """The decoder layer's forward, compiled once for every layer; `backend` None: as it is."""
+def layer_forward(model: Any, backend: str | None, tuned: bool = False) -> Callable[..., Tensor]:
+    """The decoder layer's forward, compiled once for every layer.
+
+    Args:
+        backend: of torch.compile; None: the forward as it is.
+        tuned: Inductor tunes every kernel that it writes, for fixed shapes, and writes products of
+            one row itself, fused with what is around them, the look-up of experts too.
+    """
     forward: Callable[..., Tensor] = type(model.model.layers[0]).forward
     if backend is None:
         return forward
+    if tuned and backend == "inductor":
+        return torch.compile(forward, fullgraph=True, dynamic=False, options=TUNED)
     return torch.compile(forward, fullgraph=True, backend=backend)
 
 
