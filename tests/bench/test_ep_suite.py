@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.bench import ranks
-from moesaic.bench.ep_page import exchange_sheet, layer_sheet
+from moesaic.bench.ep_page import ep_section, exchange_sheet, layer_sheet
 from moesaic.bench.results import REQUIRED, Recorder, make_line
 from moesaic.bench.suites import ep
 from moesaic.bench.timing import percentile
@@ -149,6 +149,9 @@ def test_the_page_shows_losses_and_scaling() -> None:
     assert layers[1] == ["m", "2", "8,192", "5", "6", "1.80x", "-"]
     assert layers[2] == ["m", "2", "16,384", "10", "-", "-", "0.90"]
     assert len(layers) == 3, "a wrong line has no scaling"
+    text, drawn = ep_section(lines, ep.summarize(lines), Path(), "h200-x4", "figures")
+    assert "figures/ep-h200-x4-scaling.svg" in text and "svg" in drawn["ep-h200-x4-scaling.svg"]
+    assert ep_section(lines[:2], [], Path(), "h200-x4", "figures")[1] == {}, "nothing scales"
 
 
 def test_a_line_names_its_cell() -> None:

@@ -9,12 +9,15 @@ import json
 import os
 import sys
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from moesaic.functional import moe
+from moesaic.parallel.exchange import memory
 from moesaic.parallel.exchange.base import ExpertRows, combine, dispatch, seat_of
+from moesaic.parallel.exchange.collective import FlatExchange
 from moesaic.parallel.exchange.symmetric import SymmetricExchange
 from moesaic.parallel.expert_parallel import ExpertParallel, Options, take_experts
 from moesaic.parallel.placement import Placement, contiguous
@@ -193,6 +196,39 @@ def lost_peer(rank: int, ranks: int, device: torch.device) -> dict[str, list[str
     return {"lost peer": faults}
 
 
+def alone(rank: int, ranks: int, device: torch.device) -> dict[str, list[str]]:
+    """Rank 0 alone makes buffers, enters torch's rendezvous, sends by NCCL: each ends in time.
+
+    Last of a run, as nothing of the group can be used after it.
+    """
+    store = memory._store(dist.group.WORLD)
+    if rank:
+        store.wait(["rank 0 is done"], timedelta(seconds=60))
+        return {}
+    group, seat = dist.group.WORLD, seat_of(contiguous(ranks, ranks), 0, rank=0, device=device)
+    row, faults = (1024, BF16), []
+    flat = FlatExchange(seat, group, timeout_s=1.0)
+    ids = torch.arange(4, dtype=torch.int32, device=device)[:, None] % ranks
+    rows = torch.ones(4, 1024, dtype=BF16, device=device)
+    for name, call in {
+        "buffers": lambda: SymmetricExchange(
+            seat, group, top_k=1, row=row, back=row, capacity=4, timeout_s=1.0
+        ),
+        "rendezvous": lambda: memory.rendezvous(1 << 20, group, device, 1.0),
+        "counts": lambda: flat.send(rows, ids),
+    }.items():
+        start = time.perf_counter()
+        try:
+            call()
+            faults.append(f"{name} did not raise")
+        except RuntimeError as error:
+            seconds = time.perf_counter() - start
+            if not 0.5 < seconds < 10:
+                faults.append(f"{name} took {seconds:.1f} s: {error}")
+    store.set("rank 0 is done", "")
+    return {"alone": faults}
+
+
 def main() -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(rank)
@@ -204,9 +240,10 @@ def main() -> None:
         told |= lost_peer(rank, ranks, device)
     gathered: list = [None] * ranks
     dist.all_gather_object(gathered, told)
+    if ranks > 1:
+        gathered[rank] |= alone(rank, ranks, device)
     if rank == 0:
         print(json.dumps(gathered), flush=True)
-    dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # symmetric memory of other ranks may still be mapped
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -194,11 +195,58 @@ def control(rank: int, world: int) -> dict:
     if rank == 0:
         memory.MADE.append(256)  # as if for a group that rank 1 is not in
     try:
-        memory._by_torch(256, dist.group.WORLD, torch.device("cpu"))
+        memory._by_torch(256, dist.group.WORLD, torch.device("cpu"), 60.0)
         told["uneven"] = False
     except RuntimeError as error:
         told["uneven"] = "196082" in str(error)
     return told
+
+
+def lost(rank: int, world: int) -> dict:
+    """Rank 0 goes alone: whatever it waits for ends with an error; the others wait till it is done.
+
+    Last of a run, as nothing of the group can be used after it.
+    """
+    store = memory._store(dist.group.WORLD)
+    if rank:
+        store.wait(["rank 0 is done"], timedelta(seconds=60))
+        return {}
+    case = CASES["plain"]
+    spec, weights, batches = draw(case, world)
+    placement = place(case, world)
+    own = take_experts(weights, placement, layer=0, rank=rank)
+    told: dict = {}
+
+    def layer(backend: str) -> ExpertParallel:
+        return ExpertParallel(
+            spec, placement, own, top_k=case.top_k, group=dist.group.WORLD,
+            options=Options(backend=backend, capacity=8, timeout_s=1.0),
+        )  # fmt: skip
+
+    flat = layer("gloo")
+    for name, call, words in (
+        ("buffers", lambda: layer("symmetric"), "rank 1 did not come"),
+        ("rendezvous", lambda: rendezvous_alone(), "for nothing"),
+        ("counts", lambda: flat(*batches[0], bound=8), ""),
+    ):
+        start = time.perf_counter()
+        try:
+            call()
+            told[name] = "did not raise"
+        except RuntimeError as error:
+            late = not 0.5 < time.perf_counter() - start < 15
+            told[name] = str(error) if late or words not in str(error) else ""
+    store.set("rank 0 is done", "")
+    return told
+
+
+def rendezvous_alone() -> None:
+    """What torch does in a rendezvous that the others are not in: it waits for their keys."""
+    with memory._patience(dist.group.WORLD, 1.0):
+        try:
+            memory._store(dist.group.WORLD).get("a key of another rank")
+        except RuntimeError as error:
+            raise RuntimeError("waited for nothing") from error
 
 
 def main() -> None:
@@ -208,15 +256,13 @@ def main() -> None:
         "gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world,
         timeout=timedelta(seconds=240),
     )  # fmt: skip
-    print(
-        json.dumps(
-            {
-                n: control(rank, world) if n == "control" else run(n, rank, world)
-                for n in sys.argv[4:]
-            }
-        ),
-        flush=True,
-    )
+    special = {"control": control, "lost": lost}
+    told = {
+        n: special[n](rank, world) if n in special else run(n, rank, world) for n in sys.argv[4:]
+    }
+    print(json.dumps(told), flush=True)
+    if "lost" in told:
+        os._exit(0)  # there is no group left to leave
     dist.destroy_process_group()
 
 

@@ -57,10 +57,11 @@ def assert_same(told: list[dict], *cases: str) -> None:
 
 def test_two_ranks(tmp_path) -> None:
     same = ("plain", "one_each", "symmetric", "rounds", "empty_rank", "nobody", "sixteen_bits")
-    told = run_group(2, tmp_path, *same, "sabotage", "fp8", "control")
+    told = run_group(2, tmp_path, *same, "sabotage", "fp8", "control", "lost")
     assert_same(told, *same)
     for found in told:
         assert all(found["control"].values()), found["control"]
+    assert told[0]["lost"] == {"buffers": "", "rendezvous": "", "counts": ""}
     for found in told:
         assert not found["sabotage"]["backends"]["gloo"]["equal"], "a wrong table must show"
         for result in found["fp8"]["backends"].values():

@@ -26,7 +26,16 @@ from ..dispatch import Impl
 from ..functional import route
 from ..types import ExpertSpec, ExpertWeights, RouterSpec
 from ..validate import check_inputs, check_weights
-from .exchange.base import Exchange, ExpertRows, Received, Seat, combine, dispatch, seat_of
+from .exchange.base import (
+    TIMEOUT_S,
+    Exchange,
+    ExpertRows,
+    Received,
+    Seat,
+    combine,
+    dispatch,
+    seat_of,
+)
 from .placement import Placement, contiguous
 from .rows import expert_rows, row_dtype, weigh
 from .wire import fp8_width, pack_fp8, unpack_fp8
@@ -96,7 +105,7 @@ class Options(NamedTuple):
     expert_sms: int | None = None
     per_node: int | None = None
     wire: Wire = "exact"
-    timeout_s: float = 30.0
+    timeout_s: float = TIMEOUT_S
 
 
 def make_exchange(
@@ -146,11 +155,12 @@ def make_exchange(
     if backend == "two_level":
         if options.per_node is None:
             raise ValueError("backend 'two_level' needs per_node, the ranks of a node")
-        return TwoLevelExchange(seat, *node_groups(group, options.per_node))
+        outer, inner = node_groups(group, options.per_node)
+        return TwoLevelExchange(seat, outer, inner, timeout_s=options.timeout_s)
     found = backend_of(group, seat.place_E.device)
     if found != backend:
         raise ValueError(f"backend {backend!r} needs such a group, got {found}")
-    return FlatExchange(seat, group)
+    return FlatExchange(seat, group, timeout_s=options.timeout_s)
 
 
 class Step(NamedTuple):

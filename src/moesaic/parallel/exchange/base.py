@@ -26,6 +26,9 @@ from torch import Tensor
 
 from ..placement import Placement
 
+TIMEOUT_S = 120.0
+"""How long a rank waits for another, unless told otherwise."""
+
 
 class Received(NamedTuple):
     """What `receive` gives: rows (R, H), the local experts each is for, and the handle."""

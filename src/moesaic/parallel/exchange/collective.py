@@ -14,14 +14,25 @@ the data path that reads the device; backend `symmetric` does not.
 
 from __future__ import annotations
 
+import time
 from copy import copy
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import ExpertRows, Received, Returned, Seat, Wire, check_seat, places_of
+from .base import (
+    TIMEOUT_S,
+    ExpertRows,
+    Received,
+    Returned,
+    Seat,
+    Wire,
+    check_seat,
+    places_of,
+)
 
 MAX_LABEL = 1 << 32
 
@@ -77,10 +88,14 @@ def tally(index: Tensor, bins: int) -> Tensor:
 
 
 class Hop:
-    """Moves rows inside one process group and brings others back."""
+    """Moves rows inside one process group and brings others back.
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group, self.device = group, device
+    Whatever the host waits for, it waits for `timeout_s` at most, then raises RuntimeError. What a
+    GPU's stream waits for, NCCL's watchdog ends after the time-out of the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_s: float) -> None:
+        self.group, self.device, self.timeout_s = group, device, timeout_s
         self.members = dist.get_process_group_ranks(group)
         on_gpu = device.type == "cuda"
         self.side = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
@@ -89,7 +104,8 @@ class Hop:
         """Exchange counts; those sent and those to come, on the host."""
         if self.side is None:
             coming_G2 = torch.empty_like(sent_G2)
-            dist.all_to_all_single(coming_G2, sent_G2, group=self.group)
+            work = dist.all_to_all_single(coming_G2, sent_G2, group=self.group, async_op=True)
+            self.wait(work)
             return sent_G2.tolist(), coming_G2.tolist()
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
@@ -99,9 +115,31 @@ class Hop:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         sent_G2.record_stream(self.side)
-        done.synchronize()
+        self.wait_event(done)
         sent, coming = both.tolist()
         return sent, coming
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for a collective: the host with gloo, the stream with NCCL."""
+        if self.device.type == "cpu":
+            work.wait(timedelta(seconds=self.timeout_s))
+        else:
+            work.wait()
+
+    def wait_event(self, event: torch.cuda.Event) -> None:
+        """Wait on the host for what the other ranks send.
+
+        Raises:
+            RuntimeError: it did not come in time.
+        """
+        until = time.monotonic() + self.timeout_s
+        while not event.query():  # type: ignore[no-untyped-call]
+            if time.monotonic() > until:
+                raise RuntimeError(
+                    f"rank {dist.get_rank(self.group)}: the counts of ranks {self.members} did not "
+                    f"come in {self.timeout_s:g} s; every rank must call the layer equally often; "
+                    "restart the group"
+                )
 
     def start(
         self, rows_TH: Tensor, dest_TK: Tensor, label_TK: Tensor, wire: dict[int, int]
@@ -147,11 +185,10 @@ class Hop:
                 to = self.members[index]
                 wire[to] = wire.get(to, 0) + count * row_bytes
 
-    @staticmethod
-    def finish(arrival: Arrival) -> tuple[Tensor, Tensor]:
+    def finish(self, arrival: Arrival) -> tuple[Tensor, Tensor]:
         """Wait for the rows: (R, H) and labels int32 (R, K), -1 where a slot is not for here."""
         for work in arrival.works:
-            work.wait()
+            self.wait(work)
         arrival.kept = ()
         return arrival.rows_RH, arrival.label_RK
 
@@ -173,12 +210,11 @@ class Hop:
         trip.kept = (send_SH,)
         self._account(wire, trip.home_splits, rows_XH.shape[1] * rows_XH.element_size())
 
-    @staticmethod
-    def finish_back(trip: Trip) -> Returned:
+    def finish_back(self, trip: Trip) -> Returned:
         """Wait for the rows that come back, and say which slot each is of."""
         if trip.work is None or trip.returned is None:
             raise RuntimeError("receive_back needs send_back with the same handle before it")
-        trip.work.wait()
+        self.wait(trip.work)
         rows_XH, trip.returned, trip.work, trip.kept = trip.returned, None, None, ()
         tokens, top_k = trip.shape_TK
         position_S = torch.full((tokens * top_k,), -1, dtype=torch.int32, device=rows_XH.device)
@@ -190,9 +226,11 @@ class Hop:
 class FlatExchange:
     """One hop over all ranks: backends `gloo` and `nccl`."""
 
-    def __init__(self, seat: Seat, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, seat: Seat, group: dist.ProcessGroup, *, timeout_s: float = TIMEOUT_S
+    ) -> None:
         self.seat, self.wire = seat, Wire()
-        self.hop = Hop(group, seat.place_E.device)
+        self.hop = Hop(group, seat.place_E.device, timeout_s)
 
     def at(self, seat: Seat) -> FlatExchange:
         """See `Exchange`."""
@@ -239,9 +277,17 @@ class TwoLevelExchange:
     rank's index on every node, `inner` those of this rank's node; see `node_groups`.
     """
 
-    def __init__(self, seat: Seat, outer: dist.ProcessGroup, inner: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        seat: Seat,
+        outer: dist.ProcessGroup,
+        inner: dist.ProcessGroup,
+        *,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
         self.seat, self.wire = seat, Wire()
-        self.outer, self.inner = (Hop(g, seat.place_E.device) for g in (outer, inner))
+        device = seat.place_E.device
+        self.outer, self.inner = (Hop(g, device, timeout_s) for g in (outer, inner))
         self.per_node = len(self.inner.members)
         if self.per_node * len(self.outer.members) != seat.ranks:
             raise ValueError(

@@ -26,10 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import ExpertRows, Received, Returned, Seat, check_seat
-from .memory import shared_memory
-
-TIMEOUT_S = 30.0
+from .base import TIMEOUT_S, ExpertRows, Received, Returned, Seat, check_seat
+from .memory import meet, shared_memory
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,12 @@ class SymmetricExchange:
         back: the same of a row on its way back.
         capacity: tokens a rank that fit at once.
         num_sms: programs of a push, one an SM; None: all SMs.
-        timeout_s: how long to wait for a peer before `check` raises and outputs become NaN.
+        timeout_s: how long to wait for a peer before `check` raises and outputs become NaN, and
+            before the making of buffers raises.
 
     Raises:
         ValueError: rows that are not a multiple of 16 bytes, a budget under one SM a rank.
-        RuntimeError: the ranks cannot reach each other's memory.
+        RuntimeError: the ranks cannot reach each other's memory, or one did not come in time.
     """
 
     def __init__(
@@ -103,6 +102,7 @@ class SymmetricExchange:
         self.num_sms = num_sms or max(sm_count(self.device), seat.ranks)
         if self.num_sms < seat.ranks:
             raise ValueError(f"num_sms must be at least one a rank, {seat.ranks}, got {num_sms}")
+        self.timeout_s = timeout_s
         self.timeout_us = min(round(timeout_s * 1e6), 2**31 - 1)
         self.words = (width_words(*row), width_words(*back))
         self.tiles: dict[tuple[int, int], Any] = {}
@@ -142,7 +142,7 @@ class SymmetricExchange:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.capacity, self.memory = capacity, None
-        self.memory = shared_memory(region.num_bytes, self.group, self.device)
+        self.memory = shared_memory(region.num_bytes, self.group, self.device, self.timeout_s)
         self.window = Window(
             base_G=torch.tensor(self.memory.addresses_G, dtype=torch.int64, device=self.device),
             seen_2G=torch.zeros((2, self.seat.ranks), dtype=torch.int32, device=self.device),
@@ -156,7 +156,7 @@ class SymmetricExchange:
         self.own = self.memory.own
         shape = (capacity, self.top_k)
         self.position_BK = torch.empty(shape, dtype=torch.int32, device=self.device)
-        dist.barrier(self.group)
+        meet(self.group, "ready", self.timeout_s)
 
     @property
     def num_bytes(self) -> int:
