@@ -22,9 +22,9 @@ def test_docstring_example_of_the_kernel(kernel_device: torch.device) -> None:
     counters = torch.tensor([[5, 1], [5, 1], [2, 1]], dtype=torch.int32, device=kernel_device)
     on_gpu = kernel_device.type == "cuda"
     ring, head = new_ring(2, 6, pinned=on_gpu)
-    state = torch.tensor([3, 0], device=kernel_device)
+    state = torch.tensor([3, 0, 3], device=kernel_device)
     publish(new_table([counters]), ring, head, state, clock=on_gpu)
-    assert state.tolist() == [4, 0]
+    assert state.tolist() == [4, 0, 4]
     assert ring.tolist() == [[0] * 6, [5, 1, 5, 1, 2, 1]]
     assert head[:, 0].tolist() == [0, 4] and (head[1, 1] > 0) == on_gpu
 
@@ -45,4 +45,13 @@ def test_agrees_with_the_twin(kernel_device: torch.device, every: int) -> None:
         publish_ref([t.cpu() for t in counters], *other, state_ref, every=every)
         assert torch.equal(state.cpu(), state_ref)
         assert torch.equal(mine[0], other[0]) and torch.equal(mine[1], other[1])
-    assert int(state_ref[0]) == 14 and int(mine[1][:, 0].max()) == 14 // every * every
+    assert state_ref.tolist() == [14, 0, 14 // every]
+    assert int(mine[1][:, 0].max()) == 14 // every
+    assert int(mine[1][:, 2].max()) == 14 // every * every
+    # Steps that come together, and an end that waits for no others.
+    for steps, often in ((3, 3), (2, 3), (4, 1)):
+        publish(table, *mine, state, every=often, steps=steps, clock=False)
+        publish_ref([t.cpu() for t in counters], *other, state_ref, every=often, steps=steps)
+        assert torch.equal(state.cpu(), state_ref) and int(state[1]) == 0
+        assert torch.equal(mine[0], other[0]) and torch.equal(mine[1], other[1])
+    assert int(mine[1][:, 2].max()) == 23

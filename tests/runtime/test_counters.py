@@ -67,6 +67,22 @@ def test_a_slot_that_is_being_written_again_is_not_shown() -> None:
     assert samples[0].counts[0][ROWS].tolist() == [3, 3]
 
 
+def test_steps_that_wait_for_others_are_published_at_the_end() -> None:
+    layer = new_counters(2, CPU)
+    ring = Ring([layer], every=4)
+    for _ in range(6):
+        layer[ROWS] += 1
+        ring.publish()
+    assert [s.steps for s in ring.read()] == [4]
+    ring.flush()
+    ring.flush()
+    (last,) = ring.read()
+    assert (last.step, last.steps, last.counts[0][ROWS].tolist()) == (5, 2, [2, 2])
+    for _ in range(4):
+        ring.publish()
+    assert [(s.step, s.steps) for s in ring.read()] == [(9, 4)]
+
+
 def test_counters_that_hold_something_start_at_zero() -> None:
     layer = new_counters(2, CPU)
     layer[ROWS] += 5

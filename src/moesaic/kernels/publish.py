@@ -3,9 +3,9 @@
 The ring is pinned host memory that the device writes and the host only reads, so nobody waits for
 anybody. The number of the step lives in device memory: a launch captured in a CUDA graph goes on to
 the next slot at every replay. A slot is complete when its stamp, written last, is the number of
-steps so far; the host throws away what it read from a slot that may have been overwritten meanwhile
-(`runtime.counters`). Counters only ever grow (modulo 2**32), so that a slot that nobody read loses
-detail but no count.
+its publication; the host throws away what it read from a slot that may have been overwritten
+meanwhile (`runtime.counters`). Counters only ever grow (modulo 2**32), so that a slot that nobody
+read loses detail but no count.
 
     L layers · E experts · R slots · W numbers of a slot, 3 * E of each layer
 
@@ -15,16 +15,19 @@ Triton.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import globaltimer
+from triton.language.extra.cuda import gdc_wait, globaltimer
 
 from .aot import AotCase
+from .launching import launch, recorded
 
 BLOCK = 1024
 
@@ -39,16 +42,28 @@ def new_table(counters: Sequence[Tensor]) -> Tensor:
 
 
 def publish(
-    table: Tensor, ring: Tensor, head: Tensor, state: Tensor, *, every: int = 1, clock: bool = True
+    table: Tensor,
+    ring: Tensor,
+    head: Tensor,
+    state: Tensor,
+    *,
+    every: int = 1,
+    steps: int = 1,
+    clock: bool = True,
+    pdl: bool = False,
 ) -> None:
-    """Count a step and, after every `every` steps, copy all counters into the next slot.
+    """Count `steps` steps and, when they complete `every` of them, fill the next slot.
 
     Args:
         table: of `new_table`; the counters must live as long as launches, replays included.
         ring, head: of `publish_ref.new_ring`, pinned. state: of `publish_ref.new_state`.
         clock: write the device's clock; only a GPU has one.
+        pdl: start while the launch before still runs and wait for it on the device (sm_90 and up).
     """
-    publish_kernel[(table.shape[0],)](
+    overlap = {"PDL": True, "launch_pdl": True} if pdl else {}
+    launch(
+        publish_kernel,
+        table.shape[0],
         table,
         ring,
         head,
@@ -56,11 +71,48 @@ def publish(
         ring.shape[0],
         ring.shape[1],
         every,
+        steps,
         BLOCK=BLOCK,
         CLOCK=clock,
         num_warps=4,
         enable_fp_fusion=True,
+        **overlap,
     )
+
+
+def again(
+    table: Tensor, ring: Tensor, head: Tensor, state: Tensor, *, every: int, pdl: bool
+) -> Callable[[int], None]:
+    """`publish` of `every` steps, to be made again on a stream at a fraction of the host's time.
+
+    The first such publication is made here, on the current stream. The result takes the handle of a
+    stream of the same device, the current one. Where Triton's launcher cannot be left out, it is
+    used.
+    """
+    from .hopper.raw import RawLaunch, Unsupported, check
+
+    how: dict[str, Any] = {"every": every, "steps": every, "pdl": pdl}
+    with recorded() as recording:
+        publish(table, ring, head, state, **how)
+    cells: list[ctypes.c_uint64] = []
+
+    def cell_of(_: str, tensor: Tensor) -> int:
+        cells.append(ctypes.c_uint64(tensor.data_ptr()))
+        return ctypes.addressof(cells[-1])
+
+    def no_map(name: str, *_: object) -> Any:
+        raise Unsupported(f"{name} is no pointer")
+
+    try:
+        raw = RawLaunch(recording.launches[0], cell_of, no_map)
+    except Unsupported:
+        return lambda _: publish(table, ring, head, state, **how)
+
+    def run(stream: int, kept: Any = (cells, table, ring, head, state)) -> None:
+        raw.config.stream = stream
+        check(raw.go())
+
+    return run
 
 
 @triton.jit
@@ -72,41 +124,51 @@ def publish_kernel(
     slots,
     width,
     every,
+    steps,
     BLOCK: tl.constexpr,
     CLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One program a layer copies its counters; the last to finish stamps the slot, ends the step.
 
     table_ptr: int64 (L, 3), see `new_table`. ring_ptr: int32 (slots, width), head_ptr: int64
-    (slots, 2), both in host memory. state_ptr: int64 (2,), steps and tickets.
+    (slots, 3), both in host memory: see `publish_ref.new_ring`. state_ptr: int64 (3,): steps,
+    tickets, publications.
 
-    Example: with counters [[5, 1], [5, 1], [2, 1]], steps 3 and 2 slots, slot 1 becomes
-    [5, 1, 5, 1, 2, 1], its stamp 4, and the state [4, 0].
+    Example: with counters [[5, 1], [5, 1], [2, 1]], 1 step more, state [3, 0, 3] and 2 slots, slot
+    1 becomes [5, 1, 5, 1, 2, 1], its stamp 4, and the state [4, 0, 4].
     """
     program = tl.program_id(0)
     counters_ptr = tl.load(table_ptr + 3 * program).to(tl.pointer_type(tl.int32))
     start = tl.load(table_ptr + 3 * program + 1)
     numbers = tl.load(table_ptr + 3 * program + 2)
-    steps = tl.load(state_ptr) + 1
-    due = steps % every == 0
-    slot = (steps // every - 1) % slots
+    if PDL:
+        gdc_wait()
+    before = tl.load(state_ptr)
+    number = tl.load(state_ptr + 2) + 1
+    now = before + steps
+    due = now // every > before // every
+    slot = (number - 1) % slots
     if due:
         out_ptr = ring_ptr + slot * width + start
         for first in range(0, numbers, BLOCK):
             at = first + tl.arange(0, BLOCK)
             value = tl.load(counters_ptr + at, at < numbers)
             tl.store(out_ptr + at, value, at < numbers)
+        if program == 0:
+            tl.store(head_ptr + 3 * slot + 2, now)
         if CLOCK and program == 0:
-            tl.store(head_ptr + 2 * slot + 1, globaltimer())
+            tl.store(head_ptr + 3 * slot + 1, globaltimer())
     # Every lane's numbers before the ticket, all tickets before the stamp: the host reads the
     # stamp first, and the fence of this atomic reaches as far as the host.
     tl.debug_barrier()
     ticket = tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="sys")
     if ticket == tl.num_programs(0) - 1:
         if due:
-            tl.store(head_ptr + 2 * slot, steps)
+            tl.store(head_ptr + 3 * slot, number)
+            tl.store(state_ptr + 2, number)
         tl.store(state_ptr + 1, 0)
-        tl.store(state_ptr, steps)
+        tl.store(state_ptr, now)
 
 
 @triton.jit
@@ -123,22 +185,29 @@ def device_clock_ns(device: torch.device) -> int:
 
 
 def aot_cases() -> list[AotCase]:
-    """The kernels of this module for ahead-of-time compilation."""
+    """The kernels of this module for ahead-of-time compilation, overlapping ones from sm_90 on."""
     pointers = {"table_ptr": "*i64", "ring_ptr": "*i32", "head_ptr": "*i64", "state_ptr": "*i64"}
     options: dict[str, Any] = {"enable_fp_fusion": True}
-    return [
-        AotCase(
-            name="publish/counters",
-            fn=publish_kernel,
-            signature={**pointers, **dict.fromkeys(("slots", "width", "every"), "i32")},
-            constexprs={"BLOCK": BLOCK, "CLOCK": True},
-            options={"num_warps": 4, **options},
-            ptx={90: ("sys.acq_rel",)},
-        ),
-        AotCase(
-            name="publish/clock",
-            fn=clock_kernel,
-            signature={"out_ptr": "*i64"},
-            options={"num_warps": 1, **options},
-        ),
-    ]
+    counters = AotCase(
+        name="publish/counters",
+        fn=publish_kernel,
+        signature={**pointers, **dict.fromkeys(("slots", "width", "every", "steps"), "i32")},
+        constexprs={"BLOCK": BLOCK, "CLOCK": True, "PDL": False},
+        options={"num_warps": 4, **options},
+        ptx={90: ("sys.acq_rel",)},
+    )
+    overlapping = replace(
+        counters,
+        name="publish/pdl",
+        archs=(90, 100),
+        constexprs={**counters.constexprs, "PDL": True},
+        options={**counters.options, "launch_pdl": True},
+        ptx={90: ("sys.acq_rel", "griddepcontrol.wait")},
+    )
+    clock = AotCase(
+        name="publish/clock",
+        fn=clock_kernel,
+        signature={"out_ptr": "*i64"},
+        options={"num_warps": 1, **options},
+    )
+    return [counters, overlapping, clock]

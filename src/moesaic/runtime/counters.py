@@ -4,9 +4,9 @@
 
 Every layer's counters are a (3, E) int32 tensor that the data path adds to: line `ROUTED` the
 router's choices, `ROWS` the rows computed, `TILES` the tiles of the task map. `Ring.publish` ends a
-step: one launch copies them all into the next slot (on the CPU, a plain copy). `Ring.read` gives
-the complete slots that were not read yet; it never waits, and where the device was a whole ring
-ahead the next sample spans more steps, so that no count is lost.
+step: one launch copies them all into the next slot (on the CPU, a plain copy), or one after every
+so many steps. `Ring.read` gives the complete slots that were not read yet; it never waits, and
+where the device was a whole ring ahead the next sample spans more steps, so that no count is lost.
 
 >>> counters = new_counters(2, torch.device("cpu"))
 >>> ring = Ring([counters], slots=4)
@@ -18,7 +18,7 @@ ahead the next sample spans more steps, so that no count is lost.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,8 @@ class Ring:
     Args:
         counters: of `new_counters`, one a layer, all on one device.
         slots: how many publications the host may be late before samples are merged.
-        every: publish every so many steps.
+        every: publish every so many steps; the steps between are counted on the host and cost it
+            nothing, but for those captured in a CUDA graph, which a launch each counts.
 
     Raises:
         ValueError: no counters, several devices, or a number out of range.
@@ -88,6 +89,7 @@ class Ring:
         self.merged = 0
         """Publications that were overwritten before they were read."""
         self._next = 0
+        self._pending = 0
         self._read_step = 0
         self._offset_ns = 0
         self._before = [tensor.cpu().numpy().astype(np.uint32) for tensor in counters]
@@ -103,6 +105,8 @@ class Ring:
         from ..kernels import publish as room
 
         with torch.cuda.device(self.device):
+            self._again: Callable[[int], None] | None = None
+            self._pdl = torch.cuda.get_device_capability(self.device) >= (9, 0)
             self._ring, self._head = new_ring(self.slots, width, pinned=True)
             self._state = new_state(self.device)
             self._table = room.new_table(self.counters)
@@ -114,25 +118,64 @@ class Ring:
 
     def publish(self) -> None:
         """End a step, in the order of the current stream; may be captured in a CUDA graph."""
-        if self.device.type == "cuda":
-            from ..kernels.publish import publish
-
-            if torch.cuda.is_current_stream_capturing() and self not in captured:
+        gpu = self.device.type == "cuda"
+        if gpu and torch.cuda.is_current_stream_capturing():
+            if self not in captured:
                 captured.append(self)
-            if self.device.index == torch.cuda.current_device():
-                publish(self._table, self._ring, self._head, self._state, every=self.every)
-                return
-            with torch.cuda.device(self.device):
-                publish(self._table, self._ring, self._head, self._state, every=self.every)
+            self._launch(steps=1, every=self.every)
+            return
+        self._pending += 1
+        if self._pending < self.every:
+            return
+        self._pending = 0
+        if gpu:
+            self._repeat()
         else:
-            publish_ref(
-                self.counters,
+            self._publish_on_host(steps=self.every, every=self.every)
+
+    def flush(self) -> None:
+        """Publish the steps that wait for others to complete `every` of them."""
+        steps, self._pending = self._pending, 0
+        if steps:
+            publish = self._launch if self.device.type == "cuda" else self._publish_on_host
+            publish(steps=steps, every=1)
+
+    def _repeat(self) -> None:
+        """A publication of `every` steps by the launch that is kept for it."""
+        if self.device.index != torch.cuda.current_device():
+            self._launch(steps=self.every, every=self.every)
+        elif self._again is None:
+            from ..kernels.publish import again
+
+            tensors = (self._table, self._ring, self._head, self._state)
+            self._again = again(*tensors, every=self.every, pdl=self._pdl)
+        else:
+            self._again(torch._C._cuda_getCurrentRawStream(self.device.index))
+
+    def _launch(self, *, steps: int, every: int) -> None:
+        from ..kernels.publish import publish
+
+        with torch.cuda.device(self.device):
+            publish(
+                self._table,
                 self._ring,
                 self._head,
                 self._state,
-                every=self.every,
-                time_ns=time.time_ns(),
+                every=every,
+                steps=steps,
+                pdl=self._pdl,
             )
+
+    def _publish_on_host(self, *, steps: int, every: int) -> None:
+        publish_ref(
+            self.counters,
+            self._ring,
+            self._head,
+            self._state,
+            every=every,
+            steps=steps,
+            time_ns=time.time_ns(),
+        )
 
     def read(self) -> list[Sample]:
         """The samples that were completed since the last call, oldest first, without waiting."""
@@ -140,22 +183,22 @@ class Ring:
         while True:
             slot = self._next % self.slots
             stamp = int(self._stamps[slot, 0])
-            due = (self._next + 1) * self.every
+            due = self._next + 1
             if stamp < due:
                 return samples
             values = self._values[slot].view(np.uint32).copy()
-            time_ns = int(self._stamps[slot, 1])
+            time_ns, steps = int(self._stamps[slot, 1]), int(self._stamps[slot, 2])
             # The slot is written again after its neighbour before was: had that begun, skip.
-            newest = int(self._stamps[:, 0].max()) // self.every
+            newest = int(self._stamps[:, 0].max())
             if stamp > due or newest - self._next >= self.slots:
                 oldest_safe = newest - self.slots // 2
                 self.merged += oldest_safe - self._next
                 self._next = oldest_safe
                 continue
-            samples.append(self._sample(stamp, time_ns, values))
+            samples.append(self._sample(steps, time_ns, values))
             self._next += 1
 
-    def _sample(self, stamp: int, time_ns: int, values: NDArray[np.uint32]) -> Sample:
+    def _sample(self, until: int, time_ns: int, values: NDArray[np.uint32]) -> Sample:
         counts, first = [], 0
         for layer, before in enumerate(self._before):
             now = values[first : first + before.size].reshape(before.shape)
@@ -163,5 +206,5 @@ class Ring:
             # Counters grow modulo 2**32, and so does their difference.
             counts.append((now - before).astype(np.int64))
             self._before[layer] = now
-        steps, self._read_step = stamp - self._read_step, stamp
-        return Sample(stamp - 1, steps, time_ns + self._offset_ns, tuple(counts))
+        steps, self._read_step = until - self._read_step, until
+        return Sample(until - 1, steps, time_ns + self._offset_ns, tuple(counts))

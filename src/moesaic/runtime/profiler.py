@@ -66,7 +66,8 @@ class Profiler:
         layers: the layers, in order.
         device: where they run.
         slots: see `counters.Ring`.
-        every: so many steps make one sample.
+        every: so many steps make one sample. A publication is one launch of a few us: with few
+            layers a step, let 16 layers or more share it.
         settings: smoothing, thresholds and the drift test.
         history: steps that `history` remembers.
         counters: (3, E) int32 each, instead of new ones.
@@ -108,11 +109,19 @@ class Profiler:
         return self.observed.totals
 
     def step(self) -> None:
-        """End a step on the current stream: one launch, also inside a CUDA graph."""
+        """End a step on the current stream: one launch every `every` steps, and for each step that
+        a CUDA graph captures."""
         if "publish" in self.failures:
             return
         try:
             self.ring.publish()
+        except Exception as error:
+            self.failed("publish", error)
+
+    def flush(self) -> None:
+        """Publish the steps that wait for others to complete `every` of them, one launch."""
+        try:
+            self.ring.flush()
         except Exception as error:
             self.failed("publish", error)
 
@@ -161,11 +170,12 @@ class Profiler:
         return self
 
     def stop(self) -> None:
-        """End the thread and poll once more."""
+        """End the thread and poll once more, after `flush`."""
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
             self._thread = None
+        self.flush()
         self.poll()
 
     def attach(self, modules: Sequence[nn.Module]) -> None:
@@ -192,6 +202,7 @@ class Profiler:
         trace: TracebackType | None,
     ) -> None:
         self.detach()
+        self.flush()
         if self._thread is not None:
             self.stop()
 
