@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,3 +76,33 @@ def test_without_transformers_the_reason_is_told(monkeypatch: pytest.MonkeyPatch
     weights = make_weights(SMALL[0].spec(), dtype=torch.float32, generator=torch.Generator())
     with pytest.raises(baselines.Unavailable, match="is not installed"):
         BASELINES["transformers-eager"].build(SMALL[0], weights)
+
+
+def test_liger_gets_the_layer_in_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package's calling convention stood in for: sorted weights, int32 ids, 1024 first."""
+    model, seen = SMALL[0], []
+
+    class Fused:
+        @staticmethod
+        def apply(x: Any, gate_up: Any, down: Any, ids: Any, shares: Any) -> torch.Tensor:
+            assert ids.dtype == torch.int32 and x.dtype == gate_up.dtype
+            seen.append(len(x))
+            gate, up = (torch.einsum("th,ekh->tek", x, half) for half in gate_up.chunk(2, 1))
+            every = torch.einsum("tei,ehi->teh", torch.nn.functional.silu(gate) * up, down)
+            chosen = every.gather(1, ids.long()[..., None].expand(-1, -1, x.shape[1]))
+            return (chosen * shares[..., None].to(x.dtype)).sum(1)
+
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_moe", SimpleNamespace(
+        LigerFusedMoEFunction=Fused))  # fmt: skip
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", ModuleType("liger_kernel.ops"))
+    generator = torch.Generator().manual_seed(0)
+    weights = make_weights(model.spec(), dtype=torch.float32, generator=generator)
+    inputs = make_inputs(model, 23, "zipf1", dtype=torch.float32, generator=generator)
+    got = baselines.liger_fused(model, weights)(*inputs)
+    want = moe_reference(*inputs, weights, model.spec(), dtype=torch.float64)
+    assert relative_error(got, want) < 1e-5 and seen == [1024, 23]
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_moe", None)
+    for other in (model, SMALL[-1]):
+        with pytest.raises(baselines.Unavailable):
+            baselines.liger_fused(other, weights)
