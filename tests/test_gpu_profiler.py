@@ -136,6 +136,31 @@ def counts_of_unwatched(
 
 
 @torch.no_grad()
+def test_shared_publications_on_any_stream_lose_no_step() -> None:
+    """The first goes through Triton's launcher, the next through the driver, the last by flush."""
+    net, x = model(layers=1), inputs(4)
+    (want,) = counts_of(net, x)
+    other = torch.cuda.Stream()
+    with moesaic.profile(net, every=3, slots=8) as profiler:
+        for number in range(11):
+            with torch.cuda.stream(other if number % 4 > 1 else torch.cuda.current_stream()):
+                net(x)
+                profiler.step()
+            torch.cuda.synchronize()
+        samples = profiler.ring.read()
+        assert [s.steps for s in samples] == [3, 3, 3]
+        profiler.flush()
+        torch.cuda.synchronize()
+        samples += profiler.ring.read()
+    assert [s.step for s in samples] == [2, 5, 8, 10] and profiler.failures == {}
+    for sample in samples:
+        (counts,) = sample.counts
+        assert counts[ROWS].tolist() == counts[ROUTED].tolist() == (sample.steps * want).tolist()
+    times = [s.time_ns for s in samples]
+    assert times == sorted(times)
+
+
+@torch.no_grad()
 def test_times_of_steps_are_those_of_the_device() -> None:
     net, x = model(layers=1), inputs(4)
     with moesaic.profile(net) as profiler:
