@@ -11,11 +11,12 @@ import pytest
 from moesaic.bench.suites.ep import LAYERS
 from moesaic.bench.workloads import MODELS
 from moesaic.planner.cluster import load_cluster
+from moesaic.planner.exchange import measured_ways
 from moesaic.planner.forecast import cells, key, main, predictions, unmeasured
 from moesaic.planner.kernels import expert_layer_s
 from moesaic.planner.own import own_exchange, own_layers, own_rows, own_spread
 from moesaic.planner.shapes import EIGHT, SHAPES, SPREAD
-from moesaic.planner.spread import busiest_rows, measured_ways, ranks_of_token
+from moesaic.planner.spread import busiest_rows, ranks_of_token
 
 FIXED = {"impl": "moesaic", "mode": "graph", "dtype": "bfloat16"}
 TOKENS = (1, 128, 2048, 8192, 65536)

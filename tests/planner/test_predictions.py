@@ -19,13 +19,14 @@ from moesaic.parallel.links import link_times
 from moesaic.parallel.placement import Placement
 from moesaic.planner.cluster import load_cluster
 from moesaic.planner.command import main as plan_command
-from moesaic.planner.costs import Sampler, distinct, exchange_s
+from moesaic.planner.costs import distinct, exchange_s
 from moesaic.planner.exchange import table_from
 from moesaic.planner.kernels import KernelTable, Measured, expert_layer_s, fit_table
 from moesaic.planner.model import Attention, Model
 from moesaic.planner.predict import Prediction, predict
 from moesaic.planner.queueing import Service, simulate_queue
 from moesaic.planner.routing import sample_counts
+from moesaic.planner.sampling import Sampler
 from moesaic.planner.search import Question, explain, judge, pareto, predict_all, search
 from moesaic.planner.shapes import SHAPES
 from moesaic.planner.simulate import Task, pipeline_s, run
@@ -52,7 +53,7 @@ def at(strategy: Strategy = ONE_EACH, nodes: int = 2, **change: Any) -> Predicti
 
 def chain(compute: float, network: float, layers: int) -> list[Task]:
     """A micro-batch of so many layers of one task on either resource."""
-    pair = [Task("x", "compute", compute), Task("y", "network", network, joint=True)]
+    pair = [Task("x", "compute", compute), Task("y", "nic", network, joint=True)]
     return [replace(task, layer=n) for n in range(layers) for task in pair]
 
 
@@ -69,7 +70,7 @@ def test_a_time_line_is_between_its_longest_resource_and_its_sum(
     for line in (serial, overlapped):
         assert line.busy["compute"] == pytest.approx(micro * layers * compute)
         assert len(line.spans) == 2 * micro * layers
-    for name in ("compute", "network"):
+    for name in ("compute", "nic"):
         spans = sorted((s.start, s.end) for s in overlapped.spans if s.resource == name)
         assert all(a[1] <= b[0] + 1e-9 for a, b in pairwise(spans))
 
@@ -83,7 +84,7 @@ def test_two_micro_batches_hide_a_shorter_exchange_and_one_hides_nothing() -> No
 
 def test_the_slowest_gpu_sets_the_pace_of_an_exchange() -> None:
     slow = np.array([1.0, 4.0, 1.0])
-    tasks = [Task("x", "compute", slow), Task("y", "network", 1.0, joint=True)]
+    tasks = [Task("x", "compute", slow), Task("y", "nic", 1.0, joint=True)]
     line = run([tasks * 2], overlap=True, gpus=3)
     assert line.seconds == 10.0 and line.busy["compute"] == pytest.approx(4.0)
     assert line.bubble() == pytest.approx(0.6)
@@ -116,9 +117,9 @@ def test_the_exchange_keeps_the_law_of_nodes() -> None:
         table = np.broadcast_to(experts, (8 * nodes, 64))
         times = link_times(table, even, bare, 2.0 * 1024)
         work = replace(WORK, wire_bytes=2.0)
-        out, _, _, _ = exchange_s(times, topology, model, work)
+        out, _ = exchange_s(times, topology, model, work)
         sent = 6400 * 2.0 * 1024
-        seconds[nodes] = (out - topology.nic_latency_s) * 48e9 / sent
+        seconds[nodes] = (out.seconds - topology.nic_latency_s) * 48e9 / sent
     for nodes, share in seconds.items():
         assert share == pytest.approx((nodes - 1) / nodes, rel=1e-6)
 

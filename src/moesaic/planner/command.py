@@ -13,36 +13,39 @@ from pathlib import Path
 from typing import Any
 
 from ..parallel.placement import Placement
-from .cluster import load_cluster
-from .costs import Sampler
-from .exchange import NO_TABLE, ExchangeTable, measured_exchange, table_from
-from .kernels import ROOFLINE, KernelTable, device_lines, fit_table, measured_layers
-from .model import load_model
+from .cluster import Gpu, load_cluster
+from .exchange import Ways, measured_ways
+from .kernels import ROOFLINE, KernelTable, device_lines, fit_table, measured_layers, path_of
+from .model import Model, load_model
 from .predict import Prediction, first_token_s, predict
 from .queueing import Queued, Service, simulate_queue
 from .report import HEADS, Plan, facts, row, shown, write
+from .sampling import Sampler
 from .search import Question, explain, judge, search
-from .shapes import SHAPES
+from .shapes import EIGHT, FIELD, SHAPES, SPREAD
 from .workload import load_workload
 
 # The cards whose lines stand for those of the same generation.
 SAME_KERNELS = {"h100": "h200", "h800": "h200"}
 
 
-def kernel_table(results: Path, device: str | None, gpu: Any) -> KernelTable:
-    """The table of the device's committed lines, else of its generation's, else the roofline."""
+def kernel_table(results: Path, device: str | None, model: Model, gpu: Gpu) -> KernelTable:
+    """The table of the device's committed lines, else of its generation's, else the roofline.
+
+    Of the lines those count that ran on the kernels which this model's experts run on.
+    """
+    path = path_of(model.experts)
     for name in (device, SAME_KERNELS.get(device or "")):
-        layers = measured_layers(device_lines(results, name), SHAPES)
+        layers = measured_layers(device_lines(results, name), SHAPES | SPREAD | EIGHT | FIELD)
+        layers = [x for x in layers if x.path == path]
         if layers:
-            table = fit_table(layers, gpu, f"{len(layers)} measured layers of {name}")
-            return table
+            return fit_table(layers, gpu, f"{len(layers)} measured layers of {name}")
     return replace(ROOFLINE, source=f"roofline (no measured lines of {device or 'this GPU'})")
 
 
-def inside_table(results: Path, device: str | None) -> ExchangeTable:
+def inside_table(results: Path, device: str | None) -> Ways:
     """This project's measured exchanges of the device; none where there are none yet."""
-    rows = measured_exchange(device_lines(results, device), "dispatch")
-    return table_from(rows, f"{len(rows)} measured exchanges of {device}") if rows else NO_TABLE
+    return measured_ways(device_lines(results, device))
 
 
 def progress_bar(total: list[Any]) -> Callable[[int, int], None]:
@@ -159,7 +162,7 @@ def main(
     load = load_workload(workload, num_experts=what.experts.num_experts, layers=what.moe_layers)
     question = Question(
         model=what, cluster=where, workload=load, sampled_layers=layers,
-        table=kernel_table(results, where.device, where.gpu),
+        table=kernel_table(results, where.device, what, where.gpu),
         inside=inside_table(results, where.device),
     )  # fmt: skip
     bars: list[Any] = []

@@ -10,22 +10,20 @@ and the fullest link are seen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..parallel.links import Times, link_times
-from ..parallel.placement import Placement
-from ..parallel.planning import plan
 from ..parallel.topology import Topology
 from .cluster import Cluster, Gpu
-from .exchange import NO_TABLE, ExchangeTable
+from .exchange import NO_WAYS, Ways
 from .kernels import ROOFLINE, KernelTable, expert_layer_s
 from .model import Model
 from .primitives import decode_core_s, prefill_core_s, product_s, reduce_s
-from .routing import Counts, sample_counts
+from .sampling import Sampler, on_ranks
 from .strategies import Strategy
 from .workload import Workload
 
@@ -34,82 +32,46 @@ Floats = npt.NDArray[np.float64]
 ATTENTION_KERNELS, GATE_KERNELS = 3, 2
 
 
+@dataclass(frozen=True)
+class Way:
+    """An exchange one way: until it is done, and how long NVLink and the NICs are busy with it."""
+
+    seconds: float = 0.0
+    nvlink_s: float = 0.0
+    nic_s: float = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """Seconds of one MoE layer in one micro-batch; arrays are over the stage's ranks."""
+    """Seconds of one MoE layer in one micro-batch; arrays are over the stage's ranks.
+
+    `copy_s`: of the experts that a new placement moves, spread over the steps until the next one.
+    """
 
     attention_s: float
     reduce_s: float
     gate_s: float
     shared_s: float
-    dispatch_s: float
+    dispatch: Way
     experts_G: Floats
-    combine_s: float
-    nvlink_s: float
-    nic_s: float
+    combine: Way
     balancedness: float
-    binding: str
+    copy_s: float = 0.0
 
+    @property
+    def nvlink_s(self) -> float:
+        """NVLink, both ways."""
+        return self.dispatch.nvlink_s + self.combine.nvlink_s
 
-@dataclass
-class Sampler:
-    """Counts and placements, sampled once for equal questions."""
+    @property
+    def nic_s(self) -> float:
+        """NICs, both ways."""
+        return self.dispatch.nic_s + self.combine.nic_s
 
-    model: Model
-    cluster: Cluster
-    workload: Workload
-    layers: int = 4
-    _counts: dict[Any, Counts] = field(default_factory=dict)
-    _placements: dict[Any, Placement] = field(default_factory=dict)
-
-    def counts(self, homes: int, tokens: int) -> Counts:
-        """(L, G, E) rows of one micro-batch for as many sampled layers."""
-        key = (homes, tokens)
-        if key not in self._counts:
-            self._counts[key] = self._draw(homes, tokens)
-        return self._counts[key]
-
-    def _draw(self, homes: int, tokens: int) -> Counts:
-        w, experts, top_k = self.workload, self.model.experts.num_experts, self.model.top_k
-        if w.trace is None:
-            return sample_counts(
-                w.routing, layers=self.layers, ranks=homes, experts=experts, top_k=top_k,
-                tokens=tokens, locality=w.locality, seed=w.seed,
-            )  # fmt: skip
-        # A trace gives each layer's shares; its steps stand for the sources' different leanings.
-        random = np.random.default_rng(w.seed)
-        chosen = np.linspace(0, w.trace.shape[1] - 1, min(self.layers, w.trace.shape[1]))
-        found = np.empty((len(chosen), homes, experts), np.int64)
-        for number, layer in enumerate(chosen.astype(int)):
-            rows = w.trace[:, layer].astype(float)
-            rows = rows[rows.sum(axis=1) > 0]
-            share = rows / rows.sum(axis=1, keepdims=True)
-            picked = share[random.integers(len(share), size=homes)]
-            found[number] = random.multinomial(tokens * top_k, picked)
-        return found
-
-    def placement(self, strategy: Strategy, tokens: int) -> Placement:
-        """Where the sampled layers' experts live, planned as the runtime plans it."""
-        key = (strategy.ranks, strategy.homes, strategy.replicas)
-        if key not in self._placements:
-            counts = self.counts(strategy.homes, tokens)
-            spread = _on_ranks(counts, strategy)
-            slots = -(-(self.model.experts.num_experts + strategy.replicas) // strategy.ranks)
-            self._placements[key] = plan(
-                spread, self.cluster.topology(strategy.ranks, forwarded=self.workload.forwarded),
-                row_bytes=self.model.hidden * 2.0, per_rank=slots, replicas=strategy.replicas,
-                rounds=60, kicks=0,
-            ).placement  # fmt: skip
-        return self._placements[key]
-
-
-def _on_ranks(counts: Counts, strategy: Strategy) -> Counts:
-    """Counts by expert rank: where attention has GPUs of its own, neighbours are put together."""
-    if not strategy.attention:
-        return counts
-    layers, homes, experts = counts.shape
-    found: Counts = counts.reshape(layers, strategy.ranks, homes // strategy.ranks, experts).sum(2)
-    return found
+    @property
+    def binding(self) -> str:
+        """Which of the two is busier."""
+        return "network" if self.nic_s > self.nvlink_s else "nvlink"
 
 
 def gemm_s(gpu: Gpu, flops: float, moved: float, itemsize: float, kernels: int) -> float:
@@ -163,32 +125,34 @@ def exchange_s(
     topology: Topology,
     model: Model,
     workload: Workload,
-    inside_table: ExchangeTable = NO_TABLE,
-) -> tuple[float, float, float, float]:
-    """Dispatch, combine, and what NVLink and the NICs have to do in both together.
+    inside: Ways = NO_WAYS,
+) -> tuple[Way, Way]:
+    """Dispatch and combine.
 
     `times` are those of one row per (token, slot) of H two-byte numbers. A token goes once to
     each rank; with `forwarded` once to each node. Combine returns every row, or sums per node.
     """
-    inside = max(float(times["gpu in"].max()), float(times["gpu out"].max()))
+    link = max(float(times["gpu in"].max()), float(times["gpu out"].max()))
     outside = max((float(times[k].max()) for k in times if k.startswith(("nic", "node"))),
                   default=0.0)  # fmt: skip
     per_rank = distinct(topology.ranks, model.top_k) / model.top_k
     per_node = distinct(topology.nodes, model.top_k) / model.top_k
     once = per_node if topology.forwarded else per_rank
     back = once if workload.engine == "node-sums" else 1.0
-    near = workload.wire_bytes / 2 * per_rank * inside
+    near = workload.wire_bytes / 2 * per_rank * link
     far = workload.wire_bytes / 2 * once * outside
-    back_near = inside * (per_rank if workload.engine == "node-sums" else 1.0)
+    back_near = link * (per_rank if workload.engine == "node-sums" else 1.0)
     back_far = back * outside
     fixed = _latency(topology)
     dispatch, combine = fixed + max(near, far), fixed + max(back_near, back_far)
-    if inside_table and topology.nodes == 1 and topology.ranks > 1:
-        # What one GPU sends to the others, and its own part, which tables count.
-        whole = topology.gpu_bytes_per_s * topology.ranks / (topology.ranks - 1)
-        dispatch = inside_table.seconds(topology.ranks, near * whole)
-        combine = inside_table.seconds(topology.ranks, back_near * whole)
-    return dispatch, combine, near + back_near, far + back_far
+    if inside and topology.nodes == 1 and topology.ranks > 1:
+        rate = topology.gpu_bytes_per_s
+        dispatch = inside.seconds("dispatch", topology.ranks, near * rate)
+        combine = inside.seconds("combine", topology.ranks, back_near * rate)
+    return (
+        Way(dispatch, min(near, dispatch), min(far, dispatch)),
+        Way(combine, min(back_near, combine), min(back_far, combine)),
+    )
 
 
 def _latency(topology: Topology) -> float:
@@ -204,7 +168,7 @@ def moe_layer_costs(
     context: float,
     sampler: Sampler,
     table: KernelTable = ROOFLINE,
-    inside: ExchangeTable = NO_TABLE,
+    inside: Ways = NO_WAYS,
 ) -> list[LayerCost]:
     """The costs of the sampled MoE layers, `tokens` tokens a home GPU in the micro-batch."""
     gpu, decode = cluster.gpu, workload.phase == "decode"
@@ -221,30 +185,39 @@ def moe_layer_costs(
         ]
     placement = sampler.placement(strategy, tokens)
     topology = cluster.topology(strategy.ranks, forwarded=workload.forwarded)
+    copy = 0.0
+    if workload.replan is not None:
+        moved = sampler.moved_bytes(strategy, tokens)
+        copy = copy_s(cluster, topology, moved) / workload.replan.every
     found = []
-    for layer, here in enumerate(_on_ranks(counts, strategy)):
+    for layer, here in enumerate(on_ranks(counts, strategy)):
         where = placement.destinations(layer)
         times = link_times(where, here, _no_latency(topology), 2.0 * model.hidden)
         if strategy.attention:
             times = _from_outside(times, strategy, cluster, here, model)
-        dispatch, combine, nvlink, nic = exchange_s(times, topology, model, workload, inside)
+        dispatch, combine = exchange_s(times, topology, model, workload, inside)
         rows, active = _rows(where, here, strategy.ranks)
         seconds = expert_layer_s(gpu, model.experts, rows, active, model.itemsize, table)
         found.append(
             LayerCost(
                 attention_s=attend, reduce_s=reduce, gate_s=gate, shared_s=shared,
-                dispatch_s=dispatch, experts_G=seconds, combine_s=combine,
-                nvlink_s=nvlink, nic_s=nic, balancedness=float(rows.mean() / max(rows.max(), 1)),
-                binding="network" if nic > nvlink else "nvlink",
+                dispatch=dispatch, experts_G=seconds, combine=combine,
+                balancedness=float(rows.mean() / max(rows.max(), 1)), copy_s=copy,
             )
         )  # fmt: skip
     return found
 
 
+def copy_s(cluster: Cluster, topology: Topology, num_bytes: float) -> float:
+    """Seconds that experts take to come from other ranks: over NVLink, or a GPU's share of NICs."""
+    if topology.nodes == 1 or topology.nic_bytes_per_s is None:
+        return num_bytes / cluster.nvlink_bytes_per_s
+    share = topology.nics_per_node / topology.gpus_per_node
+    return num_bytes / (topology.nic_bytes_per_s * share)
+
+
 def _no_latency(topology: Topology) -> Topology:
     """Latency is added once per exchange, not once per kind of link."""
-    from dataclasses import replace
-
     return replace(topology, gpu_latency_s=0.0, nic_latency_s=0.0)
 
 
@@ -285,7 +258,6 @@ def _sliced(
     seconds = overhead + (float(whole) - overhead) / strategy.ranks
     merge = reduce_s(cluster, 2.0 * tokens * strategy.ranks * model.hidden, strategy.ranks)
     return LayerCost(
-        attention_s=attend, reduce_s=reduce, gate_s=gate, shared_s=shared, dispatch_s=0.0,
-        experts_G=np.full(strategy.ranks, seconds), combine_s=merge, nvlink_s=merge + reduce,
-        nic_s=0.0, balancedness=1.0, binding="nvlink",
+        attention_s=attend, reduce_s=reduce, gate_s=gate, shared_s=shared, dispatch=Way(),
+        experts_G=np.full(strategy.ranks, seconds), combine=Way(merge, merge), balancedness=1.0,
     )  # fmt: skip

@@ -14,6 +14,7 @@ the largest size the time grows with the bytes; below the smallest it stays.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,3 +78,54 @@ def measured_exchange(
         if x["suite"] == "ep" and x["clock"] == clock and x["impl"] == impl and x.get("ranks")
         and x["model"] in widths and x["routing"] == "even" and x["ms"] and not x.get("wrong")
     ]  # fmt: skip
+
+
+def leaving_bytes(ranks: int, rows: float, row_bytes: float) -> float:
+    """Bytes that leave a GPU which sends its rows evenly to all ranks, itself among them."""
+    return rows * row_bytes * (ranks - 1) / ranks
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Seconds of an exchange by the bytes off the busiest GPU, either way."""
+
+    dispatch: ExchangeTable
+    combine: ExchangeTable
+
+    def __bool__(self) -> bool:
+        return bool(self.dispatch) and bool(self.combine)
+
+    def seconds(self, clock: str, ranks: int, num_bytes: float) -> float:
+        """Seconds of clock ``dispatch`` or ``combine`` over so many ranks."""
+        table: ExchangeTable = getattr(self, clock)
+        last = max(table.points)
+        return table.seconds(ranks, num_bytes) + max(0.0, math.log2(ranks / last)) * _step(table)
+
+
+def _step(table: ExchangeTable) -> float:
+    """Seconds that a doubling of the ranks adds to the smallest exchange."""
+    if len(table.points) < 2:
+        return 0.0
+    low, high = sorted(table.points)[-2:]
+    more = table.points[high][0][1] - table.points[low][0][1]
+    return max(0.0, more) / math.log2(high / low)
+
+
+NO_WAYS = Ways(NO_TABLE, NO_TABLE)
+
+
+def measured_ways(lines: Sequence[dict[str, Any]], *, ranks: Iterable[int] = (2, 4, 8)) -> Ways:
+    """The tables from this project's lines of suite `ep` over so many ranks."""
+    known = set(ranks)
+    tables = [
+        table_from(
+            [
+                (gpus, leaving_bytes(gpus, 1, whole), seconds)
+                for gpus, whole, seconds in measured_exchange(list(lines), clock)
+                if gpus in known
+            ],
+            f"suite ep, {clock}",
+        )
+        for clock in ("dispatch", "combine")
+    ]
+    return Ways(*tables)

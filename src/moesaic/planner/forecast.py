@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from .cluster import load_cluster
+from .exchange import measured_ways
 from .kernels import device_lines, fit_table, measured_layers, path_of
 from .shapes import EIGHT, FIELD, SHAPES, SPREAD
-from .spread import WIDTHS, exchange_cell_s, experts_of_layers, layer_s, measured_ways
+from .spread import WIDTHS, exchange_cell_s, experts_of_layers, layer_s
 
 TOKENS = (1, 4, 16, 64, 128, 512, 1024, 4096, 8192, 32768)
 ROWS = (1, 4, 32, 128, 512, 2048, 8192, 32768, 65536)

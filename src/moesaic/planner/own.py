@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .cluster import Gpu, load_cluster
+from .exchange import Ways, measured_ways
 from .kernels import KernelTable, Measured, device_lines, expert_layer_s, fit_table, measured_layers
 from .shapes import EIGHT, FIELD, SHAPES, SPREAD
-from .spread import WIDTHS, Ways, exchange_cell_s, experts_of_layers, layer_s, measured_ways
+from .spread import WIDTHS, exchange_cell_s, experts_of_layers, layer_s
 
 DEVICE = "h200"
 ALL = SHAPES | SPREAD | EIGHT | FIELD

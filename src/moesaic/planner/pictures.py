@@ -13,7 +13,7 @@ from .simulate import TimeLine
 COLORS = {
     "attention": "#4c78a8", "gate": "#9ecae9", "shared": "#72b7b2", "experts": "#f58518",
     "dispatch": "#54a24b", "combine": "#88d27a", "all-reduce": "#b279a2", "dense": "#e45756",
-    "head": "#9d755d",
+    "head": "#9d755d", "move experts": "#bab0ac",
 }  # fmt: skip
 FAMILY_COLORS = {"one-per-gpu": "#d62728", "literal": "#e377c2", "ep": "#1f77b4", "tp-ep-dp":
                  "#17becf", "tp-pp": "#2ca02c", "disaggregated": "#9467bd"}  # fmt: skip

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .cluster import Cluster
-from .costs import LayerCost, Sampler, attention_s, mlp_s, moe_layer_costs
-from .exchange import NO_TABLE, ExchangeTable
+from .costs import LayerCost, Way, attention_s, mlp_s, moe_layer_costs
+from .exchange import NO_WAYS, Ways
 from .kernels import ROOFLINE, KernelTable
 from .memory import Memory, memory
 from .model import Model
 from .primitives import SMS, product_s, reduce_s
+from .sampling import Sampler
 from .simulate import Task, TimeLine, pipeline_s, run_best
+from .slicing import Shares, shares
 from .strategies import Strategy
 from .workload import Workload
 
@@ -32,12 +34,13 @@ class Prediction:
         step_s: one decode step, or one prefill step.
         tokens_per_s: of the whole deployment.
         breakdown: seconds of a step by operation, as if nothing overlapped.
-        utilisation: busy share of ``compute``, ``nvlink``, ``network``.
+        utilisation: busy share of ``compute``, ``nvlink``, ``nic`` and ``copy``.
         bubble: idle share of compute; hidden: share of the exchange that lies under compute.
         balancedness: mean over maximum of rows a rank.
         joules_per_token, usd_per_million: the latter None without a price.
         binding: what a step waits for most.
         line: the time line of one stage.
+        slices: SMs of compute and exchange where a policy of the runtime divides them.
     """
 
     strategy: Strategy
@@ -60,6 +63,7 @@ class Prediction:
     usd_per_million: float | None
     binding: str
     line: TimeLine
+    slices: dict[str, int]
 
     @property
     def fits(self) -> bool:
@@ -87,7 +91,7 @@ def predict(
     *,
     sampler: Sampler | None = None,
     table: KernelTable = ROOFLINE,
-    inside: ExchangeTable = NO_TABLE,
+    inside: Ways = NO_WAYS,
 ) -> Prediction:
     """Simulate one step of a strategy.
 
@@ -104,8 +108,10 @@ def predict(
     costs = moe_layer_costs(
         model, cluster, workload, strategy, tokens, context, sampler, table, inside
     )
-    chain = _chain(model, cluster, workload, strategy, tokens, context, costs)
-    step_s, line = _step(cluster, model, strategy, tokens, chain, decode)
+    given = _shares(workload, strategy, costs)
+    chain = _chain(model, cluster, workload, strategy, tokens, context, costs, given)
+    overlap = strategy.overlap and given.together
+    step_s, line = _step(cluster, model, strategy, tokens, chain, decode, overlap)
     micro_tokens = tokens * strategy.homes * copies
     done = micro_tokens * strategy.micro_batches
     breakdown = _breakdown(chain, strategy, step_s, line)
@@ -116,6 +122,7 @@ def predict(
     share = _busy_share(strategy, line, step_s, stages)
     nvlink = sum(c.nvlink_s for c in costs) / len(costs) * model.moe_layers
     nic = sum(c.nic_s for c in costs) / len(costs) * model.moe_layers
+    copied = sum(c.copy_s for c in costs) / len(costs) * model.moe_layers / stages
     scale = strategy.micro_batches / stages / step_s
     watts = cluster.gpu.idle_watts + share * (cluster.gpu.watts - cluster.gpu.idle_watts)
     rate = done / step_s
@@ -134,15 +141,28 @@ def predict(
         memory=mem,
         breakdown=breakdown,
         utilisation={"compute": share, "nvlink": min(1.0, nvlink * scale),
-                     "network": min(1.0, nic * scale)},
+                     "nic": min(1.0, nic * scale), "copy": min(1.0, copied / step_s)},
         bubble=1.0 - share,
-        hidden=line.hidden() if strategy.overlap else 0.0,
+        hidden=line.hidden() if overlap else 0.0,
         balancedness=sum(c.balancedness for c in costs) / len(costs),
         joules_per_token=watts * gpus / rate,
         usd_per_million=None if price is None else price * gpus / 3600 / rate * 1e6,
         binding=_binding(breakdown, costs, mem, compute),
         line=line,
+        slices=given.sizes,
     )  # fmt: skip
+
+
+def _shares(workload: Workload, strategy: Strategy, costs: Sequence[LayerCost]) -> Shares:
+    """What compute and an exchange that it overlaps give up for one another."""
+    if not strategy.overlap:
+        return Shares()
+    if workload.policy is None:
+        return Shares(compute=SMS / (SMS - workload.exchange_sms))
+    compute = sum(c.attention_s + c.gate_s + c.shared_s + c.experts_G.max() for c in costs)
+    exchange = sum(c.dispatch.seconds + c.combine.seconds for c in costs)
+    return shares(workload.policy, compute_s=float(compute) / len(costs),
+                  exchange_s=exchange / len(costs), reads=workload.phase == "decode")  # fmt: skip
 
 
 def _busy_share(strategy: Strategy, line: TimeLine, step_s: float, stages: int) -> float:
@@ -165,14 +185,12 @@ def _chains_of(strategy: Strategy) -> int:
 
 def _chain(
     model: Model, cluster: Cluster, workload: Workload, strategy: Strategy, tokens: int,
-    context: float, costs: Sequence[LayerCost],
+    context: float, costs: Sequence[LayerCost], given: Shares,
 ) -> list[list[Task]]:  # fmt: skip
     """The tasks of every layer of one micro-batch."""
     gpu, decode = cluster.gpu, workload.phase == "decode"
     where = "attention" if strategy.attention else "compute"
-    slower = 1.0
-    if strategy.overlap and workload.exchange_sms:
-        slower = SMS / (SMS - workload.exchange_sms)
+    slower = given.compute
     attend = attention_s(model, gpu, tokens, context, strategy.tp, decode=decode)
     reduce = reduce_s(cluster, 2.0 * tokens * strategy.tp * model.hidden, strategy.tp)
     dense = mlp_s(model, gpu, tokens, model.dense_intermediate, strategy.tp)
@@ -180,32 +198,48 @@ def _chain(
     for number in range(model.layers):
         tasks = [Task("attention", where, attend * slower, layer=number)]
         if reduce:
-            tasks.append(Task("all-reduce", "network", reduce, joint=True, layer=number))
+            tasks.append(Task("all-reduce", "nvlink", reduce, joint=True, layer=number))
         if number < model.dense_layers:
             tasks.append(Task("dense", where, dense, layer=number))
             if reduce:
-                tasks.append(Task("all-reduce", "network", reduce, joint=True, layer=number))
+                tasks.append(Task("all-reduce", "nvlink", reduce, joint=True, layer=number))
         else:
-            tasks += _moe_tasks(costs[number % len(costs)], where, slower, number)
+            tasks += _moe_tasks(costs[number % len(costs)], where, given, number)
         layers.append(tasks)
     return layers
 
 
-def _moe_tasks(cost: LayerCost, where: str, slower: float, layer: int) -> list[Task]:
+def _moe_tasks(cost: LayerCost, where: str, given: Shares, layer: int) -> list[Task]:
     tasks = [Task("gate", where, cost.gate_s, layer=layer)]
-    if cost.dispatch_s:
-        tasks.append(Task("dispatch", "network", cost.dispatch_s, joint=True, layer=layer))
+    if cost.dispatch.seconds:
+        tasks.append(_exchange("dispatch", cost.dispatch, given.exchange, layer))
     if cost.shared_s:
         tasks.append(Task("shared", where, cost.shared_s, layer=layer))
-    tasks.append(Task("experts", "compute", cost.experts_G * slower, layer=layer))
-    if cost.combine_s:
-        tasks.append(Task("combine", "network", cost.combine_s, joint=True, layer=layer))
+    tasks.append(Task("experts", "compute", cost.experts_G * given.compute, layer=layer))
+    if cost.combine.seconds:
+        tasks.append(_exchange("combine", cost.combine, given.exchange, layer))
+    if cost.copy_s:
+        tasks.append(Task("move experts", "copy", cost.copy_s, layer=layer))
     return tasks
+
+
+def _exchange(name: str, way: Way, slower: float, layer: int) -> Task:
+    """An exchange holds the links that carry it, the slower one until it ends."""
+    links = sorted((("nvlink", way.nvlink_s), ("nic", way.nic_s)), key=lambda x: -x[1])
+    (first, _), (second, less) = links
+    also = ((second, less * slower),) if less else ()
+    return Task(name, first, way.seconds * slower, joint=True, layer=layer, also=also)
+
+
+def _apart(layers: Sequence[list[Task]]) -> tuple[list[Task], list[Task]]:
+    """The chain of a micro-batch, and the copies of experts, which wait for no micro-batch."""
+    tasks = [task for layer in layers for task in layer]
+    return [t for t in tasks if t.resource != "copy"], [t for t in tasks if t.resource == "copy"]
 
 
 def _step(
     cluster: Cluster, model: Model, strategy: Strategy, tokens: int, layers: list[list[Task]],
-    decode: bool,
+    decode: bool, overlap: bool,
 ) -> tuple[float, TimeLine]:  # fmt: skip
     """Seconds of a step, and the time line of its first (or only) stage."""
     # A prefill needs the logits of a prompt's last token only.
@@ -213,19 +247,23 @@ def _step(
                      model.vocab / strategy.tp, model.hidden, 2, kernels=2)  # fmt: skip
     last = [Task("head", "compute", head)]
     if strategy.stages == 1:
-        chain = [task for tasks in layers for task in tasks] + last
-        line = run_best([chain] * strategy.micro_batches, overlap=strategy.overlap,
-                   gpus=strategy.ranks)  # fmt: skip
+        chain, copies = _apart(layers)
+        chains = [chain + last] * strategy.micro_batches + ([copies] if copies else [])
+        line = run_best(chains, overlap=overlap, gpus=strategy.ranks)
         return line.seconds, line
     per = -(-len(layers) // strategy.stages)
     together = _chains_of(strategy)
     lines: dict[tuple[float, ...], TimeLine] = {}
     stage_s, first = [], None
     for stage in range(0, len(layers), per):
-        chain = [task for tasks in layers[stage : stage + per] for task in tasks]
+        chain, copies = _apart(layers[stage : stage + per])
         key = tuple(float(_longest(task)) for task in chain)
         if key not in lines:
-            lines[key] = run_best([chain] * together, overlap=strategy.overlap, gpus=strategy.ranks)
+            # The copies of a step pass while all its micro-batches do.
+            part = [replace(c, seconds=c.seconds * together / strategy.micro_batches)
+                    for c in copies]  # fmt: skip
+            chains = [chain] * together + ([part] if part else [])
+            lines[key] = run_best(chains, overlap=overlap, gpus=strategy.ranks)
         stage_s.append(lines[key].seconds / together)
         first = lines[key]
     stage_s[-1] += head
@@ -252,7 +290,9 @@ def _breakdown(
     repeats = strategy.micro_batches / strategy.stages
     for tasks in layers:
         for task in tasks:
-            times[task.name] = times.get(task.name, 0.0) + _longest(task) * repeats
+            # Experts are copied once a step, whatever the micro-batches.
+            often = 1.0 / strategy.stages if task.resource == "copy" else repeats
+            times[task.name] = times.get(task.name, 0.0) + _longest(task) * often
     return times
 
 
@@ -267,6 +307,7 @@ def _binding(
         "attention": breakdown.get("attention", 0.0) + breakdown.get("all-reduce", 0.0),
         "experts": breakdown.get("experts", 0.0) + breakdown.get("shared", 0.0),
         "dense layers": breakdown.get("dense", 0.0),
+        "copies of experts": breakdown.get("move experts", 0.0),
     }
     found = max(groups, key=groups.__getitem__)
     if found == "exchange":
@@ -277,7 +318,7 @@ def _binding(
 
 def first_token_s(
     model: Model, cluster: Cluster, workload: Workload, strategy: Strategy,
-    *, table: KernelTable = ROOFLINE, inside: ExchangeTable = NO_TABLE,
+    *, table: KernelTable = ROOFLINE, inside: Ways = NO_WAYS,
 ) -> float:  # fmt: skip
     """Seconds to a first token on an idle deployment: one prefill step of a prompt a GPU."""
     alone = replace(strategy, micro_batches=1, overlap=False)

@@ -90,6 +90,7 @@ def entry(p: Prediction) -> dict[str, Any]:
         "joules_per_token": p.joules_per_token,
         "usd_per_million_tokens": p.usd_per_million,
         "binding": p.binding,
+        "slices_sms": p.slices,
     }
 
 
@@ -140,6 +141,13 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         ("routing", w.routing if w.trace is None else "a recorded trace"),
         ("kernel times", plan.question.table.source),
     ]  # fmt: skip
+    best = plan.verdict.best
+    if best is not None and best.usd_per_million is not None:
+        found.append(("cost", f"{best.usd_per_million:.3g} USD per million tokens, at "
+                      f"{c.usd_per_gpu_hour:g} USD per GPU and hour"))  # fmt: skip
+    if best is not None and best.slices:
+        sizes = ", ".join(f"{name} {sms} SMs" for name, sms in best.slices.items())
+        found.append(("slices", f"{sizes}, by policy {w.policy}"))
     if plan.ttft_s is not None:
         found.append(("time to first token", f"{plan.ttft_s * 1e3:.0f} ms on an idle deployment"))
     if plan.queued is not None:

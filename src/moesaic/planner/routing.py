@@ -81,6 +81,7 @@ def sample_counts(
     tokens: int,
     locality: float = 0.0,
     seed: int = 0,
+    draw: int = 1,
 ) -> Counts:
     """(L, G, E) rows, drawn; every source rank has exactly ``tokens * top_k``.
 
@@ -91,13 +92,14 @@ def sample_counts(
         locality: 0 for sources that lean alike; otherwise the spread of their leanings (the inverse
             concentration of a Dirichlet distribution around the shares, times E).
         seed: of the draws; equal arguments give equal counts.
+        draw: another number gives other counts of the same popularity.
     """
     counts = np.empty((layers, ranks, experts), np.int64)
     for layer in range(layers):
         # A layer's popularity depends on the seed alone, however many tokens are drawn: a placement
         # made for one batch must meet the same hot experts in the next.
         share = capped(shares(routing, experts, np.random.default_rng([seed, layer])), top_k)
-        random = np.random.default_rng([seed, layer, 1])
+        random = np.random.default_rng([seed, layer, draw])
         leaning = share
         if locality > 0:
             leaning = random.dirichlet(np.maximum(share, 1e-9) * experts / locality, ranks)

@@ -12,12 +12,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 from .cluster import Cluster
-from .costs import Sampler
-from .exchange import NO_TABLE, ExchangeTable
+from .exchange import NO_WAYS, Ways
 from .kernels import ROOFLINE, KernelTable
 from .model import Model
 from .predict import Prediction, predict
 from .routing import parse_routing
+from .sampling import Sampler
 from .strategies import Strategy, enumerate_strategies
 from .workload import Workload
 
@@ -33,7 +33,7 @@ class Question:
     workload: Workload
     table: KernelTable = ROOFLINE
     sampled_layers: int = 4
-    inside: ExchangeTable = NO_TABLE
+    inside: Ways = NO_WAYS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +272,7 @@ def _changed(q: Question) -> list[tuple[str, Question]]:
         found.append(("network latency / 2", replace(c, network=near)))
     changed = [(what, replace(q, cluster=cluster)) for what, cluster in found]
     if q.workload.trace is not None or parse_routing(q.workload.routing)[0] != "uniform":
-        even = replace(q.workload, routing="uniform", trace=None)
+        even = replace(q.workload, routing="uniform", trace=None, replan=None)
         changed.append(("even routing", replace(q, workload=even)))
     double = replace(q.workload, sequences=2 * q.workload.sequences,
                      prefill_tokens=2 * q.workload.prefill_tokens)  # fmt: skip

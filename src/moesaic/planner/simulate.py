@@ -2,16 +2,17 @@
 
     G GPUs of a stage · M micro-batches
 
-A micro-batch is a chain of tasks. A task takes one resource of every GPU (``compute``, ``network``,
-or, with attention on GPUs of its own, ``attention``), each GPU for its own time; a task marked
-`joint` ends for all GPUs when the last one is done, as an exchange does. A resource does one task
-at a time; of the tasks that could start, the one that can start first does, then the one furthest
-behind. Nothing is random.
+A micro-batch is a chain of tasks. A task takes a resource of every GPU (``compute``, ``nvlink``,
+``nic``, ``copy`` or, with attention on GPUs of its own, ``attention``), each GPU for its own time,
+and may take others `also`, for shorter; it is done when all are. A task marked `joint` ends for all
+GPUs when the last one is done, as an exchange does. A resource does one task at a time; of the
+tasks that could start, the one that can start first does, then the one furthest behind. Nothing is
+random.
 
->>> ab = [Task("a", "compute", 1.0), Task("x", "network", 2.0, joint=True)]
+>>> ab = [Task("a", "compute", 1.0), Task("x", "nic", 2.0, joint=True, also=(("nvlink", 0.5),))]
 >>> line = run([ab, ab], overlap=True)
->>> line.seconds, line.busy["network"]
-(5.0, 4.0)
+>>> line.seconds, line.busy["nic"], line.busy["nvlink"]
+(5.0, 4.0, 1.0)
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+LINKS = ("nvlink", "nic", "copy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,7 @@ class Task:
     seconds: float | Floats
     joint: bool = False
     layer: int = -1
+    also: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,13 @@ class TimeLine:
         return 1.0 - self.busy.get(resource, 0.0) / self.seconds if self.seconds else 0.0
 
     def hidden(self) -> float:
-        """The share of the network's time that lies under compute."""
-        network = [s for s in self.spans if s.resource == "network"]
-        compute = [s for s in self.spans if s.resource != "network"]
-        total = sum(s.end - s.start for s in network)
+        """The share of the links' time that lies under compute."""
+        moving = [s for s in self.spans if s.resource in LINKS]
+        compute = [s for s in self.spans if s.resource not in LINKS]
+        total = sum(s.end - s.start for s in moving)
         if not total:
             return 1.0
-        return _overlap(network, compute) / total
+        return _overlap(moving, compute) / total
 
 
 def _overlap(some: Sequence[Span], others: Sequence[Span]) -> float:
@@ -121,33 +124,42 @@ def run(
     # Per micro-batch when its next task could start; None once what it depends on has changed.
     starts: list[tuple[float, Floats] | None] = [None] * len(chains)
 
-    def resource_of(number: int) -> str:
-        return chains[number][at[number]].resource if overlap else "all"
+    def resources_of(number: int) -> set[str]:
+        if not overlap:
+            return {"all"}
+        task = chains[number][at[number]]
+        return {task.resource, *(name for name, _ in task.also)}
 
     while waiting := [n for n, chain in enumerate(chains) if at[n] < len(chain)]:
         for number in waiting:
             if starts[number] is None:
-                idle = free.get(resource_of(number))
-                start = ready[number] if idle is None else np.maximum(ready[number], idle)
+                start = ready[number]
+                for name in resources_of(number) & free.keys():
+                    start = np.maximum(start, free[name])
                 starts[number] = (float(start.max()), start)
         number = min(
             waiting,
             key=lambda n: (0.0 if turns else starts[n][0], at[n], n),  # type: ignore[index]
         )
-        task, resource = chains[number][at[number]], resource_of(number)
+        task, taken = chains[number][at[number]], resources_of(number)
         start = starts[number][1]  # type: ignore[index]
         end = start + task.seconds
-        busy[task.resource] = busy.get(task.resource, np.zeros(gpus)) + task.seconds
         last = int(end.argmax())
         spans.append(
             Span(task.name, task.resource, task.layer, number, float(start[last]), float(end[last]))
         )
         if task.joint:
             end = np.full(gpus, end.max())
-        ready[number] = free[resource] = end
+        for name, seconds in ((task.resource, task.seconds), *task.also):
+            busy[name] = busy.get(name, np.zeros(gpus)) + seconds
+            if overlap:
+                free[name] = end if name == task.resource else np.minimum(start + seconds, end)
+        if not overlap:
+            free["all"] = end
+        ready[number] = end
         at[number] += 1
         for other in waiting:
-            if other == number or resource_of(other) == resource:
+            if other == number or (starts[other] and taken & resources_of(other)):
                 starts[other] = None
     seconds = float(max((r.max() for r in ready), default=0.0))
     return TimeLine(seconds, tuple(spans), {k: float(v.mean()) for k, v in busy.items()})

@@ -4,77 +4,24 @@
 
 The experts of the fullest rank take what `kernels` says. An exchange takes what others have taken
 that moved as many bytes off (or onto) their busiest GPU: that, not the number of ranks, is what a
-push through NVLink waits for. Every doubling of the ranks beyond the measured ones adds what it
-added to the smallest exchange between two measured numbers: signals to more peers.
-
->>> leaving_bytes(2, 1000, 16) == 1000 * 16 / 2
-True
+push through NVLink waits for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from ..types import ExpertSpec
 from .cluster import Gpu
-from .exchange import ExchangeTable, measured_exchange, table_from
+from .exchange import Ways, leaving_bytes
 from .kernels import KernelTable, Measured, expert_layer_s, path_of
 from .routing import sample_counts
 
 WIDTHS = {"rows-7168": 7168, "rows-2048": 2048}
-
-
-def leaving_bytes(ranks: int, rows: float, row_bytes: float) -> float:
-    """Bytes that leave a GPU which sends its rows evenly to all ranks, itself among them."""
-    return rows * row_bytes * (ranks - 1) / ranks
-
-
-@dataclass(frozen=True)
-class Ways:
-    """Seconds of an exchange by the bytes off the busiest GPU, either way."""
-
-    dispatch: ExchangeTable
-    combine: ExchangeTable
-
-    def __bool__(self) -> bool:
-        return bool(self.dispatch) and bool(self.combine)
-
-    def seconds(self, clock: str, ranks: int, num_bytes: float) -> float:
-        """Seconds of clock ``dispatch`` or ``combine`` over so many ranks."""
-        table: ExchangeTable = getattr(self, clock)
-        last = max(table.points)
-        return table.seconds(ranks, num_bytes) + max(0.0, math.log2(ranks / last)) * _step(table)
-
-
-def _step(table: ExchangeTable) -> float:
-    """Seconds that a doubling of the ranks adds to the smallest exchange."""
-    if len(table.points) < 2:
-        return 0.0
-    low, high = sorted(table.points)[-2:]
-    more = table.points[high][0][1] - table.points[low][0][1]
-    return max(0.0, more) / math.log2(high / low)
-
-
-def measured_ways(lines: Sequence[dict[str, Any]], *, ranks: Iterable[int] = (2, 4, 8)) -> Ways:
-    """The tables from this project's lines of suite `ep` over so many ranks."""
-    known = set(ranks)
-    tables = [
-        table_from(
-            [
-                (gpus, leaving_bytes(gpus, 1, whole), seconds)
-                for gpus, whole, seconds in measured_exchange(list(lines), clock)
-                if gpus in known
-            ],
-            f"suite ep, {clock}",
-        )
-        for clock in ("dispatch", "combine")
-    ]
-    return Ways(*tables)
 
 
 def busiest_rows(ranks: int, rows: int, routing: str) -> float:

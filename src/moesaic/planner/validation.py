@@ -62,14 +62,14 @@ def low_latency(block: Block, *, normal: bool) -> list[Row]:
     if not normal:
         # These kernels send a row per (token, slot), also where two experts share a GPU.
         model = replace(model, top_k=1)
-    out, back, _, _ = exchange_s(times, topology, model, workload)
+    out, back = exchange_s(times, topology, model, workload)
     kind = "DeepEP normal (us)" if normal else "DeepEP low latency (us)"
     # The network's latency was chosen knowing what two nodes take.
     status = "fitted" if nodes == 2 and not normal and preset == "H200" else "counted"
     name = f"EP{ranks}, {tokens} tokens"
     return [
-        Row(kind, f"dispatch {name}", source, dispatch, out * 1e6, status),
-        Row(kind, f"combine {name}", source, combine, back * 1e6, status),
+        Row(kind, f"dispatch {name}", source, dispatch, out.seconds * 1e6, status),
+        Row(kind, f"combine {name}", source, combine, back.seconds * 1e6, status),
     ]
 
 

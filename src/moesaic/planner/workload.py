@@ -20,6 +20,9 @@ from .routing import Counts, parse_routing
 
 FAMILIES = ("one-per-gpu", "literal", "ep", "tp-pp", "tp-ep-dp", "disaggregated")
 ENGINES = ("moesaic", "node-sums")
+# Names of `runtime.policies.POLICIES`, and of the predictors that `sampling.WAYS` takes from there.
+POLICIES = ("none", "static", "dynamic", "proportional", "adaptive")
+PREDICTORS = ("last", "ewma0.1", "ewma0.3", "learned")
 DEFAULT_BATCHES = (16, 64, 256)
 
 
@@ -48,6 +51,14 @@ class Arrival:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replan:
+    """A new placement every `every` steps, for what a predictor of the runtime foresees."""
+
+    every: int
+    foresee: str = "ewma0.3"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """One workload.
 
@@ -65,6 +76,9 @@ class Workload:
         engine: `moesaic` returns a row per (token, slot); `node-sums` adds them up in each node.
         forwarded: rows enter a node by the rail of their source.
         exchange_sms: SMs that an overlapped exchange takes from compute.
+        policy: of the runtime, which divides the SMs between compute and an overlapped exchange;
+            None: the exchange takes `exchange_sms`.
+        replan: how often a placement is made anew; None: once.
         keep_cache: whether a prefill keeps the cache of its whole batch, or of one micro-batch.
         tpot_ms, ttft_ms: limits a recommendation must keep.
     """
@@ -84,6 +98,8 @@ class Workload:
     engine: str = "moesaic"
     forwarded: bool = False
     exchange_sms: int = 0
+    policy: str | None = None
+    replan: Replan | None = None
     keep_cache: bool = True
     tpot_ms: float | None = None
     ttft_ms: float | None = None
@@ -138,6 +154,8 @@ def workload_from(block: Block, folder: Path, *, num_experts: int, layers: int) 
         forwarded=block.boolean("forwarded", phase == "prefill"),
         keep_cache=block.boolean("keep_cache", base.keep_cache),
         exchange_sms=block.integer("exchange_sms", base.exchange_sms, low=0, high=128),
+        policy=_policy(block),
+        replan=_replan(block.block("replan"), block, trace),
         tpot_ms=block.number("tpot_ms", None, above=True),
         ttft_ms=block.number("ttft_ms", None, above=True),
         arrival=_arrival(block.block("arrival"), folder),
@@ -173,6 +191,29 @@ def _trace(block: Block, folder: Path, experts: int, layers: int) -> Counts | No
     for row in trace.rows:
         counts[row.step, row.layer] = row.counts_E
     return counts
+
+
+def _policy(block: Block) -> str | None:
+    """A policy of the runtime; SMs given by hand leave it nothing to divide."""
+    policy: str | None = block.text("policy", None, among=POLICIES)
+    if policy is not None and "exchange_sms" in block:
+        raise block.wrong("policy", "left out where exchange_sms is given", policy)
+    return policy
+
+
+def _replan(block: Block | None, outer: Block, trace: Counts | None) -> Replan | None:
+    if block is None:
+        return None
+    if trace is None:
+        raise ValueError(
+            f"{outer.where('replan')}: replan needs a trace; a distribution does not change"
+        )
+    every = block.integer("every")
+    if every >= len(trace):
+        raise block.wrong("every", f"less than the {len(trace)} steps of the trace", every)
+    way = block.text("foresee", Replan(every=1).foresee, among=PREDICTORS)
+    block.done()
+    return Replan(every=every, foresee=way)
 
 
 def _arrival(block: Block | None, folder: Path) -> Arrival | None:
