@@ -58,6 +58,7 @@ def batch_rows(
     heights: Sequence[int] = HEIGHTS,
     order: Order = "index",
     counters: Tensor | None = None,
+    pdl: bool = False,
 ) -> tuple[RowSort, TaskMap]:
     """Sort the slots by expert and map the experts' tiles; one launch up to 4096 slots, else three.
 
@@ -67,6 +68,8 @@ def batch_rows(
         heights: tile heights to choose from, ascending.
         order: which expert gets the first tiles; see `taskmap`.
         counters: (3, E) int32, contiguous; each expert's rows and tiles are added to lines 1 and 2.
+        pdl: a single launch starts while the one before still runs and waits for it on the device
+            (sm_90 and up).
 
     Raises:
         ValueError: ids of another dtype or rank, a size out of range, heights not ascending, or an
@@ -74,7 +77,8 @@ def batch_rows(
     """
     heights = check_policy(heights, order)
     table, task_map = new_task_map(num_experts, topk_ids_TK.device)
-    return launch_sort(topk_ids_TK, num_experts, table, heights, order, counters), task_map
+    rows = launch_sort(topk_ids_TK, num_experts, table, heights, order, counters, pdl)
+    return rows, task_map
 
 
 def batch_rows_ref(

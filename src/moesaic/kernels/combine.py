@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .aot import AotCase
 from .launching import launch
@@ -77,19 +77,25 @@ def combine_kernel(
         tl.atomic_add(counted_ptr, one_K, known_K, sem="relaxed")
         tl.atomic_add(counted_ptr + experts, one_K, known_K, sem="relaxed")
     if PDL:
-        gdc_wait()
+        gdc_launch_dependents()
     acc = tl.zeros((BLOCK_H,), tl.float32)
     for start in range(0, TOP_K, UNROLL):
+        rows = ()
+        weights = ()
         for step in tl.static_range(UNROLL):
             slot = token * TOP_K + start + step
             live = start + step < TOP_K
             if counters_ptr is not None:
                 live = live & (token == 0)
-            row = tl.load(position_ptr + slot, live, other=-1).to(tl.int64)
-            weight = tl.load(weights_ptr + slot, live & (row >= 0), other=0.0).to(tl.float32)
-            at = rows_ptr + row * HIDDEN + column
-            value = tl.load(at, inside & (row >= 0), other=0.0).to(tl.float32)
-            acc += weight * value
+            rows += (tl.load(position_ptr + slot, live, other=-1).to(tl.int64),)  # type: ignore[assignment]
+            weights += (tl.load(weights_ptr + slot, live, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+        if PDL:
+            # What stands above is older than the launch that is waited for, see `combine`.
+            gdc_wait()
+        for step in tl.static_range(UNROLL):
+            at = rows_ptr + rows[step] * HIDDEN + column
+            value = tl.load(at, inside & (rows[step] >= 0), other=0.0).to(tl.float32)
+            acc += tl.where(rows[step] >= 0, weights[step], 0.0) * value
     tl.store(out_ptr + token * HIDDEN + column, acc.to(out_ptr.dtype.element_ty), inside)
 
 
@@ -125,7 +131,8 @@ def combine(
         position_TK: int32 or int64, contiguous; negative for a slot of nobody, which adds nothing.
         weights_TK: fp32 or the dtype of `rows_SH`, contiguous.
         out: (T, H), contiguous, of any of these dtypes; made in that of `rows_SH` when None.
-        pdl: start while the launch before still runs and wait for it on the device (sm_90 and up).
+        pdl: start while the launch before still runs and wait for it on the device (sm_90 and up);
+            positions and weights are older than that launch, only the rows come from it.
         counted: ids (K,) of a single token and counters (3, E) int32; each slot adds a row and a
             tile to its expert.
 
@@ -201,6 +208,15 @@ def aot_cases() -> list[AotCase]:
             )
         )
     first = cases[0]
+    overlapping = replace(
+        first,
+        name=f"{first.name}-pdl",
+        archs=(90, 100),
+        constexprs={**first.constexprs, "PDL": True},
+        options={**first.options, "launch_pdl": True},
+        ptx={90: ("griddepcontrol.wait", "mul.rn.f32", "add.rn.f32")},
+    )
+    cases.append(overlapping)
     cases.append(
         replace(
             first,

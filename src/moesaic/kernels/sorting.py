@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .device import registers
 from .launching import launch
@@ -100,11 +101,13 @@ def launch_sort(
     heights: tuple[int, ...],
     order: str,
     counters: Tensor | None = None,
+    pdl: bool = False,
 ) -> RowSort:
     """Sort, and write the task map of the experts into `table` when there is one.
 
     counters: (3, E) int32, contiguous; the rows of each expert are added to its second line, the
         tiles of the map to its third.
+    pdl: a single launch starts while the one before still runs, and waits for it on the device.
     """
     ids_TK = _check_ids(topk_ids_TK, num_experts)
     slots, device = ids_TK.numel(), ids_TK.device
@@ -133,6 +136,7 @@ def launch_sort(
             **SMALL,
             COUNT=512 if slots <= 512 else 2048,
             counters_ptr=counters,
+            **({"PDL": True, "launch_pdl": True} if pdl else {}),
             **WIDE,
         )
         return rows
@@ -218,6 +222,7 @@ def sort_small_kernel(
     CHUNK: tl.constexpr,
     COUNT: tl.constexpr,
     counters_ptr=None,
+    PDL: tl.constexpr = False,
 ):
     """Program 0 counts, COUNT slots at a time, and writes offsets and map; others place ROWS slots.
 
@@ -228,6 +233,9 @@ def sort_small_kernel(
     ids_ptr: int32|int64 (S,). order_ptr, position_ptr: int32 (S,). offsets_ptr: int32 (E + 1,).
     table_ptr: int32 (6, stride), see `write_task_map`. counters_ptr: see `write_offsets`.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     program = tl.program_id(0)
     if program == 0:
         counts_E = tl.zeros((E_POW2,), tl.int32)
@@ -416,6 +424,15 @@ def aot_cases() -> list[Any]:
             signature=given,
             constexprs={**constants, **SMALL, "COUNT": 512},
             **counted,
+        ),
+        AotCase(
+            name="sorting/small-pdl",
+            fn=sort_small_kernel,
+            signature={k: v for k, v in given.items() if k != "counters_ptr"},
+            constexprs={**constants, **SMALL, "COUNT": 512, "PDL": True, "counters_ptr": None},
+            options=WIDE | {"launch_pdl": True},
+            archs=(90, 100),
+            ptx={90: ("griddepcontrol.wait",)},
         ),
         AotCase(
             name="sorting/scatter-counted",

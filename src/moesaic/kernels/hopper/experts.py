@@ -220,6 +220,7 @@ def _launches(
             heights=(config.up.bm,),
             order=config.order,  # type: ignore[arg-type]
             counters=counters,
+            pdl=True,
         )
         counted = None
         order_S, position = sort.order_S, sort.position_S

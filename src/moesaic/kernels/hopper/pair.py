@@ -159,7 +159,7 @@ def layer_pair(
     given = {"config": config, "num_sms": num_sms, "top_k": top_k, "pdl": True, **epilogue}
     if tokens > 1:
         sort, tasks = batch_rows(
-            topk_ids, up.shape[0], heights=(config.bm,), order=order, counters=counters
+            topk_ids, up.shape[0], heights=(config.bm,), order=order, counters=counters, pdl=True
         )
         pair_mm_hopper(hidden, up, down, tasks, act_SI, rows_SH, order_S=sort.order_S, **given)
         return combine(rows_SH, sort.position_S.view(tokens, top_k), topk_weights, pdl=True)
