@@ -45,6 +45,7 @@ class FakeDriver:
         self.contexts: dict[int, Resource] = {}
         self.streams: dict[int, int] = {}
         self.splits = 0
+        self.written: list[tuple[int, int, int]] = []
         self._numbers = count(1000)
 
     def __getattribute__(self, name: str) -> Any:
@@ -94,6 +95,14 @@ class FakeDriver:
         number = next(self._numbers)
         self.streams[number] = context
         return Code.CUDA_SUCCESS, number
+
+    def cuStreamWriteValue32(
+        self, stream: int, address: int, value: int, flags: int
+    ) -> tuple[Any, ...]:
+        if stream not in self.streams or address % 4 or flags:
+            return (Code.CUDA_ERROR_INVALID_VALUE,)
+        self.written.append((stream, address, value))
+        return (Code.CUDA_SUCCESS,)
 
     def cuStreamSynchronize(self, stream: int) -> tuple[Any, ...]:
         return ((Code.CUDA_SUCCESS if stream in self.streams else Code.CUDA_ERROR_INVALID_VALUE),)

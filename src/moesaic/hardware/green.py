@@ -131,6 +131,7 @@ class GreenDevice:
         self.device = device
         self._parts: dict[tuple[tuple[int, ...], bool, int], GreenSlice] = {}
         self._fuses: bool | None = None
+        self._more_streams: list[int] = []
         for name in ("cuDeviceGetDevResource", "cuDevSmResourceSplitByCount", "cuGreenCtxCreate"):
             if not hasattr(self._driver, name):
                 raise GreenUnavailable(f"this cuda-bindings has no {name}: {INSTALL}")
@@ -257,6 +258,25 @@ class GreenDevice:
                     log.warning("%d SMs stay unused: %s", self.cut.rest_sms, error)
         return self._fuses
 
+    def second_stream(self, part: GreenSlice, *, priority: int) -> torch.cuda.ExternalStream:
+        """Another stream on a part's SMs, of another priority; kept until `close`.
+
+        Raises:
+            GreenError: the driver refuses.
+        """
+        flags = int(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        handle = int(self._call("cuGreenCtxStreamCreate", part.context, flags, priority))
+        self._more_streams.append(handle)
+        return torch.cuda.ExternalStream(handle, device=self.device)  # type: ignore[no-untyped-call]
+
+    def write(self, stream: int, address: int, value: int) -> None:
+        """Queue the writing of one int32 into device memory on a stream's handle; takes no SM.
+
+        Raises:
+            GreenError: the driver refuses.
+        """
+        self._call("cuStreamWriteValue32", stream, address, value, 0)
+
     @property
     def parts(self) -> int:
         """Parts that exist now; each holds driver memory."""
@@ -264,6 +284,10 @@ class GreenDevice:
 
     def close(self) -> None:
         """Wait for and destroy every stream and context that was made."""
+        while self._more_streams:
+            handle = self._more_streams.pop()
+            self._call("cuStreamSynchronize", handle)
+            self._call("cuStreamDestroy", handle)
         while self._parts:
             _, part = self._parts.popitem()
             self._call("cuStreamSynchronize", part.handle)
