@@ -145,7 +145,8 @@ def test_targets_come_from_the_lines_and_wrong_ones_count_for_nothing() -> None:
         line("streams", "moesaic+shared", "replay", ms=3.0),
         line("streams", "moesaic+shared-aside", "replay", ms=1.0, wrong=True),
         line("launch", "expert", "replay", host_us_per_kernel=0.8),
-        line("memory", "moesaic", "cache", lost_bytes=2**22),
+        line("memory", "moesaic", "cache", lost_bytes=2**22, samples=graphs.CAPTURES),
+        line("memory", "moesaic", "cache", lost_bytes=2**30, samples=graphs.CAPTURES - 1),
         line("experts", "per-expert-graphs", "padded", held_share=0.3),
         line("warm-up", "expert", "eager", warmups=2),
     ]
@@ -153,6 +154,7 @@ def test_targets_come_from_the_lines_and_wrong_ones_count_for_nothing() -> None:
     assert targets["layer: eager over cached, geomean"].value == 2.0
     assert targets["shared expert: in turn over aside, geomean"].value is None
     assert targets["paper: 1 us a kernel under a graph (host)"].met
+    assert targets[f"bytes lost over {graphs.CAPTURES} captures"].value == 2**22
     assert not targets[f"bytes lost over {graphs.CAPTURES} captures"].met
     assert not targets["paper: 10 % of memory for graphs (of weights)"].met
     assert targets["paper: 3 to 5 warm-ups"].met

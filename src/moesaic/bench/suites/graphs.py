@@ -51,7 +51,7 @@ VARIANTS: dict[str, Callable[[Setting], Any]] = {
     "experts": expert_variants,
     "streams": stream_variants,
 }
-CAPTURES = 400
+CAPTURES = 10_000
 PAPER_LAUNCH_US, PAPER_WARMUPS, PAPER_SHARE = 1.0, 5.0, 0.10
 
 
@@ -160,7 +160,8 @@ def summarize(lines: Sequence[Line]) -> list[Target]:
     mine = [x for x in lines if x["clock"] != "ceiling"]
     bad = [x for x in mine if x.get("wrong") or x.get("error")]
     done = {measured(x) for x in mine} - {None}
-    lost = [x["lost_bytes"] for x in mine if x.get("lost_bytes") is not None]
+    captures = [x for x in mine if x.get("lost_bytes") is not None and x["samples"] >= CAPTURES]
+    lost = [x["lost_bytes"] for x in captures]
     cached, eager = ("moesaic", "cache"), ("moesaic", "eager")
     graphs, order = ("per-expert-graphs", "padded"), ("sequential", "eager")
     warm = [x["warmups"] for x in mine if x.get("warmups") is not None]
