@@ -8,6 +8,7 @@ from hf_checks import output, select, token_ids
 from hf_families import tiny_model
 
 import moesaic
+from moesaic.integrations.blocks import BLOCK
 from moesaic.run.generate import Decoder
 from moesaic.runtime.capture import CudaCapturer
 
@@ -28,7 +29,32 @@ def test_attached_models_agree_with_eager(family: str) -> None:
         layers = moesaic.attach(model).layers
         got = output(model, ids_BN)
     assert [layer.router for layer in layers] == ["fused"] * len(layers)
+    blocks = "fused" if family in ("qwen3_moe", "deepseek_v3") else "it"
+    assert all(layer.block.startswith(blocks) for layer in layers)
     torch.testing.assert_close(got, want, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe"])
+def test_a_shared_expert_beside_the_others_changes_no_bit(family: str) -> None:
+    model = tiny_model(family).to(CUDA, torch.bfloat16).eval().requires_grad_(False)
+    moesaic.attach(model)
+    block = next(module for module in model.modules() if BLOCK in vars(module))
+    for tokens in (1, 7, 600):
+        hidden = torch.randn(1, tokens, model.config.hidden_size).to(CUDA, torch.bfloat16)
+        want = block(hidden)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            block(hidden)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = [block(hidden) for _ in range(3)]
+        for _ in range(5):
+            hidden.mul_(1.0)
+            graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(found, want) for found in got)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])

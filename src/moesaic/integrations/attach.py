@@ -24,6 +24,7 @@ from ..dispatch import Impl
 from ..parallel.expert_parallel import Options
 from ..parallel.placement import Placement
 from ..types import ExpertSpec
+from .blocks import BLOCK, fused_block, plan_block, recognise_block
 from .layouts import UnsupportedExperts, family_of, is_experts, spec_of, weights_of
 from .routers import PLAN, fused_forward, recognise
 from .spread import SpreadLayer, Tokens, spread_layers
@@ -44,7 +45,8 @@ WITHOUT_INTERFACE = (
 class LayerState:
     """One MoE layer of an attached model; `profiler` and `schedule` are for the runtime to set.
 
-    `spec` is None for a layer that runs `fallback`. `router`: "fused", or why it was left as it is.
+    `spec` is None for a layer that runs `fallback`. `router`, `block`: "fused", or why it was left
+    as it is.
     `spread`: what runs the experts over several ranks, if a mesh was given.
     `observe(state, topk_ids_TK)`, while it is not None, is called before the experts of every
     forward that is not compiled.
@@ -55,6 +57,7 @@ class LayerState:
     spec: ExpertSpec | None
     top_k: int | None
     router: str
+    block: str = "its router is not fused"
     impl: Impl = "auto"
     fallback: str | None = None
     observe: Callable[[LayerState, Tensor], None] | None = None
@@ -120,7 +123,12 @@ def _plan_layers(
                 raise
             fallback_function(module, fallback)
             spec, instead = None, fallback
-        found.append((module, LayerState(index, name, spec, top_k, "not looked at", impl, instead)))
+        found.append(
+            (
+                module,
+                LayerState(index, name, spec, top_k, "not looked at", impl=impl, fallback=instead),
+            )
+        )
     return found
 
 
@@ -161,6 +169,27 @@ def _fuse_routers(model: nn.Module, layers: list[LayerState], fuse: Fuse) -> Non
                 router.forward = types.MethodType(fused_forward, router)
 
 
+def _fuse_blocks(model: nn.Module, layers: list[LayerState]) -> None:
+    """Replace the forward of every block around a fused router that is known whole."""
+    seen: dict[Any, Any] = {}
+    for layer in layers:
+        router = _router_of(model, layer.name)
+        if layer.router != "fused" or layer.spec is None or router is None:
+            continue
+        if layer.spread is not None:
+            layer.block = "its experts are spread over ranks"
+            continue
+        block = model.get_submodule(layer.name.rpartition(".")[0])
+        facts = (type(block), *((n, type(c)) for n, c in block.named_children()))
+        if facts not in seen:
+            seen[facts] = recognise_block(block, router, model.get_submodule(layer.name))
+        parts = seen[facts]
+        layer.block = parts if isinstance(parts, str) else "fused"
+        if not isinstance(parts, str):
+            setattr(block, BLOCK, plan_block(parts, layer.spec, layer.impl))
+            block.forward = types.MethodType(fused_block, block)
+
+
 def attach(
     model: nn.Module,
     *,
@@ -177,15 +206,16 @@ def attach(
     Args:
         model: a transformers model, or a module that holds one.
         impl: see `moesaic.moe`.
-        fuse_routers: replace routers by one product and one launch: "auto" on CUDA devices,
-            "always" or "never". Only those that give the same answers as before are replaced.
+        fuse_routers: replace routers by one launch, and blocks of a router, experts and shared
+            expert by one piece of code: "auto" on CUDA devices, "always" or "never". Only those
+            that give the same answers as before are replaced, see `routers` and `blocks`.
         fallback: the experts implementation of layers that moesaic cannot run, such as
             "grouped_mm"; None: such a layer is an error.
         mesh: the ranks over which the experts are spread, each rank running its own batch; a
             collective of them. `placement`, `options`, `tokens`: see `spread.spread_layers`.
 
     Returns:
-        Attachment: every layer with its index, name, spec and what became of its router.
+        Attachment: every layer with its index, name, spec and what became of router and block.
 
     Raises:
         UnsupportedExperts: the model has no such experts, or one of them has an activation, a
@@ -219,8 +249,10 @@ def attach(
         setattr(module, STATE, state)
     for config, _ in before:
         config._experts_implementation_internal = NAME
-    _fuse_routers(model, [state for _, state in planned], fuse_routers)
-    attachment = Attachment(tuple(state for _, state in planned), before)
+    states = [state for _, state in planned]
+    _fuse_routers(model, states, fuse_routers)
+    _fuse_blocks(model, states)
+    attachment = Attachment(tuple(states), before)
     setattr(model, ATTACHMENT, attachment)
     return attachment
 
@@ -235,18 +267,23 @@ def detach(model: nn.Module) -> None:
     attachment: Attachment | None = vars(model).get(ATTACHMENT)
     if attachment is None:
         raise RuntimeError("the model is not attached; call moesaic.attach(model) first")
-    routers = [module for module in model.modules() if PLAN in vars(module)]
-    for router in routers:
-        found = getattr(vars(router).get("forward"), "__func__", None)
-        # A router that was unpickled holds its class's own.
-        if found not in (fused_forward, type(router).forward):
+    fused = [
+        (module, plan, forward)
+        for module in model.modules()
+        for plan, forward in ((PLAN, fused_forward), (BLOCK, fused_block))
+        if plan in vars(module)
+    ]
+    for module, _, forward in fused:
+        found = getattr(vars(module).get("forward"), "__func__", None)
+        # What was unpickled holds its class's own.
+        if found not in (forward, type(module).forward):
             raise RuntimeError(
-                f"the forward of {type(router).__name__} was replaced after moesaic.attach; undo "
+                f"the forward of {type(module).__name__} was replaced after moesaic.attach; undo "
                 "that first (accelerate: remove_hook_from_submodules)"
             )
-    for router in routers:
-        del router.forward
-        delattr(router, PLAN)
+    for module, plan, _ in fused:
+        del module.forward
+        delattr(module, plan)
     for _, module in experts_modules(model):
         for name in (STATE, *PROFILERS):
             vars(module).pop(name, None)
