@@ -64,6 +64,20 @@ def test_it_may_decide_not_to_slice_and_says_why(groups, why: str) -> None:
     assert not plan.sliced and why in plan.reason
 
 
+def test_others_borrow_where_that_slows_them_down_less() -> None:
+    profile = GroupProfile(step=0, groups=(group("a", 1.8), group("rest")))
+    fixed = protect(profile, CURVES, MACHINE, None)
+    idle = CURVES | {"rest": curve("rest", 4.0, 1.5, 1.2, 1.0)}
+    plan = protect(profile, CURVES, MACHINE, None, borrowing=idle)
+    assert plan.sizes == fixed.sizes and "borrowing" in plan.reason
+    assert [(share.group, share.borrows) for share in plan.shares] == [("a", False), ("rest", True)]
+    busy = CURVES | {"a": curve("a", 9.0, 9.0, 1.6, 1.0)}
+    assert protect(profile, CURVES, MACHINE, None, borrowing=busy) == fixed
+    never = {**CURVES, "a": CURVES["never"]}
+    assert protect(profile, CURVES, MACHINE, None, borrowing=never) == fixed
+    assert protect(profile, never, MACHINE, None, borrowing=idle).shares == plan.shares
+
+
 def test_steps_that_arrive_faster_than_the_promise_bound_the_slowdown() -> None:
     groups = (group("a", 4.0), group("rest"))
     plan = protect(GroupProfile(step=0, groups=groups, interval_ms=2.0), CURVES, MACHINE, None)

@@ -192,11 +192,16 @@ class GroupProfile:
 
 @dataclass(frozen=True)
 class Share:
-    """What a plan gives to one group: SMs, and the priority of its stream (lower runs first)."""
+    """What a plan gives to one group: SMs, and the priority of its stream (lower runs first).
+
+    `borrows`: while others leave their SMs idle it may use those too, see `runtime.borrowing`; what
+    cannot borrow keeps to its own, which no promise suffers from.
+    """
 
     group: str
     sms: int
     priority: int = 0
+    borrows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

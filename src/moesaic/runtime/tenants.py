@@ -18,6 +18,7 @@ without one, by weight. When no size keeps it, or nothing remains, the answer is
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .plan import Curve, Curves, GroupProfile, MachineSlices, Plan, Share, SliceGroup
@@ -40,11 +41,38 @@ def protect(
     state: Any,
     *,
     margin: float = MARGIN,
+    borrowing: Curves | None = None,
 ) -> Plan:
     """The plan of this module: the smallest slices that keep the promises, the rest to the others.
 
-    `margin`: the part of the promise that curves measured alone may use up.
+    Args:
+        margin: the part of the promise that curves measured alone may use up.
+        borrowing: curves measured while the others borrow what the promised leave idle; the plan
+            lets them where that slows them down less.
     """
+    plan = _sized(profile, curves, machine, margin)
+    if borrowing is None:
+        return plan
+    lent = _sized(profile, borrowing, machine, margin)
+    if not lent.sliced or (
+        plan.sliced and _slowest(plan, profile, curves) <= _slowest(lent, profile, borrowing)
+    ):
+        return plan
+    promised = {group.name for group in profile.groups if group.slo is not None}
+    shares = tuple(replace(s, borrows=s.group not in promised) for s in lent.shares)
+    return replace(lent, shares=shares, reason=f"{lent.reason}, borrowing what is idle")
+
+
+def _slowest(plan: Plan, profile: GroupProfile, curves: Curves) -> float:
+    """The largest slowdown among the groups without a promise."""
+    return max(
+        curves[group.curve].slowdown(plan.sizes[group.name])
+        for group in profile.groups
+        if group.slo is None
+    )
+
+
+def _sized(profile: GroupProfile, curves: Curves, machine: MachineSlices, margin: float) -> Plan:
     promised = [group for group in profile.groups if group.slo is not None]
     others = [group for group in profile.groups if group.slo is None]
     if not promised or not others:
