@@ -13,7 +13,7 @@ overlap as in `experts`: each product begins to load weights while the one befor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil, sqrt
 from typing import Any, NamedTuple
 
@@ -24,10 +24,12 @@ from ..batching import batch_rows
 from ..combine import combine
 from ..device import sm_count
 from ..gather import gather_rows
+from ..sorting import ONE_LAUNCH_SLOTS
 from ..taskmap import TaskMap
 from ..tune import Problem, device_family, hopper_row
 from .launch import HopperConfig, grouped_mm_hopper
-from .single import one_token
+from .plans import planned
+from .single import constants, one_token
 
 
 class MlpConfig(NamedTuple):
@@ -281,8 +283,13 @@ def rows_mlp(
         position_S = order_S
     else:
         sort, tasks = batch_rows(
-            topk_ids, experts, heights=(config.height,), order=config.order, counters=counters  # type: ignore[arg-type]
-        )  # fmt: skip
+            topk_ids,
+            experts,
+            heights=(config.height,),
+            order=config.order,  # type: ignore[arg-type]
+            counters=counters,
+            pdl=True,
+        )
         order_S, position_S = sort.order_S, sort.position_S
     rows_SH = chain(
         hidden, order_S, tasks, layers, top_k=topk_ids.shape[1], config=config, num_sms=num_sms,
@@ -312,10 +319,46 @@ def experts_mlp(
     """
     if topk_ids.numel() == 0:
         return torch.zeros_like(hidden)
+    device = hidden.device
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return experts_mlp(hidden, topk_ids, topk_weights, counters=counters, **weights)
     hidden, topk_ids = hidden.contiguous(), topk_ids.contiguous()
+    topk_weights = topk_weights.contiguous()
+
+    def call() -> Tensor:
+        return _launches(hidden, topk_ids, topk_weights, counters, weights)
+
+    given = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    inputs = (hidden, topk_ids, topk_weights, *given.values())
+    if counters is not None:
+        inputs = (*inputs, counters)
+    if topk_ids.numel() > ONE_LAUNCH_SLOTS or not all([t.is_contiguous() for t in inputs]):
+        return call()
+    how = tuple([(name, v) for name, v in weights.items() if not isinstance(v, Tensor)])
+    key = (
+        "mlp", hidden.shape, topk_ids.shape, *given, weights["up"].shape, hidden.dtype,
+        topk_ids.dtype, topk_weights.dtype, device, counters is None, how,
+    )  # fmt: skip
+    return planned(key, inputs, partial(_constants, topk_ids.shape, device), call)
+
+
+def _constants(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """What a call uses besides its tensors, made before it is recorded."""
+    return constants(shape[1], device) if shape[0] == 1 else ()
+
+
+def _launches(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    counters: Tensor | None,
+    weights: dict[str, Any],
+) -> Tensor:
+    """`experts_mlp` through Triton's launcher."""
     counted = None
     if topk_ids.shape[0] == 1 and counters is not None:
         counted, counters = (topk_ids[0], counters), None
     rows_SH, position_S = rows_mlp(hidden, topk_ids, counters=counters, **weights)
-    position_TK, shares_TK = position_S.view(topk_ids.shape), topk_weights.contiguous()
-    return combine(rows_SH, position_TK, shares_TK, pdl=True, counted=counted)
+    position_TK = position_S.view(topk_ids.shape)
+    return combine(rows_SH, position_TK, topk_weights, pdl=True, counted=counted)
