@@ -95,8 +95,10 @@ def refusals(request: Request, impls: Sequence[str]) -> dict[str, str]:
             getattr(torch, request.dtype),
             hidden_size=model.hidden_size,
             intermediate_size=model.intermediate_size,
-            plain=not (spec.layers == 3 or spec.transposed or spec.interleaved or spec.bias),
+            plain=not (spec.transposed or spec.interleaved or (spec.gated and spec.bias)),
         )
+        if spec.layers == 3 or spec.bias:
+            why = why or "tiles of three-layer and of ungated biased experts come from a model"
         if why:
             found["hopper"] = why
     return found

@@ -104,13 +104,13 @@ def refusal(
     intermediate_size: int,
     plain: bool,
 ) -> str | None:
-    """Why these kernels cannot run a layer, or None; `plain`: two layers, rows, no bias."""
+    """Why these kernels cannot run a layer, or None; `plain`: rows, and no bias where gated."""
     if capability != (9, 0):
         return f"compute capability 9.0 is needed, this device has {capability[0]}.{capability[1]}"
     if dtype not in GLUON_DTYPES:
         return f"bfloat16 or float16 is needed, the layer has {dtype}"
     if not plain:
-        return "three-layer, transposed, interleaved and biased experts have no Hopper kernel"
+        return "transposed, interleaved and gated biased experts have no Hopper kernel"
     if hidden_size % 64 or intermediate_size % 64:
         return f"H and I must be multiples of 64, got {hidden_size} and {intermediate_size}"
     return triton_problem()
