@@ -283,6 +283,7 @@ first = dict(seen)
 import torch
 from moesaic.bench.tuning import clock, labs
 from moesaic.bench.tuning.grid import problem_for
+from moesaic.kernels.hopper import experts
 
 def timed(calls, best_s):
     return float(len([call() for call in calls]))
@@ -291,6 +292,7 @@ def real(self, *args, grid, warmup, **options):
     assert not warmup and all(size > 0 for size in grid)
     seen[self.fn.__name__] += 1
 
+experts.planned = lambda key, inputs, constants, call: call()
 labs.seconds_of, clock.SameBits.check, JITFunction.run = timed, lambda *_: None, real
 labs.time_routing = lambda *_: {1: 1.0}
 sets = clock.draw_weights(tiny, torch.bfloat16, torch.device("cpu"), seed=0)[:2]

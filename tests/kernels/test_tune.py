@@ -218,7 +218,12 @@ def test_the_hopper_path_takes_the_measured_row_whatever_the_budget(own, monkeyp
 
     experts.choose_measured.cache_clear()
     measured = experts.layer_config({"up": DECODE, "down": DECODE, "order": "mixed"})
-    assert {chosen(tokens, sms) for tokens in (16, 64, 256) for sms in (1, 66, 132)} == {measured}
-    for tokens, dtype in ((257, torch.bfloat16), (64, torch.float16), (1, torch.bfloat16)):
+    assert {chosen(tokens, sms) for tokens in (43, 64, 96) for sms in (1, 66, 132)} == {measured}
+    for tokens, dtype in (
+        (97, torch.bfloat16),
+        (42, torch.bfloat16),
+        (64, torch.float16),
+        (1, torch.bfloat16),
+    ):
         assert chosen(tokens, 132, dtype) == experts.choose(tokens, 8, 128, 1536, 132) != measured
     experts.choose_measured.cache_clear()

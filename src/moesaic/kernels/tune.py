@@ -4,7 +4,7 @@
 and an eager call agree, and none of its answers can change a bit of the output. The tables are the
 shipped `configs/<device family>.json` and, over it, the user's (`tables`), read once a process; a
 row is found by the shape of the layer and the measured token count nearest to that of the call by
-ratio, and speaks for counts within a factor of REACH of its own.
+ratio, and speaks for counts within a factor of REACH of its own (HOPPER_REACH of the Hopper path).
 
     T tokens · H hidden width · I intermediate width · E experts · K top-k
 
@@ -24,6 +24,8 @@ from .tables import NONE, Rows, Tables, over, read_table, user_path
 
 CONFIGS = Path(__file__).parent / "configs"
 REACH = 4
+HOPPER_REACH = 1.5
+"""A tile of the Hopper path is as tall as an expert's rows: twice the rows want another."""
 FP32_BLOCK_K = 32
 """Terms that an fp32 product sums apart: near the root of common widths, where errors are least."""
 
@@ -193,26 +195,26 @@ def _cut_problem(cut: GemmConfig, height: int, *, gated: bool, itemsize: int) ->
     return f"{used} bytes of shared memory are needed, there are {limit}" if used > limit else None
 
 
-def _row_for(rows: Rows, problem: Problem) -> tuple[int, Any] | None:
+def _row_for(rows: Rows, problem: Problem, reach: float) -> tuple[int, Any] | None:
     """The row that speaks for a call and the token count it was measured at."""
     found = rows.get(shape_key(problem))
     if not found:
         return None
     bucket = nearest_bucket(problem.tokens, tuple(sorted(map(int, found))))
     low, high = sorted((bucket, max(1, problem.tokens)))
-    return (bucket, found[str(bucket)]) if high <= REACH * low else None
+    return (bucket, found[str(bucket)]) if high <= reach * low else None
 
 
 def hopper_row(problem: Problem) -> dict[str, Any] | None:
     """The measured row of the Hopper path for a call, as in the table; None: nothing measured."""
-    found = _row_for(load_table(problem.family).hopper, problem)
+    found = _row_for(load_table(problem.family).hopper, problem, HOPPER_REACH)
     return None if found is None else found[1]
 
 
 @lru_cache(maxsize=4096)
 def choose(problem: Problem) -> Config:
     """The configuration of a call: measured for its shape and bucket, or the heuristic's."""
-    found = _row_for(load_table(problem.family).shapes, problem)
+    found = _row_for(load_table(problem.family).shapes, problem, REACH)
     if found is None:
         return heuristic(problem)
     return _config_from_json(found[1], f"measured on {problem.family} at {found[0]} tokens")
