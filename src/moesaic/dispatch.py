@@ -18,6 +18,19 @@ Impl = Literal["auto", "cpu", "triton", "hopper", "reference"]
 log = logging.getLogger("moesaic")
 
 
+def listened_to() -> bool:
+    """Whether somebody wants to see torch's operators called: a mode, a transform, a tracer or a
+    profiler."""
+    told = torch._C
+    return bool(
+        told._len_torch_dispatch_stack()
+        or told._len_torch_function_stack()
+        or told._functorch.peek_interpreter_stack() is not None
+        or told._autograd._profiler_enabled()
+        or told._get_tracing_state() is not None
+    )
+
+
 def hopper_problem(device: torch.device, dtype: torch.dtype, spec: ExpertSpec) -> str | None:
     """Why the Hopper kernels cannot run this layer on this CUDA device, or None."""
     from .kernels.hopper.experts import refusal

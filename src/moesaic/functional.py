@@ -11,15 +11,18 @@ torch.Size([3, 8])
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, choose_impl
+from .dispatch import Impl, choose_impl, listened_to
 from .kernels.routing_ref import weigh_ref
 from .ops import (
     WEIGHT_NAMES,
+    epilogue,
     experts_backward_op,
     experts_counted_op,
     experts_op,
@@ -29,7 +32,11 @@ from .ops import (
 )
 from .packing import PackedWeights
 from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
-from .validate import check_counters, check_inputs, check_moe, check_route
+from .validate import check_counters, check_inputs, check_moe, check_route, checks_values
+
+PLAIN = (Tensor, torch.nn.Parameter)
+MAX_KNOWN = 4096
+_known: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
 
 
 def route(
@@ -162,12 +169,20 @@ def moe(
         )
         return packed_TH
     if not torch.compiler.is_compiling():
+        tensors = (hidden_TH, topk_ids_TK, topk_weights_TK, weights.up, weights.down)
+        key = _repeatable(tensors, weights, spec, impl, counters, num_sms)
+        known = None if key is None else _known.get(key)
+        if known is not None:
+            repeated_TH: Tensor = known(*tensors, counters=counters, num_sms=num_sms, key=key)
+            return repeated_TH
         check_moe(hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec)
-        choose_impl(impl, hidden_TH.device, hidden_TH.dtype, spec)
+        chosen = choose_impl(impl, hidden_TH.device, hidden_TH.dtype, spec)
+        if key is not None and chosen == "hopper":
+            _remember(key, spec)
     named = weights.named()
     params = [named.get(name) for name in WEIGHT_NAMES]
-    tensors = (hidden_TH, topk_weights_TK, *named.values())
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    leaves = (hidden_TH, topk_weights_TK, *named.values())
+    if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
         out_TH: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
             hidden_TH, topk_ids_TK, topk_weights_TK, spec.key(), impl, counters, num_sms, *params
         )
@@ -178,6 +193,51 @@ def moe(
     if counters is None:
         return experts_op(*args, **budget)
     return experts_counted_op(*args, counters, **budget)
+
+
+def _repeatable(
+    tensors: tuple[Tensor, ...],
+    weights: ExpertWeights,
+    spec: ExpertSpec,
+    impl: str,
+    counters: Tensor | None,
+    num_sms: int | None,
+) -> tuple[Any, ...] | None:
+    """All that checks and the choice of an implementation depend on, or None.
+
+    A call whose like has been checked goes straight to its kernels: checks and torch's dispatcher
+    cost more than the launch. Not where values are checked, gradients wanted, somebody listens to
+    operators, or a tensor is no plain one.
+    """
+    hidden, ids, share, up, down = tensors
+    if not hidden.is_cuda or listened_to() or checks_values(hidden):
+        return None
+    if weights.mid is not None or weights.up_bias is not None or weights.down_bias is not None:
+        return None
+    if counters is not None:
+        tensors = (*tensors, counters)
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) not in PLAIN or not tensor.is_contiguous():
+            return None
+        if grad and tensor.requires_grad:
+            return None
+    devices = [tensor.get_device() for tensor in tensors]
+    if devices.count(torch.cuda.current_device()) != len(devices):
+        return None
+    return (
+        hidden.shape, ids.shape, share.shape, up.shape, down.shape, hidden.dtype, ids.dtype,
+        share.dtype, up.dtype, down.dtype, devices[0], counters is None, spec.key(), impl, num_sms,
+    )  # fmt: skip
+
+
+def _remember(key: tuple[Any, ...], spec: ExpertSpec) -> None:
+    """A call with this key passes the checks and runs on the Hopper path."""
+    from .kernels.hopper.experts import experts_hopper
+
+    if len(_known) >= MAX_KNOWN:
+        _known.clear()
+    _known[key] = partial(experts_hopper, **epilogue(spec))
 
 
 def _refuse_budget(num_sms: int) -> None:

@@ -217,7 +217,7 @@ def _route_hidden_fake(
     )
 
 
-def _epilogue(s: ExpertSpec) -> dict[str, Any]:
+def epilogue(s: ExpertSpec) -> dict[str, Any]:
     """What happens between the products, as kernels take it."""
     names = ("activation", "gated", "limit", "alpha", "up_offset")
     return {name: getattr(s, name) for name in names}
@@ -230,7 +230,7 @@ def ungated(s: ExpertSpec) -> dict[str, Any]:
 
 def _arithmetic(s: ExpertSpec) -> dict[str, Any]:
     """The arithmetic and the layout of the experts, as kernels take them."""
-    return _epilogue(s) | {"interleaved": s.interleaved, "transposed": s.transposed}
+    return epilogue(s) | {"interleaved": s.interleaved, "transposed": s.transposed}
 
 
 def _refuse_budget(num_sms: int | None, impl: str) -> None:
@@ -303,6 +303,12 @@ def _experts_cuda(
     num_sms: int | None = None,
 ) -> Tensor:
     s = ExpertSpec.from_key(spec)
+    if hidden.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(hidden.device):
+            return _experts_cuda(
+                hidden, topk_ids, topk_weights, up, down, up_bias, down_bias, mid, mid_bias, spec,
+                impl, counters, num_sms=num_sms,
+            )  # fmt: skip
     weights = ExpertWeights(up, down, up_bias, down_bias, mid, mid_bias)
     impl = choose_impl(impl, hidden.device, hidden.dtype, s)
     if impl == "reference":
@@ -332,7 +338,7 @@ def _experts_cuda(
             topk_weights,
             up=up,
             down=down,
-            **_epilogue(s),
+            **epilogue(s),
             counters=counters,
             num_sms=num_sms,
         )

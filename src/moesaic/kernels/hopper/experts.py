@@ -131,6 +131,7 @@ def experts_hopper(
     num_sms: int | None = None,
     config: LayerConfig | None = None,
     counters: Tensor | None = None,
+    key: tuple[Any, ...] | None = None,
 ) -> Tensor:
     """Each token through its K experts, weighted and summed in slot order: the output (T, H).
 
@@ -142,6 +143,8 @@ def experts_hopper(
         config: instead of `choose_measured`'s; moves time, never bits.
         counters: (3, E) int32 to which each expert's rows and tiles are added: by the sort, and of
             a single token, which is not sorted, by the combine.
+        key: everything that a call depends on but for the addresses of its tensors, which are
+            contiguous and on the current device; None: found out here.
     """
     tokens, top_k = topk_ids.shape
     if tokens == 0:
@@ -156,13 +159,14 @@ def experts_hopper(
             num_sms, config, counters,
         )  # fmt: skip
 
-    if tokens * top_k > ONE_LAUNCH_SLOTS or not all([t.is_contiguous() for t in inputs]):
+    if key is None and all([t.is_contiguous() for t in inputs]):
+        key = (
+            hidden.shape, top_k, up.shape, down.shape, hidden.dtype, topk_ids.dtype,
+            topk_weights.dtype, hidden.device, activation, gated, limit, alpha, up_offset, num_sms,
+            config, counters is None,
+        )  # fmt: skip
+    if key is None or tokens * top_k > ONE_LAUNCH_SLOTS:
         return call()
-    key = (
-        hidden.shape, top_k, up.shape, down.shape, hidden.dtype, topk_ids.dtype,
-        topk_weights.dtype, hidden.device, activation, gated, limit, alpha, up_offset, num_sms,
-        config, counters is None,
-    )  # fmt: skip
     return planned(key, inputs, partial(_constants, tokens, top_k, hidden.device), call)
 
 
