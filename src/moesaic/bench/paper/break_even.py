@@ -23,7 +23,7 @@ from .configuration import (
     layers,
     main_cells,
 )
-from .executor import GROUPED, LOOP, OURS
+from .executor import GROUPED, LOOP, OURS, STATIC_TRITON
 from .tables import ABSENT, Variant, mean_gain
 from .targets import key_of
 
@@ -48,8 +48,8 @@ COMPONENTS = (
         "a launch per expert and layer by moesaic's kernels, against the sequential loop",
     ),
     Component(
-        "the fused three-layer kernel", ("fused-expert", "graph"), (OURS, "graph"),
-        "all layers in one launch, against the static batch's launch a layer",
+        "the fused three-layer kernel", ("fused-expert", "graph"), (STATIC_TRITON, "graph"),
+        "all layers in one launch, against a launch a layer of the same kind of kernel",
     ),
     Component(
         "a graph per expert", ("expert-graphs", "eager"), ("triton-experts", "eager"),
@@ -64,8 +64,12 @@ COMPONENTS = (
         "each expert on its stream, against the same products on one stream",
     ),
     Component(
-        "the static batch", (OURS, "graph"), ("triton-experts", "graph"),
+        "the static batch", (STATIC_TRITON, "graph"), ("triton-experts", "graph"),
         "one launch for all experts, against one launch an expert, both under a graph",
+    ),
+    Component(
+        "the Hopper kernels", (OURS, "graph"), (STATIC_TRITON, "graph"),
+        "the static batch on the kernels made for Hopper, against those for any GPU",
     ),
     Component(
         "dynamic slicing", ("slices", "graph"), (OURS, "graph"),

@@ -30,6 +30,7 @@ from ..layers import Candidate
 from ..workloads import Inputs, Model
 
 OURS = "moesaic"
+STATIC_TRITON = "static-triton"
 LOOP = "loop"
 GROUPED = "torch-grouped-mm"
 LADDER = (

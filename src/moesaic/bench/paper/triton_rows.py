@@ -2,8 +2,9 @@
 
     T tokens · H hidden width · I intermediate width · E experts · K top-k · S = T*K routed rows
 
-The configuration is the one that the layer itself chooses for the shape, so an executor made of
-these pieces differs from the layer in its launches alone, never in tiles or bits.
+The configuration is the one that the layer chooses for the shape on these kernels, so an executor
+made of these pieces differs from executor `static-triton` in its launches alone, and from any other
+never in bits.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def as_they_are(inputs: Inputs) -> Inputs:
 EXECUTOR = Executor(
     name=OURS,
     label="moesaic, static batch",
-    about="one launch a layer over the tiles of all experts, no host sync",
+    about="one launch a layer over all experts, no host sync; on Hopper by its own kernels",
     build=ours("auto").build,
     exact=ours("auto").build,
     ours=True,
