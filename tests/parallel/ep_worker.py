@@ -155,7 +155,7 @@ def expected_bytes(case: Case, placement: Placement, ids, rank: int) -> dict[str
 
 def control(rank: int, world: int) -> dict:
     """Between steps: other buffers, other replicas; what must not change is refused."""
-    case = Case(4, 2, (7, 3), replicas=2, capacity=3)
+    case = Case(4, 2, (7, 4), replicas=2, capacity=3)
     spec, weights, batches = draw(case, world)
     placement = place(case, world)
     hidden, ids, share = batches[rank]
@@ -182,16 +182,26 @@ def control(rank: int, world: int) -> dict:
     )
     told["shared"] = torch.equal(like(hidden, ids, share, bound=7), want)
     told["again"] = torch.equal(layer(hidden, ids, share, bound=7), want)
+    layer.exchange.resize(2)
+    told["both resized"] = layer.exchange.num_bytes == like.exchange.num_bytes
+    for name, one in {"first": layer, "like": like}.items():
+        told[f"{name} after"] = torch.equal(one(hidden, ids, share, bound=7), want)
+    told["refit bytes"] = layer.refit() == like.exchange.num_bytes
+    told["refit"] = like.exchange.capacity == 64 and torch.equal(
+        like(hidden, ids, share, bound=7), want
+    )
+    more, ids_more, share_more = (t.repeat(3, 1) for t in (hidden, ids, share))
     for name, call in {
         "moved": lambda: layer.follow(contiguous(4, world)),
-        "resize": lambda: layer.exchange.resize(9),
-        "too many": lambda: layer.exchange.send(hidden.repeat(3, 1), ids.repeat(3, 1), bound=7),
+        "too many": lambda: layer.exchange.send(more, ids_more, bound=7),
+        "over the bound": lambda: layer(more, ids_more, share_more, bound=5),
     }.items():
         try:
             call()
-            told[name] = len(hidden) * 3 <= 7 and name == "too many"
-        except (ValueError, RuntimeError) as error:
-            told[name] = any(w in str(error) for w in ("make the layer", "parts()"))
+            told[name] = False
+        except ValueError as error:
+            words = ("make the layer", "parts()", "the bound is 5")
+            told[name] = any(w in str(error) for w in words)
     if rank == 0:
         memory.MADE.append(256)  # as if for a group that rank 1 is not in
     try:

@@ -14,6 +14,7 @@ torch.Size([T, H])
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -227,6 +228,7 @@ class ExpertParallel(nn.Module):
             sample_TH = torch.empty((0, spec.hidden_size), dtype=dtype, device=device)
             check_weights(weights, self.local_spec, sample_TH)
         self.shape = (spec.hidden_size, dtype, top_k)
+        self.recent: deque[int] = deque(maxlen=256)
         if like is not None:
             if like.shape != self.shape:
                 raise ValueError(f"layers of an exchange must agree: {like.shape}, {self.shape}")
@@ -302,12 +304,42 @@ class ExpertParallel(nn.Module):
         tensors = (hidden_TH, topk_weights_TK)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError("expert parallelism has no gradients; call under torch.no_grad()")
-        bound = self.options.capacity if bound is None else bound
+        bound = self._noted(bound)
         outs = [
             self._round(hidden_TH[part], topk_ids_TK[part], topk_weights_TK[part], bound)
             for part in self.exchange.parts(hidden_TH.shape[0], bound)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _noted(self, bound: int | None) -> int:
+        """The bound of a call, noted for `refit`."""
+        bound = self.options.capacity if bound is None else bound
+        self.recent.append(bound)
+        return bound
+
+    def refit(self, headroom: float = 1.25) -> int:
+        """Size the buffers by the bounds of the last calls, between steps; their bytes.
+
+        Every rank at once; bounds are the same on all, so all choose the same size. A larger batch
+        takes more rounds and loses nothing. Layers that share an exchange share the new buffers,
+        and graphs captured before are stale. 0 where a backend has no buffers.
+
+        Args:
+            headroom: times the largest of the last 256 bounds, see `fitting_capacity`.
+
+        Raises:
+            RuntimeError: a rank did not come in time.
+        """
+        resize = getattr(self.exchange, "resize", None)
+        if resize is None:
+            return 0
+        from .exchange.symmetric import fitting_capacity
+
+        wanted = fitting_capacity(self.recent, headroom=headroom)
+        if self.recent and wanted != self.exchange.capacity:  # type: ignore[attr-defined]
+            resize(wanted)
+        num_bytes: int = self.exchange.num_bytes  # type: ignore[attr-defined]
+        return num_bytes
 
     def _round(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bound: int) -> Tensor:
         received = dispatch(self.exchange, self.pack(hidden_TH), ids_TK, bound=bound)
@@ -323,7 +355,7 @@ class ExpertParallel(nn.Module):
         bound: int | None = None,
     ) -> Step:
         """First seam: send the tokens; other work may run before `experts`. One round only."""
-        bound = self.options.capacity if bound is None else bound
+        bound = self._noted(bound)
         handle = self.exchange.send(self.pack(hidden_TH), topk_ids_TK, bound=bound)
         return Step(handle, topk_weights_TK, bound, hidden_TH.dtype)
 

@@ -87,7 +87,11 @@ class Exchange(Protocol):
         ...
 
     def parts(self, tokens: int, bound: int) -> list[slice]:
-        """The tokens of each round, as many rounds on every rank; `bound`: the most of any rank."""
+        """The tokens of each round, as many rounds on every rank; `bound`: the most of any rank.
+
+        Raises:
+            ValueError: more tokens than `bound`, where that limits them.
+        """
         ...
 
     def send(self, hidden_TH: Tensor, topk_ids_TK: Tensor, *, bound: int | None = None) -> Any:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import TIMEOUT_S, ExpertRows, Received, Returned, Seat, check_seat
-from .memory import meet, shared_memory
+from .memory import SharedMemory, meet, shared_memory
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,16 @@ def width_words(width: int, dtype: torch.dtype) -> int:
     if num_bytes % 16:
         raise ValueError(f"rows must be a multiple of 16 bytes, got {width} of {dtype}")
     return num_bytes // 4
+
+
+@dataclass
+class Buffers:
+    """What `resize` makes anew, one for all layers that share an exchange."""
+
+    capacity: int
+    memory: SharedMemory | None = None
+    window: Any = None
+    position_BK: Tensor | None = None
 
 
 class SymmetricExchange:
@@ -106,13 +116,12 @@ class SymmetricExchange:
         self.timeout_us = min(round(timeout_s * 1e6), 2**31 - 1)
         self.words = (width_words(*row), width_words(*back))
         self.tiles: dict[tuple[int, int], Any] = {}
-        self.shared = False
+        self.buffers = Buffers(capacity)
         self.resize(capacity)
 
     def at(self, seat: Seat) -> SymmetricExchange:
-        """See `Exchange`; from then on neither can be resized."""
+        """See `Exchange`; who resizes one resizes all of them."""
         check_seat(seat, self.seat)
-        self.shared = True
         other = copy(self)
         other.seat = seat
         return other
@@ -122,10 +131,8 @@ class SymmetricExchange:
 
         Raises:
             ValueError: the capacity is not positive, or its rows are over 2**31.
-            RuntimeError: the buffers serve several layers.
+            RuntimeError: a rank did not come in time.
         """
-        if self.shared:
-            raise RuntimeError("these buffers serve several layers; make the layers again")
         from ...kernels.peers import Region, Window
 
         width = min(self.top_k, self.seat.local)
@@ -141,10 +148,11 @@ class SymmetricExchange:
         )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.capacity, self.memory = capacity, None
-        self.memory = shared_memory(region.num_bytes, self.group, self.device, self.timeout_s)
-        self.window = Window(
-            base_G=torch.tensor(self.memory.addresses_G, dtype=torch.int64, device=self.device),
+        made = self.buffers
+        made.capacity, made.memory = capacity, None
+        made.memory = shared_memory(region.num_bytes, self.group, self.device, self.timeout_s)
+        made.window = Window(
+            base_G=torch.tensor(made.memory.addresses_G, dtype=torch.int64, device=self.device),
             seen_2G=torch.zeros((2, self.seat.ranks), dtype=torch.int32, device=self.device),
             region=region,
             rank=self.seat.rank,
@@ -153,15 +161,25 @@ class SymmetricExchange:
             local=self.seat.local,
             timeout_us=self.timeout_us,
         )
-        self.own = self.memory.own
         shape = (capacity, self.top_k)
-        self.position_BK = torch.empty(shape, dtype=torch.int32, device=self.device)
+        made.position_BK = torch.empty(shape, dtype=torch.int32, device=self.device)
         meet(self.group, "ready", self.timeout_s)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a rank that fit at once."""
+        return self.buffers.capacity
+
+    @property
+    def window(self) -> Any:
+        """Where the kernels find the peers."""
+        return self.buffers.window
 
     @property
     def num_bytes(self) -> int:
         """Bytes of this rank's buffers."""
-        return self.window.region.num_bytes
+        num_bytes: int = self.window.region.num_bytes
+        return num_bytes
 
     @property
     def fused(self) -> bool:
@@ -169,13 +187,23 @@ class SymmetricExchange:
         return self.device.type == "cuda"
 
     def parts(self, tokens: int, bound: int) -> list[slice]:
-        """The tokens of each round of at most `capacity`."""
+        """The tokens of each round of at most `capacity`.
+
+        Raises:
+            ValueError: more tokens than `bound`.
+        """
+        if tokens > bound:
+            raise ValueError(
+                f"rank {self.seat.rank} brings {tokens} tokens, the bound is {bound}; pass the "
+                "most tokens of any rank as bound, the same number on every rank"
+            )
         starts = range(0, max(1, bound), self.capacity)
         return [slice(min(i, tokens), min(i + self.capacity, tokens)) for i in starts]
 
     def _region(self, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
-        return self.own[at : at + size].view(dtype).view(shape)
+        assert self.buffers.memory is not None
+        return self.buffers.memory.own[at : at + size].view(dtype).view(shape)
 
     def tile(self, rows: int, words: int) -> Any:
         """How a push of so many candidates a peer is cut; kept, and may be set by measurements."""
@@ -191,6 +219,7 @@ class SymmetricExchange:
     ) -> Turn:
         from ...kernels.push import push_tokens
 
+        assert self.buffers.position_BK is not None
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
             raise RuntimeError(
                 f"the exchange is on {self.device}, the current device is another; "
@@ -210,7 +239,7 @@ class SymmetricExchange:
             hidden_TH.contiguous().view(torch.int32),
             topk_ids_TK.contiguous(),
             self.seat.place_E,
-            self.position_BK,
+            self.buffers.position_BK,
             bound=bound,
             tile=self.tile(bound, self.words[0]),
             wait_too=wait_too,
@@ -275,7 +304,8 @@ class SymmetricExchange:
     def _returned(self, turn: Turn) -> Returned:
         shape = (turn.bound * self.top_k, self.back[0])
         rows_XH = self._region(self.window.region.back_at, shape, self.back[1])
-        return Returned(rows_XH, self.position_BK[: turn.tokens])
+        assert self.buffers.position_BK is not None
+        return Returned(rows_XH, self.buffers.position_BK[: turn.tokens])
 
     def check(self) -> None:
         """Wait for the device and raise if a peer did not come in time.
