@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ...types import ExpertWeights
 from ..workloads import Model
-from .grid import Group, Tile, hopper_space, problem_for, triton_space
-from .labs import hopper_config, hopper_heuristic, hopper_products
+from .grid import Group, Tile, hopper_space, pairs_of, problem_for, triton_space
+from .labs import hopper_config, hopper_heuristic, hopper_products, pair_products
 
 DRY_TOKENS = 16
 
@@ -73,6 +73,10 @@ def jobs(request: Request) -> list[tuple[str, bool, Group, str, Any]]:
                     replace(cut, ctas_per_sm=1) if impl == "hopper" else cut._replace(ctas_per_sm=0)
                 )
                 found[impl, impl == "hopper" and tokens == 1, group, part, one] = None
+                for pair in (
+                    pairs_of(group[0]) if impl == "hopper" and cut.kernel == "decode" else ()
+                ):
+                    found[impl, tokens == 1, group, "both", replace(pair, ctas_per_sm=1)] = None
     return list(found)
 
 
@@ -110,6 +114,13 @@ def launch(
 
     if impl == "hopper":
         tile: Tile = cut
+        if part == "both":
+            pair_products(
+                model, hopper_config(tile), rows(1 if one_token else DRY_TOKENS, model.hidden_size),
+                sort.order_S[: model.top_k] if one_token else sort.order_S, tasks, weights,
+                num_sms=request.num_sms, one_token=one_token,
+            )  # fmt: skip
+            return
         first, last = hopper_products(
             model, hopper_config(tile), hopper_config(tile), num_sms=request.num_sms,
             one_token=one_token,

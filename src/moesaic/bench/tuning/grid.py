@@ -160,6 +160,16 @@ def tiles_of(bm: int, *, few_rows: bool) -> tuple[Tile, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def pairs_of(bm: int) -> tuple[Tile, ...]:
+    """Tiles of both products in one launch, under tiles of `bm` rows; none where rows are many."""
+    if bm > 64:
+        return ()
+    return tuple(
+        Tile("pair", bm, bn, deepest("pair", bm, bn, ctas), ctas_per_sm=ctas)
+        for bn in COLUMNS["pair"] for ctas in (1, 2)
+    )  # fmt: skip
+
+
 def hopper_space(problem: Problem, heuristic: Any) -> Space[Tile]:
     """The candidates of the Hopper path, `heuristic` (a `LayerConfig`) among them.
 
@@ -176,7 +186,7 @@ def hopper_space(problem: Problem, heuristic: Any) -> Space[Tile]:
         cuts[(bm,)] = {}
         for part in ("up", "down"):
             own = Tile(*getattr(heuristic, part))
-            more = (own,) if own.bm == bm else ()
+            more = (own,) if own.bm == bm and own.kernel != "pair" else ()
             cuts[(bm,)][part] = tuple(dict.fromkeys((*more, *tiles)))
     paper = (("expert GEMM 128/128/64", "down", lambda g, t: (*g, t.bn, t.bk) == PAPER_GEMM),)
     return Space("hopper", cuts, paper)

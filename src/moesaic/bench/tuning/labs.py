@@ -18,7 +18,7 @@ from ...kernels.tune import heuristic as triton_heuristic
 from ...types import ExpertWeights
 from ..workloads import Model
 from .clock import Rotation, SameBits, seconds_of
-from .grid import Group, Tile
+from .grid import Group, Tile, pairs_of
 from .routing import time_routing
 
 if TYPE_CHECKING:
@@ -209,8 +209,9 @@ class HopperLab:
         return hopper_heuristic(self.problem, self.num_sms)
 
     def more(self, config: LayerConfig) -> Sequence[LayerConfig]:
-        """Nothing else."""
-        return []
+        """Both products in one launch, where rows are few."""
+        pairs = map(hopper_config, pairs_of(config.up.bm))
+        return [config._replace(up=pair, down=pair) for pair in pairs]
 
     def row(self, config: LayerConfig) -> dict[str, Any]:
         """The table's row."""
@@ -238,6 +239,27 @@ def hopper_batch(ids_TK: Tensor, experts: int, group: Group) -> tuple[Tensor, An
         return one_token(ids_TK)
     sort, tasks = batch_rows(ids_TK, experts, heights=group)
     return sort.order_S, tasks
+
+
+def pair_products(
+    model: Model, tile: Any, hidden: Tensor, order_S: Tensor, tasks: Any, weight: ExpertWeights,
+    *, num_sms: int, one_token: bool,
+) -> None:  # fmt: skip
+    """The one launch of both products, as `experts_hopper` makes it, on scratch of its own."""
+    from ...kernels.hopper.pair import pair_mm_hopper
+    from ...kernels.hopper.zeros import WORDS
+
+    slots = order_S.numel()
+    one: dict[str, Any] = {}
+    if one_token:
+        shares = hidden.new_empty((1, model.top_k), dtype=torch.float32)
+        zeros = torch.zeros(WORDS, dtype=torch.int32, device=hidden.device)
+        one = {"counters": zeros, "weighted": (shares, torch.empty_like(hidden[:1]))}
+    pair_mm_hopper(
+        hidden, weight.up, weight.down, tasks, hidden.new_empty((slots, model.intermediate_size)),
+        hidden.new_empty((slots, model.hidden_size)), config=tile, num_sms=num_sms,
+        order_S=order_S, top_k=model.top_k, pdl=True, **arithmetic(model), **one,
+    )  # fmt: skip
 
 
 def hopper_products(

@@ -17,8 +17,15 @@ STAGED_BYTES = 4 * 64 * 64 * 2
 BARRIER_BYTES = 1024
 """Barriers, notes and what the partitions are started with: an upper bound of what is compiled."""
 
-ROWS = {"prefill": (128,), "tall": (64, 128, 192, 256, 320, 384), "decode": (16, 32, 64, 128)}
-COLUMNS = {"prefill": (256,), "tall": (128,), "decode": (64, 128)}
+ROWS = {
+    "prefill": (128,),
+    "tall": (64, 128, 192, 256, 320, 384),
+    "decode": (16, 32, 64, 128),
+    "pair": (16, 32, 64, 128),
+}
+COLUMNS = {"prefill": (256,), "tall": (128,), "decode": (64, 128), "pair": (64, 128)}
+STAGED = {"decode": 2, "pair": 3}
+"""Bytes of staged output for each element of a tile: of a gated product's half, and of a whole."""
 DEFAULTS = {"bk": 64, "group_m": 8, "ctas_per_sm": 1}
 RANGES = {"stages": (2, 16), "group_m": (1, 64), "ctas_per_sm": (1, 4)}
 ORDERS = ("index", "large_first", "mixed")
@@ -30,7 +37,7 @@ def shared_bytes(kernel: str, bm: int, bn: int, stages: int, bk: int = 64) -> in
     >>> shared_bytes("prefill", 128, 256, 4)
     230400
     """
-    staged = bm * bn * 2 if kernel == "decode" else STAGED_BYTES
+    staged = bm * bn * STAGED[kernel] if kernel in STAGED else STAGED_BYTES
     return stages * (bm + bn) * bk * 2 + staged + BARRIER_BYTES
 
 
@@ -72,6 +79,8 @@ def layer_problem(row: Any) -> str | None:
     heights = [row[name]["bm"] for name in names]
     if len(set(heights)) > 1:
         return f"{' and '.join(names)} share one map: bm {' and '.join(map(str, heights))} differ"
+    if "pair" in (row["up"]["kernel"], row["down"]["kernel"]) and row["up"] != row["down"]:
+        return "a pair is one launch: up and down must be the same tile"
     if row.get("order", "index") not in ORDERS:
         return f"order must be one of {', '.join(ORDERS)}, got {row['order']!r}"
     return None
