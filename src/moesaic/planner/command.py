@@ -118,7 +118,7 @@ def placement_of(question: Question, best: Prediction) -> Placement | None:
         return None
     q = question
     work = replace(q.workload, sequences=best.batch, batches=())
-    sampler = Sampler(q.model, q.cluster, work, layers=q.model.moe_layers)
+    sampler = Sampler(q.model, q.cluster, work, layers=q.model.moe_layers, deploy=True)
     homes = best.strategy.homes
     tokens = max(1, round(best.sequences if best.phase == "decode" else q.workload.prefill_tokens))
     counts = sampler.counts(homes, tokens)

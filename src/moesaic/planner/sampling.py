@@ -49,12 +49,16 @@ def foresee(rows_WE: npt.NDArray[Any], way: str) -> Floats:
 
 @dataclass
 class Sampler:
-    """See the module; with a trace that is planned anew, L counts every moment of every layer."""
+    """See the module; with a trace, L counts some moments of every sampled layer.
+
+    `deploy`: for a placement to write down, of every layer once, made from all steps of a trace.
+    """
 
     model: Model
     cluster: Cluster
     workload: Workload
     layers: int = 4
+    deploy: bool = False
     _counts: dict[Any, Counts] = field(default_factory=dict)
     _placements: dict[Any, tuple[Placement, float]] = field(default_factory=dict)
 
@@ -73,17 +77,28 @@ class Sampler:
         """Bytes of a layer's experts that the busiest rank gets when it is planned anew."""
         return self._planned(strategy, tokens)[1]
 
-    def _chosen(self) -> list[tuple[int, int]]:
-        """(layer, step) of a trace that are looked at, the steps from its second half."""
+    def _chosen(self) -> list[tuple[int, int, int]]:
+        """(layer, step when it was placed, step that is looked at) of a trace.
+
+        Looked at are steps of the second half.
+        """
         assert self.workload.trace is not None
         steps, layers = self.workload.trace.shape[:2]
         some = np.linspace(0, layers - 1, min(self.layers, layers)).astype(int)
-        every = self.workload.replan.every if self.workload.replan else 1
-        last_step = max(1, steps - every)
-        moments = np.unique(np.linspace(max(1, steps // 2), last_step, MOMENTS).astype(int))
-        if self.workload.replan is None or self.layers >= layers:
-            moments = moments[:1]
-        return [(int(layer), int(step)) for step in moments for layer in some]
+        if self.deploy:
+            return [(int(layer), steps, steps - 1) for layer in some]
+        replan, half = self.workload.replan, max(1, steps // 2)
+        end = steps - (replan.every if replan else 1)
+        moments = np.unique(np.linspace(half, max(half, end), MOMENTS).astype(int))
+        if replan is None:
+            return [(int(layer), half, int(step)) for step in moments for layer in some]
+        random = np.random.default_rng(self.workload.seed)
+        later = random.integers(replan.every, size=len(moments))
+        return [
+            (int(layer), int(step), int(min(step + more, steps - 1)))
+            for step, more in zip(moments, later, strict=True)
+            for layer in some
+        ]
 
     def _draw(self, homes: int, tokens: int, past: bool = False) -> Counts:
         w, experts, top_k = self.workload, self.model.experts.num_experts, self.model.top_k
@@ -93,33 +108,28 @@ class Sampler:
                 tokens=tokens * PAST if past else tokens, locality=w.locality, seed=w.seed,
                 draw=2 if past else 1,
             )  # fmt: skip
-        # A trace gives each layer's shares; its steps stand for the sources' different leanings.
+        # A trace says nothing of single sources: all lean alike, but every step leans its own way.
         random = np.random.default_rng([w.seed, int(past)])
         chosen = self._chosen()
         found = np.empty((len(chosen), homes, experts), np.int64)
-        for number, (layer, step) in enumerate(chosen):
+        for number, (layer, placed, seen) in enumerate(chosen):
             if past:
-                share = self._share_before(layer, step)
-                found[number] = random.multinomial(tokens * PAST * top_k, share, homes)
+                found[number] = self._foreseen(layer, placed, tokens)
                 continue
-            rows = w.trace[step:, layer].astype(float)
-            if w.replan:
-                rows = rows[: w.replan.every]
-            rows = rows[rows.sum(axis=1) > 0]
-            shares = rows / rows.sum(axis=1, keepdims=True)
-            picked = shares[random.integers(len(shares), size=homes)]
-            found[number] = random.multinomial(tokens * top_k, picked)
+            rows = w.trace[seen, layer].astype(float)
+            share = rows / rows.sum() if rows.sum() else np.full(experts, 1 / experts)
+            found[number] = random.multinomial(tokens * top_k, share, homes)
         return found
 
-    def _share_before(self, layer: int, step: int) -> Floats:
-        """(E,) the shares that a placement made at this step is planned for."""
+    def _foreseen(self, layer: int, step: int, tokens: int) -> Counts:
+        """(E,) rows of a source that a placement made at this step of the trace is planned for."""
         assert self.workload.trace is not None
         rows = self.workload.trace[: max(1, step), layer].astype(float)
         replan = self.workload.replan
         load = foresee(rows, replan.foresee) if replan else rows.mean(axis=0)
         load = np.maximum(load, 1e-9)
-        share: Floats = load / load.sum()
-        return share
+        found: Counts = np.rint(load / load.sum() * tokens * PAST * self.model.top_k).astype(int)
+        return found
 
     def _planned(self, strategy: Strategy, tokens: int) -> tuple[Placement, float]:
         key = (strategy.ranks, strategy.homes, strategy.replicas)
@@ -144,16 +154,11 @@ class Sampler:
         """Mean over layers of the bytes into the busiest rank, against the placement before."""
         replan = self.workload.replan
         assert replan is not None
-        random = np.random.default_rng([self.workload.seed, 2])
-        rows = tokens * PAST * self.model.top_k
-        before = self._plan(
-            np.stack([
-                random.multinomial(rows, self._share_before(layer, step - replan.every),
-                                   strategy.homes)
-                for layer, step in self._chosen()
-            ]),
-            strategy,
-        )  # fmt: skip
+        counts = [
+            np.tile(self._foreseen(layer, placed - replan.every, tokens), (strategy.homes, 1))
+            for layer, placed, _ in self._chosen()
+        ]
+        before = self._plan(np.stack(counts), strategy)
         new = []
         for layer in range(now.num_layers):
             pairs = zip(before.hosted(layer), now.hosted(layer), strict=True)
