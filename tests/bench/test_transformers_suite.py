@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from moesaic.bench.results import Recorder
 from moesaic.bench.suite import Cell, Context
 from moesaic.bench.suites import transformers as suite
+from moesaic.bench.transformers_page import budget_sheet, floor_us
 from moesaic.bench.whole_models import (
     layer_forward,
     make_step,
@@ -110,3 +111,20 @@ def test_targets_follow_from_the_lines() -> None:
     assert speed.value == pytest.approx(1.4) and share.value == pytest.approx(0.99)
     lines[3]["wrong"] = True
     assert not any(t.met for t in suite.summarize(lines))
+
+
+def test_a_layers_budget_follows_from_the_lines() -> None:
+    lines = [
+        line("model", "moesaic", 4.8),
+        line("model", "transformers-grouped_mm", 9.6),
+        line("moe", "moesaic", 1.92),
+        line("rest", "without-moe", 2.88),
+    ]
+    lines = [x | {"layers": 48} for x in lines]
+    (row,) = budget_sheet(lines).rows
+    # 60 of rest; ours 40, theirs 140; 75.5 MB of weights take 16.8 us; 1.9 allows 105 - 60.
+    assert row[3:] == ["60", "40", "140", "16.8", "2", "1.9", "45.3"]
+    lines += [line("model", "transformers-batched_mm-tuned", 4.8) | {"layers": 48}]
+    (row,) = budget_sheet(lines).rows
+    assert row[5] == "40" and row[-1] == "the rest alone is more"
+    assert floor_us("Mixtral-8x7B", 8192) == pytest.approx(7500, rel=1e-3)

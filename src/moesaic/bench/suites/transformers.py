@@ -15,8 +15,9 @@ The errors of the `moe` lines compare each block with grouped_mm's on the same i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -259,6 +260,26 @@ def measured(line: Line) -> Cell | None:
     return Cell(line["model"], line["tokens"], line["routing"], line["dtype"], "model")
 
 
+Place = tuple[str, str, int]
+
+
+def best_ways(times: Mapping[Any, float], at: Place) -> tuple[str | None, str | None]:
+    """How ours is compiled where it is fastest ("" or "-tuned"), and the fastest rival.
+
+    `times`: milliseconds by model, routing, tokens, clock and implementation; `at`: the first
+    three of these.
+    """
+    mine = {way: ms for way in ("", TUNED) if (ms := times.get((*at, "model", OURS + way)))}
+    rivals = {
+        name: ms
+        for rival in RIVALS
+        for way in ("", TUNED)
+        if (ms := times.get((*at, "model", name := f"transformers-{rival}{way}")))
+    }
+    fastest = min(rivals, key=rivals.__getitem__, default=None)
+    return min(mine, key=mine.__getitem__, default=None), fastest
+
+
 def summarize(lines: Sequence[Line]) -> list[Target]:
     """Speed-up over transformers' best of every step, and its share of what Amdahl's law allows."""
     times = {
@@ -269,22 +290,24 @@ def summarize(lines: Sequence[Line]) -> list[Target]:
     targets = []
     for cell in cells():
         at = (cell.model, cell.routing, cell.tokens)
+        way, rival = best_ways(times, at)
         blocks = times.get((*at, MOE, OURS))
-        mine = {way: times.get((*at, "model", OURS + way)) for way in ("", TUNED)}
-        way = min((way for way, ms in mine.items() if ms), key=lambda w: mine[w] or 0, default="")
-        rest = times.get((*at, REST, WITHOUT + way))
-        rivals = [
-            times.get((*at, "model", f"transformers-{name}{way}"))
-            for name in RIVALS
-            for way in ("", TUNED)
-        ]
-        best, ours = min((ms for ms in rivals if ms), default=None), mine[way]
-        speedup = best / ours if best and ours and blocks else None
-        allowed = (rest + blocks) / ours if rest and blocks and ours else None
+        mine, best = times.get((*at, "model", f"{OURS}{way}")), times.get((*at, "model", rival))
+        rest = times.get((*at, REST, f"{WITHOUT}{way}"))
+        speedup = best / mine if best and mine and blocks else None
+        allowed = (rest + blocks) / mine if rest and blocks and mine else None
         what = f"{cell.model} {cell.routing} {cell.tokens}"
         targets.append(at_least(f"{what}: speed-up", speedup, GOALS.get(at, GOAL)))
         targets.append(at_least(f"{what}: share of Amdahl's prediction", allowed, AMDAHL))
     return targets
+
+
+def _section(
+    lines: Sequence[Line], targets: Sequence[Target], root: Path, device: str, folder: str
+) -> tuple[str, dict[str, str]]:
+    from ..transformers_page import transformers_section
+
+    return transformers_section(lines, targets, root, device, folder)
 
 
 SUITE = Suite(
@@ -295,4 +318,5 @@ SUITE = Suite(
     summarize=summarize,
     budget_s=190.0,
     measured=measured,
+    section=_section,
 )

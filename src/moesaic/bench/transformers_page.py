@@ -1,0 +1,80 @@
+"""The generated part of docs/transformers.md: what a layer's time goes to, and what a goal asks.
+
+    T tokens · E experts · K top-k
+
+Of every step, per decoder layer: the rest (attention, norms, embedding and head, spread over the
+layers), our MoE block, the block of transformers' fastest (its step less the rest compiled in the
+same way), and how fast our block would have to be for the goal of the step with that rest. Beside
+it stands what the block cannot go under: its weights and rows over the memory's read bandwidth, or
+its products over the tensor cores' sustained rate, both as in docs/design.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..cost import expert_flops, layer_bytes
+from ..types import ExpertSpec
+from .report import Sheet, markdown, section, short
+from .results import Line, Target
+from .suites.transformers import GOAL, GOALS, MOE, OURS, REST, TUNED, WITHOUT, best_ways, cells
+
+READ, RATE = 4.5e12, 770e12
+SPECS = {
+    "Qwen3-30B-A3B": (ExpertSpec(num_experts=128, hidden_size=2048, intermediate_size=768), 8),
+    "Mixtral-8x7B": (ExpertSpec(num_experts=8, hidden_size=4096, intermediate_size=14336), 2),
+}
+
+
+def floor_us(model: str, tokens: int) -> float:
+    """Microseconds under which no MoE layer of this size goes, at random routing."""
+    spec, top_k = SPECS[model]
+    experts = spec.num_experts
+    active = experts * (1 - (1 - top_k / experts) ** tokens)
+    read = layer_bytes(spec, tokens, round(active), 2) / READ
+    return max(read, expert_flops(spec, tokens * top_k) / RATE) * 1e6
+
+
+def budget_sheet(lines: Sequence[Line]) -> Sheet:
+    """Microseconds of one decoder layer of every measured step, and what its goal asks."""
+    times = {
+        (x["model"], x["routing"], x["tokens"], x["clock"], x["impl"]): x["ms"]
+        for x in lines
+        if x["ms"] and not x.get("wrong")
+    }
+    layers = {x["model"]: x["layers"] for x in lines}
+    heads = ["model", "tokens", "routing", "rest µs", "our block µs", "theirs µs", "block floor µs"]
+    heads += ["speed-up", "goal", "block for the goal µs"]
+    rows = []
+    for cell in cells():
+        at = (cell.model, cell.routing, cell.tokens)
+        ours, theirs = best_ways(times, at)
+        block, rest = times.get((*at, MOE, OURS)), times.get((*at, REST, WITHOUT + (ours or "")))
+        if ours is None or theirs is None or block is None or rest is None:
+            continue
+        mine, best = times[(*at, "model", OURS + ours)], times[(*at, "model", theirs)]
+        # What is compiled in the same way has the same rest; a way without its own has the default.
+        tuned = theirs.endswith(TUNED)
+        their_rest = times.get((*at, REST, WITHOUT + TUNED)) if tuned else None
+        their_rest = their_rest or times.get((*at, REST, WITHOUT)) or rest
+        goal, each = GOALS.get(at, GOAL), 1e3 / layers[cell.model]
+        asked = (best / goal - rest) * each
+        needed = short(asked) if asked > 0 else "the rest alone is more"
+        rows.append([
+            cell.model, str(cell.tokens), cell.routing, short(rest * each), short(block * each),
+            short((best - their_rest) * each), short(floor_us(cell.model, cell.tokens)),
+            short(best / mine), short(goal), needed,
+        ])  # fmt: skip
+    return Sheet(heads, rows)
+
+
+def transformers_section(
+    lines: Sequence[Line], targets: Sequence[Target], root: Path, device: str, folder: str
+) -> tuple[str, dict[str, str]]:
+    """The usual tables, after them the budget of a layer."""
+    parts = [section(lines, targets, [])]
+    table = budget_sheet(lines)
+    if table.rows:
+        parts += ["#### A layer's time", markdown(table)]
+    return "\n\n".join(parts) + "\n", {}
