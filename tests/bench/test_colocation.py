@@ -14,18 +14,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "hardware"))
 from green_double import Code, FakeDriver
 
 from moesaic.bench import colocate
+from moesaic.bench.colocate import GREEN, PLAIN
+from moesaic.bench.colocation_counters import left_for_prefill
+from moesaic.bench.colocation_targets import ALONE, LOOPS, NO_CONTROL, OURS, STREAMS
+from moesaic.bench.lending import LEND
 from moesaic.bench.report import by_clock, overview, sheet
 from moesaic.bench.results import make_line
 from moesaic.bench.suite import Context
 from moesaic.bench.suites import colocation
 from moesaic.bench.suites.colocation import (
-    ALONE,
-    GREEN,
-    LOOPS,
-    NO_CONTROL,
-    OURS,
-    PLAIN,
-    STREAMS,
     SUITE,
     Bench,
     cells,
@@ -37,6 +34,7 @@ from moesaic.bench.tenants import Trial
 from moesaic.hardware.green import GreenDevice
 from moesaic.runtime.plan import Curve, MachineSlices
 
+FIRST = f"{cells()[0].model}, {cells()[0].tokens} tokens"
 STAMPED = dict.fromkeys(("device", "torch", "triton", "commit", "date"), "x")
 SIZES = (8, 16, 32, 48, 64, 96, 128, 132)
 CURVES = {
@@ -70,6 +68,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> li
     pair: Any = SimpleNamespace(
         splits=splits,
         ran_on=splits,
+        lent={n: ((n, LEND), (132 - n, LEND)) for n in splits},
         differing=0,
         machine=MachineSlices(slices=15, total_sms=132),
         step=SimpleNamespace(work=work),
@@ -80,10 +79,13 @@ def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> li
     def trial(clockwork, loop, step, other, *, steps, limit_s):
         if other is None:
             return Trial((0.25,) * steps, None, True)
-        if step[1] != GREEN:
+        if step[1] not in (GREEN, LEND):
             return Trial((2.5,) * steps, 250.0, True)
         slow = CURVES["decode"].slowdown(step[0]) * interference
-        return Trial((0.25 * slow,) * steps, 256 / CURVES["prefill"].slowdown(other[0]), True)
+        rate = 256 / CURVES["prefill"].slowdown(other[0])
+        if step[1] == LEND:
+            rate = 0.6 * rate + 0.4 * 256
+        return Trial((0.25 * slow,) * steps, rate, True)
 
     monkeypatch.setattr(colocation, "trial", trial)
     fixed = STAMPED | {
@@ -94,6 +96,8 @@ def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> li
         "dtype": "bfloat16",
     }
     monkeypatch.setattr(colocation, "prepare_budgets", lambda pair, size: None)
+    monkeypatch.setattr(colocation, "prepare_lending", lambda pair, size: None)
+    monkeypatch.setattr(colocation, "counted", lambda bench, loop, ours, limit_s: [])
     bench = Bench(pair, None, fixed, dict(CURVES), 256.0, 0.25)  # type: ignore[arg-type]
     context = FakeContext()
     context.record(curve_lines(fixed, CURVES))
@@ -107,14 +111,16 @@ def test_the_targets_come_from_the_lines(monkeypatch: pytest.MonkeyPatch) -> Non
     lines = simulated(monkeypatch)
     targets = {t.name: t for t in SUITE.summarize(lines)}
     assert len(targets) == 7 * len(cells()) + 1
-    assert targets["1 tokens, closed loop: decode p99 over alone"].met
-    assert targets["1 tokens, closed loop: chosen plan over the sweep's best"].value >= 0.9
+    assert targets[f"{FIRST}, closed loop: decode p99 over alone"].met
+    assert targets[f"{FIRST}, closed loop: chosen plan over the sweep's best"].value >= 0.9
     assert (
-        targets["1 tokens, closed loop: no-control inside the front"].met is False
+        targets[f"{FIRST}, closed loop: no-control inside the front"].met is False
     )  # 0.98 of the other
-    assert targets["1 tokens, closed loop: fewest steps of a way"].value == 2000
+    assert targets[f"{FIRST}, closed loop: fewest steps of a way"].value == 2000
+    lent = next(x for x in lines if x["clock"] == "open" and x["impl"] == OURS)
+    assert "borrowing" in lent["reason"] and lent["other_share"] > 0.6
     impls = {x["impl"] for x in lines if x["clock"] == "open"}
-    assert {ALONE, OURS, NO_CONTROL, STREAMS, "policy:adaptive", "split@40"} <= impls
+    assert {ALONE, OURS, NO_CONTROL, STREAMS, "policy:adaptive", "split@40", "lend@40"} <= impls
     for some in by_clock(lines).values():
         sheet(some), overview(some)
 
@@ -128,12 +134,19 @@ def test_a_wrong_bit_a_broken_promise_and_missing_lines_show(
     bits["differing"] = 1
     targets = {t.name: t for t in SUITE.summarize(lines)}
     assert not targets["answers whose bits differ from the whole GPU's"].met
-    assert not targets["1 tokens, open loop: decode p99 over alone"].met
+    assert not targets[f"{FIRST}, open loop: decode p99 over alone"].met
     wasteful = [x for x in lines if x["impl"] != OURS or x["clock"] != "closed"]
     worse = next(x for x in lines if x["impl"] == "split@8" and x["clock"] == "closed")
     wasteful.append(worse | {"impl": OURS})
     found = {t.name: t.value for t in SUITE.summarize(wasteful)}
-    assert found["1 tokens, closed loop: chosen plan over the sweep's best"] < 0.9
+    assert found[f"{FIRST}, closed loop: chosen plan over the sweep's best"] < 0.9
+
+
+def test_bandwidth_bounds_what_is_left_for_prefill() -> None:
+    # Decode at 4 TB/s slowed down by 1.6 leaves 2 of 4.5; prefill alone takes 4.
+    assert left_for_prefill(4e12, 4e12, 1.6, 1.0) == pytest.approx(0.5)
+    assert left_for_prefill(4e12, 4e12, 1.6, 0.5) == pytest.approx(0.8 * 0.5 + 0.2)
+    assert left_for_prefill(9e12, 4e12, 1.0, 1.0) == 0.0
 
 
 def test_curves_survive_their_lines() -> None:
@@ -164,7 +177,8 @@ def test_the_page_shows_every_way_its_reason_and_the_front(
         "split@40",
         "policy:adaptive",
         "x alone",
-        "decode, 1 tokens",
+        f"decode, {cells()[0].tokens} tokens",
+        "lend@40",
         "open loop",
     ):
         assert word in text

@@ -1,7 +1,8 @@
 """The machinery of the co-location suite: seats, graphs, curves, and one trial of two tenants.
 
 Every split of the GPU gives the watched tenant the first atoms and the other one the remaining ones
-(and the SMs that fill no atom). Beside the splits there are three ways without green contexts:
+(and the SMs that fill no atom); `lend` is such a split whose other tenant borrows the first part's
+idle SMs. Beside the splits there are three ways without green contexts:
 `no-control` (two ordinary streams), `stream-priority` (the watched tenant's stream and graphs at
 the highest priority) and `sm-budgets` (ordinary streams, but persistent launches held to the sizes
 of a split).
@@ -19,6 +20,7 @@ import torch
 from ..hardware.green import GreenDevice, GreenError, GreenUnavailable, probe_launch
 from ..runtime.plan import Curve, MachineSlices
 from ..runtime.seats import Seat
+from .lending import LEND, Borrower, LendingStep, answers_differ, lend
 from .stacks import Replays, Stack, Tenant, differing, replay, time_ms
 from .tenants import EventMark, GpuLine, Trial, closed_loop, common_event, open_loop
 
@@ -40,7 +42,11 @@ class Pair:
     """SMs of both parts, as read back, by the SMs asked for the watched tenant."""
     ran_on: dict[int, tuple[int, int]] = field(default_factory=dict)
     """SMs on which a probe really ran, by the same."""
+    lent: dict[int, tuple[LendingStep, Borrower]] = field(default_factory=dict)
+    """Both tenants of a split whose first part is lent, by the SMs asked for."""
     differing: int = 0
+    compared: int = 0
+    """Answers that differ in any bit from those of the whole GPU, of how many compared."""
 
     @property
     def machine(self) -> MachineSlices:
@@ -109,7 +115,7 @@ def prepare_split(pair: Pair, size: int) -> None:
     pair.ran_on[size] = (len(used[0]), len(used[1]))
     for stack, part in zip((pair.step, pair.other), parts, strict=True):
         stack.work.prepare(Seat(part.sms, part.stream, GREEN))
-        pair.differing += differing(whole(stack).outputs, stack.work.use(part.sms, GREEN))
+        compare(pair, stack, stack.work.use(part.sms, GREEN))
     pair.splits[size] = (parts[0].sms, parts[1].sms)
 
 
@@ -117,7 +123,27 @@ def prepare_budgets(pair: Pair, size: int) -> None:
     """Graphs on ordinary streams whose launches are held to the sizes of a split."""
     for stack, sms in zip((pair.step, pair.other), pair.splits[size], strict=True):
         stack.work.prepare(Seat(sms, None, BUDGET))
-        pair.differing += differing(whole(stack).outputs, stack.work.use(sms, BUDGET))
+        compare(pair, stack, stack.work.use(sms, BUDGET))
+
+
+def prepare_lending(pair: Pair, size: int) -> None:
+    """Both tenants on the parts of a split, the first of which is lent; answers compared."""
+    if size in pair.lent:
+        return
+    atoms = pair.gpu.cut.atom_sms * pair.gpu.cut.atoms
+    parts = pair.gpu.carve([size, atoms - size], rest_to=1)
+    step, other = lend(pair.gpu, pair.step, pair.other, (parts[0], parts[1]))
+    compare(pair, pair.step, step.replays)
+    expected = whole(pair.other).outputs[0]
+    pair.differing += answers_differ(expected, other, step.lending)
+    pair.compared += 2
+    pair.lent[size] = (step, other)
+
+
+def compare(pair: Pair, stack: Stack, replays: Replays) -> None:
+    """Count the answers of a seat, and those that differ from the whole GPU's in any bit."""
+    pair.differing += differing(whole(stack).outputs, replays)
+    pair.compared += len(replays.outputs)
 
 
 def whole(stack: Stack) -> Replays:
@@ -126,8 +152,13 @@ def whole(stack: Stack) -> Replays:
     return stack.work.use(sms, PLAIN)
 
 
-def seats_of(pair: Pair, way: str, size: int | None) -> tuple[Replays, Replays]:
+Work = Replays | LendingStep | Borrower
+
+
+def seats_of(pair: Pair, way: str, size: int | None) -> tuple[Work, Work]:
     """Both tenants' graphs under a way of sharing; `size` names the split."""
+    if way == LEND:
+        return pair.lent[size or 0]
     if way in (PLAIN, PRIORITY):
         total = pair.gpu.cut.total_sms
         return pair.step.work.use(total, way), pair.other.work.use(total, way)
@@ -164,15 +195,15 @@ class Clockwork:
 def trial(
     clockwork: Clockwork,
     loop: Loop,
-    step: Replays,
-    other: Replays | None,
+    step: Work,
+    other: Work | None,
     *,
     steps: int,
     limit_s: float,
 ) -> Trial:
     """One run of a loop: the step's graphs, beside the other's when there are any."""
-    line = GpuLine(step.graphs, step.stream, clockwork.base)
-    rival = None if other is None else GpuLine(other.graphs, other.stream, clockwork.base)
+    line = line_of(step, clockwork.base)
+    rival = None if other is None else line_of(other, clockwork.base)
     torch.cuda.synchronize()
     if loop.interval_ms is None:
         found = closed_loop(line, rival, steps=steps, limit_s=limit_s)
@@ -185,6 +216,13 @@ def trial(
     if other is not None:
         other.stream.synchronize()
     return found
+
+
+def line_of(work: Work, base: Any) -> GpuLine:
+    """A tenant's work as something that can be launched again and again."""
+    if isinstance(work, Replays):
+        return GpuLine(work.graphs, work.stream, base)
+    return work.line(base)
 
 
 def alone_per_s(clockwork: Clockwork, other: Replays, *, seconds: float) -> float:
@@ -203,13 +241,14 @@ def measure_curves(pair: Pair, *, copy_bytes: int = 2**29) -> dict[str, Curve]:
     source = torch.empty(copy_bytes // 4, device=pair.step.weights[0].up.device).normal_()
     target = torch.empty_like(source)
     points: dict[str, dict[int, float]] = {"decode": {}, "prefill": {}, "copy": {}}
-    for size, (step_sms, other_sms) in sorted(pair.splits.items()):
-        step, other = seats_of(pair, GREEN, size)
+    for _, (step_sms, other_sms) in sorted(pair.splits.items()):
+        step = pair.step.work.use(step_sms, GREEN)
+        other = pair.other.work.use(other_sms, GREEN)
         points["decode"][step_sms] = time_ms(step.graphs, step.stream)
         points["prefill"][other_sms] = time_ms(other.graphs, other.stream)
         points["copy"][step_sms] = _copy_ms(source, target, step.stream)
     total = pair.gpu.cut.total_sms
-    step, other = seats_of(pair, PLAIN, None)
+    step, other = whole(pair.step), whole(pair.other)
     points["decode"][total] = time_ms(step.graphs, step.stream)
     points["prefill"][total] = time_ms(other.graphs, other.stream)
     points["copy"][total] = _copy_ms(source, target, step.stream)

@@ -7,11 +7,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from .colocation_targets import LENT, SPLIT
 from .report import Sheet, markdown, provenance, short, targets_sheet
 from .results import Line, Target
 
 LOOPS = ("closed", "open")
-SPLIT = "split@"
 HEADS = [
     "way", "decode SMs", "prefill SMs", "median ms", "p99 ms", "p99 ÷ alone", "prefill's share",
     "steps",
@@ -60,32 +60,63 @@ def curves_sheet(lines: Sequence[Line]) -> Sheet:
     return Sheet(["SMs", *heads], rows)
 
 
+def bounds_sheet(lines: Sequence[Line]) -> Sheet:
+    """What tenants demand of memory alone, and what that leaves prefill at decode's promise."""
+    rows = []
+    for x in lines:
+        if x["clock"] == "demand":
+            bounds = [short(x.get(f"bound_{loop}")) for loop in LOOPS]
+            setting = f"{x['model']}, {x['tokens']} tokens"
+            rows.append([setting, x["impl"], short(x["bytes_per_s"] / 1e12), *bounds])
+    heads = ["setting", "tenant", "TB/s alone"]
+    return Sheet([*heads, *(f"most that is left, {loop} loop" for loop in LOOPS)], rows)
+
+
+def counters_sheet(lines: Sequence[Line]) -> Sheet:
+    """Clock, power and use of memory and tensor cores, by NVML."""
+    keys = ("sm_mhz", "watts", "dram_share", "tensor_share")
+    rows = []
+    for x in lines:
+        if x["clock"] == "counters":
+            told = [short(x.get(key)) for key in keys]
+            rows.append([f"{x['model']}, {x['tokens']} tokens", x["loop"], x["impl"], *told])
+    heads = ["setting", "loop", "way", "SM MHz", "W", "DRAM used", "tensor cores used"]
+    return Sheet(heads, rows)
+
+
 def front_figure(loops: dict[tuple[str, str], list[Line]]) -> str:
-    """p99 over alone and the other's share: the sweep as a line, the other ways as points; SVG."""
+    """p99 over alone and the other's share: sweeps as lines, the other ways as points; SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "moesaic", "font.size": 9}):
-        plot = Figure(figsize=(4.6 * len(loops), 3.8), layout="constrained")
-        axes = plot.subplots(1, len(loops), squeeze=False)
-        for axis, ((setting, loop), lines) in zip(axes.flat, loops.items(), strict=True):
+        down = -(-len(loops) // 2)
+        plot = Figure(figsize=(9.2, 3.6 * down), layout="constrained")
+        axes = plot.subplots(down, min(2, len(loops)), squeeze=False)
+        for axis, ((setting, loop), lines) in zip(axes.flat, loops.items(), strict=False):
             _panel(axis, [x for x in lines if x.get("other_share") is not None])
             axis.set_title(f"{setting}\n{loop} loop", fontsize=8)
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        plot.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+        named: dict[str, Any] = {}
+        for axis in axes.flat:
+            handles, labels = axis.get_legend_handles_labels()
+            named |= dict(zip(labels, handles, strict=True))
+        plot.legend(
+            [*named.values()], [*named], loc="outside lower center", ncols=5, frameon=False
+        )
         out = StringIO()
         plot.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
 
 
 def _panel(axis: Any, lines: Sequence[Line]) -> None:
-    swept = [x for x in lines if x["impl"].startswith(SPLIT)]
-    axis.plot(
-        [x["slowdown_p99"] for x in swept],
-        [x["other_share"] for x in swept],
-        "o-", color="0.6", markersize=3, label="every split",
-    )  # fmt: skip
-    others = [x for x in lines if not x["impl"].startswith(SPLIT)]
+    for kind, style, name in ((SPLIT, "o-", "every split"), (LENT, "^--", "every lent split")):
+        swept = [x for x in lines if x["impl"].startswith(kind)]
+        axis.plot(
+            [x["slowdown_p99"] for x in swept],
+            [x["other_share"] for x in swept],
+            style, color="0.6", markersize=3, label=name if swept else None,
+        )  # fmt: skip
+    others = [x for x in lines if not x["impl"].startswith((SPLIT, LENT))]
     for number, x in enumerate(others):
         axis.plot(
             x["slowdown_p99"], x["other_share"], "*" if x["impl"] == "moesaic" else "s",
@@ -110,6 +141,12 @@ def section(
         parts += [f"#### {setting}, {loop} loop", markdown(points_sheet(some))]
         if explained := [x for x in some if x.get("reason")]:
             parts.append(markdown(reasons_sheet(explained)))
+    for title, some_sheet in (
+        ("Demand on memory", bounds_sheet(lines)),
+        ("Counters", counters_sheet(lines)),
+    ):
+        if some_sheet.rows:
+            parts += [f"#### {title}", markdown(some_sheet)]
     curves = curves_sheet(lines)
     if curves.rows:
         parts += ["#### Slowdown by SMs", markdown(curves)]

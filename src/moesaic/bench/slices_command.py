@@ -30,10 +30,19 @@ from .colocate import (
     prepare_whole,
     split_sizes,
 )
+from .colocation_targets import LOOPS
 from .command import last_line, show
 from .report import Sheet, short
 from .results import device_name, device_slug, make_line, read_lines, stamp, write_atomic
-from .suites.colocation import LOOPS, SETTINGS, SUITE, curve_lines, curves_from, plans_of
+from .suites.colocation import (
+    LENDING,
+    MEASURED_MARGIN,
+    SETTINGS,
+    SUITE,
+    curve_lines,
+    curves_from,
+    plans_of,
+)
 
 GIB = 2**30
 
@@ -97,10 +106,11 @@ def find_curves(slug: str, given: Path | None) -> tuple[dict[str, Curve], str]:
     for path in [given] if given else [cache_path(slug), results]:
         if given or path.exists():
             lines = read_lines(path)
-            model = next((x["model"] for x in lines if x["clock"] == "curve"), "")
-            curves = curves_from([x for x in lines if x["model"] == model])
+            first = next((x for x in lines if x["clock"] == "curve"), {"model": "", "tokens": 0})
+            key = (first["model"], first["tokens"])
+            curves = curves_from([x for x in lines if (x["model"], x["tokens"]) == key])
             if curves:
-                return curves, f"{path} ({model})"
+                return curves, f"{path} ({first['model']}, {first['tokens']} tokens)"
     return {}, "not measured on this device: moesaic slices --measure"
 
 
@@ -112,7 +122,8 @@ def measure(device: torch.device, seed: int = 0) -> tuple[dict[str, Curve], str]
     """
     if device.type != "cuda":
         raise RuntimeError("--measure needs an NVIDIA GPU that torch can use")
-    name, setting = next(iter(SETTINGS.items()))
+    setting = next(iter(SETTINGS.values()))
+    name = setting.name
     print(f"measuring {name} on {device_name(device)} ...", file=sys.stderr, flush=True)
     with torch.no_grad():
         pair = make_pair(setting.decode, setting.prefill, device, torch.bfloat16, seed)
@@ -190,8 +201,9 @@ def explain(curves: Mapping[str, Curve], machine: MachineSlices) -> dict[str, di
             f"{work}-{loop}": curves.get(f"{work}-{loop}") or curves[work]
             for work in ("decode", "prefill")
         }
-        margin = 1.0 if f"decode-{loop}" in curves else MARGIN
-        plans[loop] = plans_of(loop, known, machine, margin=margin)
+        lending = {name: curve for name, curve in curves.items() if name.endswith(LENDING)}
+        margin = MEASURED_MARGIN if f"decode-{loop}" in curves else MARGIN
+        plans[loop] = plans_of(loop, known | lending, machine, margin=margin)
     return plans
 
 

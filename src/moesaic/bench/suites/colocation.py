@@ -4,10 +4,15 @@ A decode step is the experts of a few MoE layers of one model on a few tokens, a
 another on many; prefill is always queued. Loop `closed`: steps back to back. Loop `open`: a step
 arrives every two alone-times (half of the time is free), and waiting counts. Measured are: no
 control, stream priorities, SM budgets of the persistent launches alone, every split into two green
-contexts, and what each policy chooses (prefill gets all that decode does not); `moesaic` is the
-policy that keeps the promise (`runtime.tenants.protect`). All policies get the same curves: short
-trials of each split with both tenants at work, for what curves measured alone cannot show (caches,
-memory bandwidth and power stay shared).
+contexts, in the open loop also splits whose decode part is lent while it is idle (`lend@`), and
+what each policy chooses (prefill gets all that decode does not); `moesaic` is the policy that keeps
+the promise (`runtime.tenants.protect`). All policies get the same curves: short trials of each
+split with both tenants at work, for what curves measured alone cannot show (caches, memory
+bandwidth and power stay shared).
+
+Clock `demand` says what a tenant reads and writes at least, over its time alone, and what share of
+the bandwidth that leaves to prefill beside decode at its promise. Clock `counters`: SM clock, power
+and the share of DRAM bandwidth used, read from NVML during a trial of its own.
 
 Keys of a line besides the usual: `p99_ms`, `max_ms`, `steps`, `complete`, `other_share` (of the
 other's alone throughput), `slowdown_p99` (over the alone p99 of the same loop), `sms` and
@@ -36,11 +41,13 @@ from ..colocate import (
     Clockwork,
     Loop,
     Pair,
+    Work,
     alone_per_s,
     curve_of,
     make_pair,
     measure_curves,
     prepare_budgets,
+    prepare_lending,
     prepare_split,
     prepare_whole,
     seats_of,
@@ -48,26 +55,34 @@ from ..colocate import (
     trial,
     whole,
 )
+from ..colocation_counters import counters_during, demand_lines
 from ..colocation_page import section
-from ..results import Line, Target, at_least, at_most, make_line, stamp
-from ..stacks import Replays, Tenant
+from ..colocation_targets import (
+    ALONE,
+    BUDGETS,
+    LENT,
+    LOOPS,
+    NO_CONTROL,
+    OURS,
+    SPLIT,
+    STEPS,
+    STREAMS,
+    summarize,
+)
+from ..lending import LEND
+from ..results import Line, make_line, stamp
+from ..stacks import Tenant
 from ..suite import Cell, Context, Suite
 from ..tenants import Trial, pooled
 from ..timing import reason
 from ..workloads import MODELS
 
-OURS, ALONE, NO_CONTROL, STREAMS, BUDGETS = (
-    "moesaic",
-    "alone",
-    "no-control",
-    "stream-priority",
-    "sm-budgets",
-)
-ADAPTIVE = "policy:adaptive"
-LOOPS = {"closed": (1.5, 0.60), "open": (1.25, 0.70)}
-"""Largest p99 over alone and least share of the other's throughput, by loop."""
 DUTY = 0.5
-STEPS = 2000
+LENDING = "-lending"
+LENT_SIZES = range(32, 112, 8)
+"""Decode parts that are lent in the sweep of the open loop."""
+MEASURED_MARGIN = 0.97
+"""Part of a promise used up by curves that hold p99 with both tenants at work: they are noisy."""
 CALIBRATION = 300
 ROUNDS = 2
 
@@ -84,9 +99,14 @@ class Setting:
         """What the lines call it."""
         return f"{self.decode.model.name} beside {self.prefill.model.name}"
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells settings apart: name and tokens of a step."""
+        return self.name, self.decode.tokens
+
 
 SETTINGS = {
-    setting.name: setting
+    setting.key: setting
     for setting in (
         Setting(
             Tenant(MODELS["Qwen3-30B-A3B"], tokens=1, layers=4, turns=16),
@@ -102,11 +122,7 @@ SETTINGS = {
 
 def cells() -> list[Cell]:
     """Both loops of every setting."""
-    return [
-        Cell(name, setting.decode.tokens, clock=loop)
-        for name, setting in SETTINGS.items()
-        for loop in LOOPS
-    ]
+    return [Cell(name, tokens, clock=loop) for name, tokens in SETTINGS for loop in LOOPS]
 
 
 def measured(line: Line) -> Cell | None:
@@ -138,15 +154,24 @@ def profile_of(loop: str, step_ms: float, history: int = 16) -> GroupProfile:
 
 
 def plans_of(
-    loop: str, curves: Curves, machine: MachineSlices, *, margin: float = 1.0
+    loop: str, curves: Curves, machine: MachineSlices, *, margin: float = MEASURED_MARGIN
 ) -> dict[str, Plan]:
     """The plan of every policy for a loop, all from the same curves; ours under its own name.
 
-    `margin`: of `protect`; 1 for curves that hold p99 with both tenants at work.
+    `margin`: of `protect`. Curves called `...-lending` are those under which prefill borrows.
     """
     profile = profile_of(loop, curves[f"decode-{loop}"].ms[-1])
-    policies = dict(POLICIES) | {OURS: partial(protect, margin=margin)}
+    ours = partial(protect, margin=margin, borrowing=lending_of(loop, curves))
+    policies = dict(POLICIES) | {OURS: ours}
     return {name: Guard(policy, curves, machine)(profile) for name, policy in policies.items()}
+
+
+def lending_of(loop: str, curves: Curves) -> dict[str, Curve] | None:
+    """The curves measured while prefill borrows, under the names that groups know, or None."""
+    names = [f"{work}-{loop}" for work in ("decode", "prefill")]
+    if any(f"{name}{LENDING}" not in curves for name in names):
+        return None
+    return {name: curves[f"{name}{LENDING}"] for name in names}
 
 
 @dataclass
@@ -161,16 +186,14 @@ class Bench:
     step_ms: float
     alone: dict[str, Trial] = field(default_factory=dict)
 
-    def loop(self, name: str) -> Loop:
-        """The loop of a name; arrivals come every alone-time (a median of steps) over the duty."""
-        return Loop(name, self.step_ms / DUTY if name == "open" else None)
+    def interval(self, loop: str) -> float | None:
+        """Milliseconds between arrivals: an alone-time (a median of steps) over the duty."""
+        return self.step_ms / DUTY if loop == "open" else None
 
-    def run(
-        self, loop: str, seats: tuple[Replays, Replays | None], steps: int, limit_s: float
-    ) -> Trial:
+    def run(self, loop: str, seats: tuple[Work, Work | None], steps: int, limit_s: float) -> Trial:
         """One trial."""
         return trial(
-            self.clockwork, self.loop(loop), seats[0], seats[1], steps=steps, limit_s=limit_s
+            self.clockwork, Loop(loop, self.interval(loop)), *seats, steps=steps, limit_s=limit_s
         )
 
     def line(self, loop: str, impl: str, found: Trial, **more: Any) -> Line:
@@ -238,7 +261,7 @@ def begin(setting: Setting, cell: Cell, context: Context, stamped: Line) -> Benc
     per_s = alone_per_s(clockwork, whole(pair.other), seconds=1.0)
     quiet = trial(clockwork, Loop("closed"), whole(pair.step), None, steps=500, limit_s=2.0)
     bench = Bench(pair, clockwork, fixed, curves, per_s, quiet.at(0.5))
-    context.record(curve_lines(fixed, curves))
+    context.record(curve_lines(fixed, curves) + demand_lines(fixed, pair, quiet.at(0.5), per_s))
     slow = {n: [round(c.slowdown(s), 2) for s in c.sms] for n, c in curves.items()}
     context.say(f"step {quiet.at(0.5):.4f} ms, prefill {per_s:.1f} a second; alone {slow}")
     return bench
@@ -253,9 +276,28 @@ def calibrate(bench: Bench, loop: str, alone: Trial) -> dict[str, Curve]:
         decode[step_sms] = found.at(0.99)
         if found.other_per_s:
             prefill[other_sms] = 1e3 / found.other_per_s
-    return {
+    curves = {
         f"{name}-{loop}": curve_of(f"{name}-{loop}", points)
         for name, points in (("decode", decode), ("prefill", prefill))
+    }
+    return curves | (calibrate_lending(bench, loop, alone) if bench.interval(loop) else {})
+
+
+def calibrate_lending(bench: Bench, loop: str, alone: Trial) -> dict[str, Curve]:
+    """The same while prefill borrows: a part that is never idle is not worth lending."""
+    pair, total = bench.pair, bench.pair.gpu.cut.total_sms
+    decode, prefill = {total: alone.at(0.99)}, {total: 1e3 / bench.other_per_s}
+    for size in (n for n in LENT_SIZES if n in pair.splits):
+        prepare_lending(pair, size)
+        step_sms, other_sms = pair.splits[size]
+        found = bench.run(loop, seats_of(pair, LEND, size), CALIBRATION, 0.6)
+        decode[step_sms] = found.at(0.99)
+        if found.other_per_s:
+            prefill[other_sms] = 1e3 / found.other_per_s
+    named = (("decode", decode), ("prefill", prefill))
+    return {
+        f"{name}-{loop}{LENDING}": curve_of(f"{name}-{loop}{LENDING}", points)
+        for name, points in named
     }
 
 
@@ -270,7 +312,8 @@ def ways_of(plans: dict[str, Plan]) -> dict[str, Way]:
         ways[BUDGETS] = (BUDGET, ours.sizes["decode"])
     for name, plan in plans.items():
         impl = name if name == OURS else f"policy:{name}"
-        ways[impl] = (GREEN, plan.sizes["decode"]) if plan.sliced else (PLAIN, None)
+        lent = LEND if any(share.borrows for share in plan.shares) else GREEN
+        ways[impl] = (lent, plan.sizes["decode"]) if plan.sliced else (PLAIN, None)
     return ways
 
 
@@ -290,9 +333,12 @@ def measure(bench: Bench, cell: Cell, context: Context) -> None:
         for (way, size), found in trials.items():
             allowed_s = (0.2 if way == BUDGET else 1.0) * limit_s / ROUNDS
             found.append(bench.run(loop, seats_of(pair, way, size), STEPS // ROUNDS, allowed_s))
+    points = [(GREEN, size) for size in sorted(pair.splits)]
+    if bench.interval(loop):
+        points += [(LEND, size) for size in sorted(pair.lent)]
     swept = {
-        size: bench.run(loop, seats_of(pair, GREEN, size), STEPS, 0.12 * limit_s)
-        for size in sorted(pair.splits)
+        (way, size): bench.run(loop, seats_of(pair, way, size), STEPS, 0.12 * limit_s)
+        for way, size in points
     }
     alone.append(bench.run(loop, seats, STEPS, limit_s))
     bench.alone[loop] = pooled(alone)
@@ -303,11 +349,24 @@ def measure(bench: Bench, cell: Cell, context: Context) -> None:
         lines.append(
             bench.line(loop, impl, pooled(trials[way, size]), **told, **sizes_of(pair, size))
         )
-    for size, trial_ in swept.items():
+    for (way, size), trial_ in swept.items():
         more = sizes_of(pair, size) | {"probed": list(pair.ran_on[size])}
-        lines.append(bench.line(loop, f"split@{size}", trial_, **more))
+        impl = f"{LENT if way == LEND else SPLIT}{size}"
+        lines.append(bench.line(loop, impl, trial_, **more))
+    lines += counted(bench, loop, ways[OURS], limit_s)
     context.record(curve_lines(bench.fixed, bench.curves) + lines)
     context.say(f"{loop} loop: " + told_of(lines))
+
+
+def counted(bench: Bench, loop: str, ours: Way, limit_s: float) -> list[Line]:
+    """Counters of decode alone and of both under our way, each in a trial of its own."""
+    pair, found = bench.pair, []
+    whole_step = (whole(pair.step), None)
+    for impl, seats in ((ALONE, whole_step), (OURS, seats_of(pair, *ours))):
+        step = partial(bench.run, loop, seats, 10**9, min(1.0, 0.15 * limit_s))
+        read = counters_during(pair.step.weights[0].up.device, step)
+        found.append(make_line(bench.fixed, clock="counters", impl=impl, loop=loop, **read))
+    return found
 
 
 def sizes_of(pair: Pair, size: int | None) -> Line:
@@ -321,16 +380,16 @@ def sizes_of(pair: Pair, size: int | None) -> Line:
 def run(wanted: Sequence[Cell], context: Context) -> None:
     """Measure the loops asked for, setting by setting; what fails becomes the error of our line."""
     stamped = stamp(context.device)
-    for name in dict.fromkeys(cell.model for cell in wanted):
-        mine = [cell for cell in wanted if cell.model == name]
+    for key in dict.fromkeys((cell.model, cell.tokens) for cell in wanted):
+        mine = [cell for cell in wanted if (cell.model, cell.tokens) == key]
         try:
             with torch.no_grad():
-                bench = begin(SETTINGS[name], mine[0], context, stamped)
+                bench = begin(SETTINGS[key], mine[0], context, stamped)
                 for cell in mine:
                     measure(bench, cell, context)
                 bits = make_line(
                     bench.fixed, clock="bits", impl=OURS, mode="graph",
-                    differing=bench.pair.differing, splits=len(bench.pair.splits),
+                    differing=bench.pair.differing, compared=bench.pair.compared,
                 )  # fmt: skip
                 context.record([bits])
                 bench.pair.gpu.close()
@@ -357,89 +416,12 @@ def _failed(cell: Cell, stamped: Line, text: str) -> Line:
     )  # fmt: skip
 
 
-def points(lines: Sequence[Line], cell: Cell) -> dict[str, tuple[float, float]]:
-    """(p99 over alone, the other's share) of every way that was measured in a loop."""
-    return {
-        x["impl"]: (x["slowdown_p99"], x["other_share"])
-        for x in lines
-        if measured_in(x, cell) and x.get("other_share") is not None
-    }
-
-
-def measured_in(line: Line, cell: Cell) -> bool:
-    """Whether a line is a measurement of this loop."""
-    of = (line["model"], line["tokens"], line["clock"])
-    return of == (cell.model, cell.tokens, cell.clock) and line["ms"] is not None
-
-
-def score(point: tuple[float, float], slo: float) -> tuple[bool, float]:
-    """How good a point is: the other's share where the promise is kept, else how near it comes."""
-    return (True, point[1]) if point[0] <= slo else (False, -point[0])
-
-
-def of_best(points_: dict[str, tuple[float, float]], slo: float, impl: str = OURS) -> float | None:
-    """A chosen plan over the best point of the sweep; 0 where only the sweep keeps the promise.
-
-    Both keep it: the ratio of shares. Neither does: the ratio of the slowdowns.
-    """
-    swept = [point for impl, point in points_.items() if impl.startswith("split@")]
-    if impl not in points_ or not swept:
-        return None
-    ours, best = points_[impl], max(swept, key=lambda point: score(point, slo))
-    kept, best_kept = ours[0] <= slo, best[0] <= slo
-    if kept and best_kept:
-        return ours[1] / best[1]
-    if kept or best_kept:
-        return float(kept)
-    return best[0] / ours[0]
-
-
-def dominated(points_: dict[str, tuple[float, float]], impl: str) -> float | None:
-    """1 where some split has no larger p99 and no smaller share than `impl`, else 0."""
-    if impl not in points_:
-        return None
-    p99, share = points_[impl]
-    swept = [point for name, point in points_.items() if name.startswith(("split@", OURS))]
-    return float(any(a <= p99 and b >= share for a, b in swept)) if swept else None
-
-
-def summarize(lines: Sequence[Line]) -> list[Target]:
-    """The promises of each loop, the front, the sweep, and that no answer differs."""
-    targets = []
-    for cell in cells():
-        slo, share = LOOPS[cell.clock]
-        found, what = points(lines, cell), f"{cell.tokens} tokens, {cell.clock} loop"
-        ours = found.get(OURS, (None, None))
-        mine = [x for x in lines if measured_in(x, cell)]
-        steps = [x["steps"] for x in mine if x["impl"] in REQUIRED_STEPS]
-        targets += [
-            at_most(f"{what}: decode p99 over alone", ours[0], slo),
-            at_least(f"{what}: share of the other's throughput", ours[1], share),
-            at_least(f"{what}: chosen plan over the sweep's best", of_best(found, slo), 0.9),
-            at_least(
-                f"{what}: {ADAPTIVE} over the sweep's best", of_best(found, slo, ADAPTIVE), 0.9
-            ),
-            at_least(f"{what}: {NO_CONTROL} inside the front", dominated(found, NO_CONTROL), 1),
-            at_least(f"{what}: {STREAMS} inside the front", dominated(found, STREAMS), 1),
-            at_least(f"{what}: fewest steps of a way", min(steps, default=None), STEPS),
-        ]
-    bits = [x["differing"] for x in lines if x["clock"] == "bits"]
-    targets.append(at_most("answers whose bits differ from the whole GPU's", _sum(bits), 0))
-    return targets
-
-
-def _sum(values: Sequence[int]) -> float | None:
-    return float(sum(values)) if values else None
-
-
-REQUIRED_STEPS = (ALONE, NO_CONTROL, STREAMS, OURS, *(f"policy:{name}" for name in POLICIES))
-
 SUITE = Suite(
     name="colocation",
     about="decode of one model beside prefill of another: no control, priorities, slices",
     cells=cells,
     run=run,
-    summarize=summarize,
+    summarize=lambda lines: summarize(lines, cells()),
     budget_s=110.0,
     measured=measured,
     section=section,
