@@ -37,8 +37,8 @@ def _local_slots(
     Under transformers' expert parallelism a slot whose expert is elsewhere has the id E.
     """
     config = getattr(module, "config", None)
-    declared = [getattr(config, name, None) for name in EXPERT_COUNTS]
-    if experts in declared and not getattr(module, "_is_expert_parallel", False):
+    whole = any(getattr(config, name, None) == experts for name in EXPERT_COUNTS)
+    if whole and not getattr(module, "_is_expert_parallel", False):
         return topk_ids_TK, topk_weights_TK
     here_TK = topk_ids_TK < experts
     return topk_ids_TK * here_TK, topk_weights_TK * here_TK
