@@ -100,9 +100,7 @@ def front_figure(loops: dict[tuple[str, str], list[Line]]) -> str:
         for axis in axes.flat:
             handles, labels = axis.get_legend_handles_labels()
             named |= dict(zip(labels, handles, strict=True))
-        plot.legend(
-            [*named.values()], [*named], loc="outside lower center", ncols=5, frameon=False
-        )
+        plot.legend([*named.values()], [*named], loc="outside lower center", ncols=5, frameon=False)
         out = StringIO()
         plot.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
