@@ -149,8 +149,9 @@ def tiles_of(bm: int, *, few_rows: bool) -> tuple[Tile, ...]:
         for bn in COLUMNS["decode"] if few_rows else (128,):
             for ctas in (1, 2):
                 most = deepest("decode", bm, bn, ctas)
+                depths = (most, most * 3 // 4) if ctas == 1 else (most,)
                 found += [Tile("decode", bm, bn, s, ctas_per_sm=ctas)
-                          for s in dict.fromkeys((most, most * 3 // 4)) if s >= 3]  # fmt: skip
+                          for s in dict.fromkeys(depths) if s >= 3]  # fmt: skip
     if bm == 128:
         stages = deepest("prefill", 128, 256)
         found += [Tile("prefill", 128, 256, stages, group_m=m) for m in (8, 4)]
