@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hf_checks import output, token_ids
-from hf_families import tiny_model
+from hf_families import families, tiny_model
 from torch import Tensor, nn
 
 import moesaic
@@ -56,6 +56,22 @@ def test_a_block_has_the_bits_of_its_parts(
             if BLOCK in vars(module):
                 del module.forward, vars(module)[BLOCK]
         assert torch.equal(output(model, ids_BN), whole) and len(calls) == layers
+
+
+def test_blocks_of_every_family_have_the_bits_of_their_parts(calls: list[int]) -> None:
+    pieces = []
+    for family in families():
+        model, ids_BN = attached(family)
+        calls.clear()
+        with torch.no_grad():
+            whole = output(model, ids_BN)
+            for module in model.modules():
+                if BLOCK in vars(module):
+                    del module.forward, vars(module)[BLOCK]
+            ran = len(calls)
+            assert torch.equal(output(model, ids_BN), whole), family
+        pieces += [family] * (ran > 0)
+    assert len(pieces) >= 28 and {"deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe"} <= {*pieces}
 
 
 def _hook(where: Callable[[Any], nn.Module]) -> Callable[[Any], Any]:
