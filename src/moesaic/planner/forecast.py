@@ -25,6 +25,7 @@ import numpy as np
 from .cluster import load_cluster
 from .exchange import measured_ways
 from .kernels import device_lines, fit_table, measured_layers, path_of
+from .own import Row
 from .shapes import EIGHT, FIELD, SHAPES, SPREAD
 from .spread import WIDTHS, exchange_cell_s, experts_of_layers, layer_s
 
@@ -138,6 +139,24 @@ def table_of(both: list[tuple[Line, Line]]) -> tuple[list[str], float]:
     return rows, median
 
 
+def foretold_rows(results: Path, folder: Path) -> list[Row]:
+    """This project's lines whose predictions were committed before them."""
+    rows = []
+    for gpus in (1, 2, 4, 8):
+        file = file_of(gpus)
+        for guess, line in pairs(read_lines(folder / file), read_lines(results / file)):
+            what = " ".join(str(x) for x in key(line)[1:-1]) + f", {line.get('ranks') or 1} GPUs"
+            source = f"suite {line['suite']} on {gpus} GPUs"
+            rows.append(Row("own, predicted before they were measured (ms)", what, source,
+                            line["ms"], guess["ms"]))  # fmt: skip
+    return rows
+
+
+def file_of(gpus: int) -> str:
+    """Where predictions and lines of so many GPUs are, in their folders."""
+    return f"{'h200' if gpus == 1 else f'h200-x{gpus}'}/{suite_of(gpus)}.jsonl"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write predictions, or compare."""
     parser = argparse.ArgumentParser(description="Predictions before measurements.")
@@ -146,8 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--predictions", type=Path, default=Path("benchmarks/predictions"))
     options = parser.parse_args(argv)
-    name = "h200" if options.gpus == 1 else f"h200-x{options.gpus}"
-    file = f"{name}/{suite_of(options.gpus)}.jsonl"
+    file = file_of(options.gpus)
     path, results = options.predictions / file, options.results / file
     measured = read_lines(results)
     if options.what == "write":
