@@ -324,3 +324,24 @@ def test_hundreds_of_replans_leave_nothing_behind() -> None:
         plan = guard(GroupProfile(step=n, groups=GROUPS, loads_WN=tuple(rows)))
     assert guard.faults == {} and len(plan.state.ways) == len(WAYS)
     assert all(len(way.errors_KN) == 64 for way in plan.state.ways)
+
+
+def test_slices_slower_than_foreseen_are_given_up_and_whole_steps_may_be_too() -> None:
+    rows = [(1.0, 1.0)] * 8
+
+    def plan_after(times: list[float]) -> tuple[Plan, list[bool]]:
+        state, sliced = None, []
+        for n, took in enumerate([None, *times]):
+            seen = GroupProfile(step=7 + n, groups=GROUPS, loads_WN=tuple(rows), took_ms=took)
+            plan = POLICIES["adaptive"](seen, CURVES, H200, state)
+            state, sliced = plan.state, [*sliced, plan.sliced]
+        return plan, sliced
+
+    first, _ = plan_after([])
+    assert first.sliced and first.predicted_ms is not None
+    again, kept = plan_after([first.predicted_ms] * 5)
+    assert all(kept) and again.sizes == first.sizes
+    slow, left = plan_after([2.5 * first.predicted_ms] * 5)
+    assert left[0] and not any(left[1:]) and not slow.sliced
+    ignored, still = plan_after([float("nan"), 0.0, -1.0])
+    assert all(still) and ignored.sizes == first.sizes

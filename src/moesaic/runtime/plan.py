@@ -171,7 +171,8 @@ class GroupProfile:
     be empty where nothing was recorded. `interval_ms`: time between two steps, when it is fixed
     from outside (an open loop), else None. `context_VC`: other numbers known before a step begins
     (what other layers counted), a row for each of the W steps and one for the step to come
-    (V = W + 1), or empty.
+    (V = W + 1), or empty. `took_ms`: measured time of the last step, under the plan that was in
+    force then, or None.
     """
 
     step: int
@@ -181,6 +182,7 @@ class GroupProfile:
     busy_WN: tuple[tuple[float, ...], ...] = ()
     interval_ms: float | None = None
     context_VC: tuple[tuple[float, ...], ...] = ()
+    took_ms: float | None = None
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.groups]
