@@ -12,6 +12,7 @@ import pytest
 
 from moesaic.bench import ranks
 from moesaic.bench.ep_page import ep_section, exchange_sheet, layer_sheet
+from moesaic.bench.placement_page import link_sheet
 from moesaic.bench.results import REQUIRED, Recorder, make_line
 from moesaic.bench.suites import ep
 from moesaic.bench.timing import percentile
@@ -152,6 +153,18 @@ def test_the_page_shows_losses_and_scaling() -> None:
     text, drawn = ep_section(lines, ep.summarize(lines), Path(), "h200-x4", "figures")
     assert "figures/ep-h200-x4-scaling.svg" in text and "svg" in drawn["ep-h200-x4-scaling.svg"]
     assert ep_section(lines[:2], [], Path(), "h200-x4", "figures")[1] == {}, "nothing scales"
+
+
+def test_placements_stand_beside_their_rivals() -> None:
+    def placed(impl: str, **more) -> dict:
+        fixed = dict.fromkeys(REQUIRED) | {"suite": "placement", "model": "m", "clock": "flat"}
+        return make_line(fixed, routing="uniform", impl=impl, **more)
+
+    lines = [placed("moesaic", link_us=10.0, cpu_ms=3.0), placed("eplb", link_us=15.0)]
+    lines += [placed("milp", link_us=9.9, bound_us=9.8)]
+    assert link_sheet(lines).rows == [
+        ["m", "flat", "uniform", "10", "-", "15", "9.9", "9.8", "3"]
+    ]  # fmt: skip
 
 
 def test_a_line_names_its_cell() -> None:

@@ -25,6 +25,7 @@ from ...parallel.planning import plan
 from ...parallel.replication import instances, replica_counts
 from ...parallel.topology import Topology
 from ...planner.routing import sample_counts
+from ..placement_page import placement_section
 from ..results import Line, Target, at_least, at_most, geomean, make_line, stamp
 from ..suite import Cell, Context, Suite
 
@@ -203,4 +204,5 @@ SUITE = Suite(
     devices=("cpu",),
     budget_s=1200.0,
     measured=measured,
+    section=placement_section,
 )
