@@ -147,12 +147,17 @@ def check_counters(counters: Tensor, num_experts: int, like: Tensor) -> None:
         TypeError: they are not int32.
         ValueError: their shape is not (3, E), or they are not on the device of `like`.
     """
+    # Counters stay the same over many calls: what was found right is written on the tensor.
+    known = getattr(counters, "_counts_of", None)
+    if known == num_experts and counters.get_device() == like.get_device():
+        return
     if (
         counters.dtype is torch.int32
         and counters.shape == (3, num_experts)
         and counters.device == like.device
         and counters.is_contiguous()
     ):
+        counters._counts_of = num_experts  # type: ignore[attr-defined]
         return
     if counters.dtype != torch.int32:
         raise TypeError(f"counters must be int32, got {counters.dtype}")
