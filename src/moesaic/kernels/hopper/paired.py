@@ -124,28 +124,29 @@ class Pair:
 
 
 @gluon.jit
-def _row_tiles(p, t):
-    """Row tiles of the map: its last prefix."""
+def _lanes(p):
+    """What every warp holds of the map: the experts of a single token, or the prefixes of tiles."""
+    L: gl.constexpr = gl.BlockedLayout([p.LANES // 32], [32], [gl.num_warps()], [0])
+    lane = gl.arange(0, p.LANES, layout=L)
     if p.ONE:
-        return t * 0 + p.N
+        return gl.load(p.task_ptr + lane, mask=lane < p.N, other=0).to(gl.int32)
     else:
-        return gl.load(p.tile_end_ptr + p.N - 1)
+        return gl.load(p.tile_end_ptr + lane, mask=lane < p.N, other=0x7FFFFFFF)
 
 
 @gluon.jit
-def _locate(p, t, n_tiles):
+def _locate(p, held, t, n_tiles):
     """Entry, expert, first row, rows, row tile, row tiles and column tile of tile `t` of a product.
 
-    The row tiles of an entry that meet the same weights are neighbours.
+    `held`: from `_lanes`. The row tiles of an entry that meet the same weights are neighbours.
     """
     if p.ONE:
         j = t // n_tiles
-        e = gl.load(p.task_ptr + j).to(gl.int32)
+        lane = gl.arange(0, p.LANES, layout=held.type.layout)
+        e = gl.sum(gl.where(lane == j, held, 0), axis=0)
         return j, e, j, t * 0 + 1, t * 0, t * 0 + 1, t % n_tiles
     else:
-        L: gl.constexpr = gl.BlockedLayout([p.LANES // 32], [32], [gl.num_warps()], [0])
-        lane = gl.arange(0, p.LANES, layout=L)
-        end = gl.load(p.tile_end_ptr + lane, mask=lane < p.N, other=0x7FFFFFFF)
+        end = held
         passed = end <= t // n_tiles
         j = gl.sum(passed.to(gl.int32), axis=0)
         first = gl.max(gl.where(passed, end, 0), axis=0)
@@ -218,15 +219,20 @@ def _bring(p, c, ptrs, live):
 
 
 @gluon.jit
-def _load_up(p, t, c, tiles, n_tiles, total):
+def _load_up(p, held, t, c, tiles, n_tiles, total):
     """Fill the ring for every up tile that this program draws; the first down tile it drew."""
     BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     r = gl.arange(0, p.BM, layout=gl.SliceLayout(1, BL))
     cols = gl.arange(0, p.BK, layout=gl.SliceLayout(0, BL))
+    # The first weights are asked for before the rows are looked up.
+    ahead = gl.minimum(gl.cdiv(p.hidden, p.BK), p.NB)
     while t < tiles:
-        j, e, row_start, rows, m, _, n = _locate(p, t, n_tiles)
+        j, e, row_start, rows, m, _, n = _locate(p, held, t, n_tiles)
+        for s in range(0, ahead):
+            if s == 0:
+                _write_note(p, s, row_start, rows, m, n, j)
+            _ask(p, p.up_desc, s, e, n, s * p.BK)
         t = _draw(p)
-        _settle(p, t, total)
         row = m * p.BM + r
         if p.ONE:
             token = row * 0
@@ -235,48 +241,61 @@ def _load_up(p, t, c, tiles, n_tiles, total):
             token = slot // p.top_k
         live = (row < rows)[:, None] & (cols >= 0)[None, :]
         ptrs = p.x + token.to(gl.int64)[:, None] * p.hidden + cols[None, :]
-        for k in range(0, p.hidden, p.BK):
+        for s in range(0, ahead):
+            _bring(p, s, ptrs + s * p.BK, live)
+        c += ahead
+        for k in range(ahead * p.BK, p.hidden, p.BK):
             i = c % p.NB
-            mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
             if k == 0:
+                mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
                 _write_note(p, i, row_start, rows, m, n, j)
             _ask(p, p.up_desc, c, e, n, k)
             _bring(p, c, ptrs + k, live)
             c += 1
+        ahead = 0
+        _settle(p, t, total)
     return t, c
 
 
 @gluon.jit
-def _load_down(p, t, c, tiles, n_tiles, up_n_tiles, total):
-    """Fill the ring for every down tile: weights first, rows when its up tiles are written."""
+def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total):
+    """Fill the ring for every down tile; its weights come before its up tiles are written."""
     BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     r = gl.arange(0, p.BM, layout=gl.SliceLayout(1, BL))
     cols = gl.arange(0, p.BK, layout=gl.SliceLayout(0, BL))
     while t < total:
-        j, e, row_start, rows, m, m_tiles, n = _locate(p, t - tiles, n_tiles)
-        ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.NB)
-        for s in range(0, ahead):
-            i = (c + s) % p.NB
-            mbarrier.wait(p.empty.index(i), (((c + s) // p.NB) & 1) ^ 1)
-            if s == 0:
-                _write_note(p, i, row_start, rows, m + SECOND, n, j)
-            _ask(p, p.down_desc, c + s, e, n, s * p.BK)
+        j, e, row_start, rows, m, m_tiles, n = _locate(p, held, t - tiles, n_tiles)
         wanted = m_tiles * up_n_tiles
         if not p.ONE:
             wanted += p.BM
-        while gl.atomic_add(p.done_ptr + j, 0, sem="acquire") < wanted:
-            pass
+        done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
+        ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.NB)
+        if done >= wanted:
+            ahead = 0
+        for s in range(0, ahead):
+            i = (c + s) % p.NB
+            if s == 0:
+                mbarrier.wait(p.empty.index(i), (((c + s) // p.NB) & 1) ^ 1)
+                _write_note(p, i, row_start, rows, m + SECOND, n, j)
+            _ask(p, p.down_desc, c + s, e, n, s * p.BK)
+        while done < wanted:
+            done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
         t = _draw(p)
-        _settle(p, t, total)
         row = m * p.BM + r
         live = (row < rows)[:, None] & (cols >= 0)[None, :]
         ptrs = p.act_ptr + (row_start + row).to(gl.int64)[:, None] * p.inner + cols[None, :]
         for s in range(0, ahead):
             _bring(p, c + s, ptrs + s * p.BK, live)
+        c += ahead
         for k in range(ahead * p.BK, p.inner, p.BK):
-            _ask(p, p.down_desc, c + k // p.BK, e, n, k)
-            _bring(p, c + k // p.BK, ptrs + k, live)
-        c += gl.cdiv(p.inner, p.BK)
+            i = c % p.NB
+            if k == 0:
+                mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+                _write_note(p, i, row_start, rows, m + SECOND, n, j)
+            _ask(p, p.down_desc, c, e, n, k)
+            _bring(p, c, ptrs + k, live)
+            c += 1
+        _settle(p, t, total)
     return t, c
 
 
@@ -287,13 +306,18 @@ def _load(p, up_n_tiles, down_n_tiles):
         gdc_wait()
         gdc_launch_dependents()
     t = _draw(p)
-    row_tiles = _row_tiles(p, t)
+    held = _lanes(p)
+    row_tiles = t * 0 + p.N
+    if not p.ONE:
+        # Entries beyond the last that has rows repeat the total.
+        inside = gl.where(held == 0x7FFFFFFF, 0, held)
+        row_tiles = gl.max(inside, axis=0)
     tiles = row_tiles * up_n_tiles
     total = tiles + row_tiles * down_n_tiles
     _settle(p, t, total)
     c = t * 0
-    t, c = _load_up(p, t, c, tiles, up_n_tiles, total)
-    t, c = _load_down(p, t, c, tiles, down_n_tiles, up_n_tiles, total)
+    t, c = _load_up(p, held, t, c, tiles, up_n_tiles, total)
+    t, c = _load_down(p, held, t, c, tiles, down_n_tiles, up_n_tiles, total)
     i = c % p.NB
     mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
     _write_note(p, i, 0, 0, 0, 0, 0)
