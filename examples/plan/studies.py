@@ -1,7 +1,7 @@
 """The two studies of one expert per GPU: inputs beside this file, reports into docs/studies.md.
 
     python examples/plan/studies.py            # about two minutes on two cores
-    python examples/plan/studies.py --out x.md
+    python examples/plan/studies.py --only a   # printed
 
 Every figure comes from the planner with the roofline as kernel times: the studies name their GPUs
 by flops and bandwidth alone.
@@ -245,7 +245,12 @@ def main() -> None:
     """Run both studies and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "studies.md")
-    out = parser.parse_args().out
+    parser.add_argument("--only", choices=("a", "b"), help="print one of them, write nothing")
+    options = parser.parse_args()
+    if options.only:
+        print("\n".join(study_a() if options.only == "a" else study_b()))
+        return
+    out = options.out
     head = [
         "# Two studies of one expert per GPU",
         "",

@@ -14,7 +14,7 @@ from moesaic.planner.cluster import load_cluster
 from moesaic.planner.exchange import measured_ways
 from moesaic.planner.forecast import cells, key, main, predictions, unmeasured
 from moesaic.planner.kernels import expert_layer_s
-from moesaic.planner.operations import blind_rows, file_of
+from moesaic.planner.operations import FOLDER, blind_rows, file_of
 from moesaic.planner.own import own_exchange, own_layers, own_rows, own_spread
 from moesaic.planner.shapes import EIGHT, SHAPES, SPREAD
 from moesaic.planner.spread import busiest_rows, ranks_of_token
@@ -148,14 +148,18 @@ def test_a_token_goes_once_to_each_rank() -> None:
 
 
 def test_published_operations_are_compared_with_what_was_committed(tmp_path: Path) -> None:
-    found = blind_rows()
+    public = Path(__file__).resolve().parents[2] / FOLDER
+    found = blind_rows(public)
     assert [sum(f"round {n}" in r.group for r in found) for n in (1, 2)] == [94, 101]
     errors = [abs(r.error) for r in found if "round 2" in r.group]
     assert sorted(errors)[50] < 0.10
     # Another prediction in the file shows; without a file there is nothing to compare.
     folder = tmp_path / "public"
     folder.mkdir()
-    lines = [x | {"us": 2 * x["us"]} for x in map(json.loads, file_of(2).read_text().splitlines())]
+    lines = [
+        x | {"us": 2 * x["us"]}
+        for x in map(json.loads, file_of(2, public).read_text().splitlines())
+    ]
     file_of(2, folder).write_text("".join(json.dumps(x) + "\n" for x in lines))
     again = blind_rows(folder)
     assert len(again) == 101 and sorted(abs(r.error) for r in again)[50] > 0.5
