@@ -93,6 +93,8 @@ def test_the_measured_cell_writes_curves_then_policies(gpu: None, tmp_path) -> N
     assert done["none"]["plans"] == [[]] * sliced_plans.STEPS
     # Curves that fall as 1 / SMs leave nothing to gain by slicing.
     assert done["adaptive"]["plans"] == [[]] * sliced_plans.STEPS
+    fed = done["adaptive, measured times fed back"]
+    assert fed["samples"] == 64 - sliced_plans.WINDOW and fed["ms"] == fed["whole_ms"] == 1.0
     assert list(done)[-1] == "adaptive" and SUITE.measured(lines[-1]) == cell
 
 

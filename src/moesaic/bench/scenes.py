@@ -36,6 +36,8 @@ WIDTHS = ExpertSpec(num_experts=16, hidden_size=4096, intermediate_size=14336)
 READ_MS = 1e3 * 2 * expert_weight_elements(WIDTHS) / H200_READ_BYTES_PER_S
 ROW_MS = 1e3 * expert_flops(WIDTHS, 1) / FLOPS_PER_S
 TOP_K = 2
+FEEDBACK = "adaptive, measured times fed back"
+"""What the lines call the adaptive policy when it is told how long its steps took."""
 
 Counts = NDArray[np.int64]
 

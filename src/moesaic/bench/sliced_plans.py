@@ -26,6 +26,7 @@ from torch import Tensor
 from ..hardware.green import GreenDevice, GreenError, GreenUnavailable
 from ..runtime.plan import Curves, GroupProfile, MachineSlices, Plan
 from ..runtime.policies import POLICIES
+from ..runtime.policies.guard import Guard
 from ..runtime.policies.replay import WINDOW, oracle, replay
 from ..runtime.policies.sizing import plan_ms
 from ..runtime.seats import Seat
@@ -33,7 +34,7 @@ from ..runtime.sliced import SlicedExperts, run_budgeted
 from ..runtime.sliced_graphs import SlicedGraphs
 from ..types import ExpertWeights
 from .results import Line, make_line
-from .scenes import TOP_K, WIDTHS, Scene, counts_of, curve, scene
+from .scenes import FEEDBACK, TOP_K, WIDTHS, Scene, counts_of, curve, scene
 from .stacks import time_ms
 from .suite import Cell, Context
 from .timing import reason, summary
@@ -41,6 +42,8 @@ from .workloads import make_weights
 
 LAYER = 4
 STEPS = 8
+FED_BACK = 96
+"""Consecutive steps of `fed_back`."""
 ROUNDS = 5
 MOST_PLANS = 16
 SPEC = replace(WIDTHS, num_experts=WIDTHS.num_experts + 1)
@@ -229,15 +232,55 @@ def sample(made: Replayable, ids_TK: Tensor) -> float:
     return time_ms([made.graph], made.stream, repeats=3)
 
 
+def fed_back(
+    layer: Layer, view: Scene, curves: Curves, made: dict[tuple[int, ...], Replayable]
+) -> Line:
+    """Consecutive steps under `adaptive`, each step's measured time handed back to it.
+
+    Every step is also measured unsliced (`whole_ms`), where it was not so already.
+    """
+    guard = Guard(POLICIES["adaptive"], curves, layer.machine)
+    took, ms, whole_ms, used = None, list[float](), list[float](), list[tuple[int, ...]]()
+    for number in range(WINDOW, min(len(view.steps), WINDOW + FED_BACK)):
+        past, step = view.steps[number - WINDOW : number], view.steps[number]
+        plan = guard(
+            GroupProfile(
+                step=number - 1, groups=view.groups, counts_WE=tuple(s.counts_E for s in past),
+                loads_WN=tuple(s.loads_N for s in past),
+                context_VC=tuple(s.context_C for s in (*past, step)), took_ms=took,
+            )
+        )  # fmt: skip
+        sizes, ids_TK = sizes_of(plan, view), ids_from(step.counts_E)
+        if sizes not in made:
+            made[sizes] = capture_plan(layer, view, sizes, ids_TK)
+        ids_TK = ids_TK.to(layer.hidden_TH.device)
+        took = sample(made[sizes], ids_TK)
+        ms.append(took)
+        whole_ms.append(sample(made[()], ids_TK) if sizes else took)
+        used.append(sizes)
+    return {
+        "impl": FEEDBACK, "ms": float(np.mean(ms)), "samples": len(ms),
+        "whole_ms": float(np.mean(whole_ms)), "sliced": sum(map(bool, used)) / len(used),
+        "plans": [list(sizes) for sizes in used], "faults": sum(guard.faults.values()),
+    }  # fmt: skip
+
+
 def measure_steps(
-    layer: Layer, view: Scene, plans: dict[str, list[Plan]], context: Context
+    layer: Layer,
+    view: Scene,
+    plans: dict[str, list[Plan]],
+    made: dict[tuple[int, ...], Replayable],
+    context: Context,
 ) -> tuple[dict[str, list[float]], int]:
-    """Median milliseconds of each policy's steps, interleaved, and how many answers differed."""
+    """Median milliseconds of each policy's steps, interleaved, and how many answers differed.
+
+    `made`: filled with the plans captured.
+    """
     chosen = np.linspace(WINDOW, len(view.steps) - 1, STEPS).astype(int)
     ids = [ids_from(view.steps[i].counts_E) for i in chosen]
     wanted = list(dict.fromkeys(sizes_of(p, view) for row in plans.values() for p in row))
     wanted = [(), STREAMS, *(sizes for sizes in wanted if sizes)][:MOST_PLANS]
-    made = {sizes: capture_plan(layer, view, sizes, ids[0]) for sizes in wanted}
+    made |= {sizes: capture_plan(layer, view, sizes, ids[0]) for sizes in wanted}
     context.say(f"{len(made)} plans captured: {wanted}")
     different, found = 0, dict[str, list[float]]()
     for at, ids_TK in enumerate(ids):
@@ -289,10 +332,13 @@ def measure_cell(cell: Cell, fixed: Line, context: Context) -> None:
     context.record([make_line(fixed, **point) for point in points])
     context.say("curves: " + str({w: [round(t, 2) for t in c.ms] for w, c in curves.items()}))
     plans = plans_of(view, curves, layer.machine)
-    found, different = measure_steps(layer, view, plans, context)
+    made = dict[tuple[int, ...], Replayable]()
+    found, different = measure_steps(layer, view, plans, made, context)
+    learned = fed_back(layer, view, curves, made)
     chosen = np.linspace(WINDOW, len(view.steps) - 1, STEPS).astype(int)
     profile = GroupProfile(step=0, groups=view.groups)
-    lines = []
+    wrong = f"{different} answers differ" if different else None
+    lines = [make_line(fixed, clock="measured", wrong=wrong, **learned)]
     for name, ms in sorted(found.items(), key=lambda pair: pair[0] == "adaptive"):
         expected = [
             plan_ms(profile, view.steps[i].loads_N, plan, curves, layer.machine)
@@ -305,9 +351,10 @@ def measure_cell(cell: Cell, fixed: Line, context: Context) -> None:
                 ms_p80=spread.p80, samples=len(ms),
                 predicted_ms=float(np.mean(expected)) if expected else None,
                 plans=[list(sizes_of(plan, view)) for plan in plans.get(name, ())],
-                wrong=f"{different} answers differ" if different else None,
+                wrong=wrong,
             )
         )  # fmt: skip
     context.record(lines)
-    context.say("; ".join(f"{x['impl']} {x['ms']} ({x['predicted_ms']} predicted)" for x in lines))
+    told = (f"{x['impl']} {x['ms']} ({x.get('predicted_ms')} predicted)" for x in lines)
+    context.say("; ".join(told))
     layer.gpu.close()

@@ -33,7 +33,7 @@ from ...runtime.policies.replay import WINDOW, Replay, oracle, replay
 from ...runtime.predictors import Array, Predictor
 from ..policy_pages import section
 from ..results import Line, Target, at_least, at_most, make_line, stamp
-from ..scenes import Scene, committed_curves, context_of, counts_of, names, scene
+from ..scenes import FEEDBACK, Scene, committed_curves, context_of, counts_of, names, scene
 from ..suite import Cell, Context, Suite
 
 SPEEDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
@@ -293,7 +293,8 @@ def measured_targets(lines: Sequence[Line]) -> list[Target]:
         return []
     rows = {x["impl"]: x["ms"] for x in here if x["clock"] == "measured" and x["ms"]}
     ours, whole = rows.get("adaptive"), rows.get("none")
-    best = min((ms for impl, ms in rows.items() if impl != "oracle"), default=None)
+    fed = [x for x in here if x["impl"] == FEEDBACK and x["ms"]]
+    best = min((ms for impl, ms in rows.items() if impl not in ("oracle", FEEDBACK)), default=None)
     wrong = float(sum(bool(x.get("wrong")) for x in here))
     return [
         at_most(
@@ -303,6 +304,10 @@ def measured_targets(lines: Sequence[Line]) -> list[Target]:
         at_most(
             "measured: adaptive's time over the fastest plan's",
             ours / best if ours and best else None, 1.1,
+        ),
+        at_most(
+            "measured: adaptive with its measured times fed back over not slicing, same steps",
+            fed[0]["ms"] / fed[0]["whole_ms"] if fed else None, 1.02,
         ),
         at_most("measured: policies whose answers differ", wrong if rows else None, 0.0),
     ]  # fmt: skip
