@@ -57,6 +57,7 @@ def assert_same(told: list[dict], *cases: str) -> None:
 
 def test_two_ranks(tmp_path) -> None:
     same = ("plain", "one_each", "symmetric", "rounds", "empty_rank", "nobody", "sixteen_bits")
+    same += ("many_experts", "all_to_one")
     told = run_group(2, tmp_path, *same, "sabotage", "fp8", "control", "lost")
     assert_same(told, *same)
     for found in told:
@@ -69,7 +70,7 @@ def test_two_ranks(tmp_path) -> None:
 
 
 def test_four_ranks_two_nodes_and_replicas(tmp_path) -> None:
-    same = ("all_to_one", "replicas", "many_experts", "nodes")
+    same = ("all_to_one", "replicas", "many_experts", "nodes", "plain", "odd")
     told = run_group(4, tmp_path, *same)
     assert_same(told, *same)
     assert_bytes(told, "nodes")
@@ -93,6 +94,7 @@ def assert_bytes(told: list[dict], case: str) -> None:
 @pytest.mark.slow
 def test_sixteen_ranks_as_four_nodes(tmp_path) -> None:
     same = ("many_experts", "nodes_of_four", "fewer_experts_than_ranks", "all_to_one", "empty_rank")
+    same += ("replicas",)
     told = run_group(16, tmp_path, *same)
     assert_same(told, *same)
     assert_bytes(told, "nodes_of_four")
@@ -100,7 +102,7 @@ def test_sixteen_ranks_as_four_nodes(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_seventeen_ranks(tmp_path) -> None:
-    same = ("odd", "plain", "many_experts", "replicas")
+    same = ("odd", "plain", "many_experts", "replicas", "all_to_one", "fewer_experts_than_ranks")
     assert_same(run_group(17, tmp_path, *same), *same)
 
 

@@ -23,14 +23,17 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 
-def run(ranks: int, *arguments: str) -> str:
-    """The last line that torchrun's ranks print; one rank runs without torchrun."""
-    if torch.cuda.device_count() < ranks:
+def run(ranks: int, *arguments: str, shared: dict[str, str] | None = None) -> str:
+    """The last line that torchrun's ranks print; `shared`: what lets several ranks use one GPU."""
+    if torch.cuda.device_count() < ranks and shared is None:
         pytest.skip(f"needs {ranks} GPUs")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
         [sys.executable, *torchrun, *arguments],
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "4"},
+        env=os.environ
+        | ENVIRONMENT
+        | (shared or {})
+        | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "4"},
         capture_output=True,
         text=True,
         timeout=400,
@@ -43,6 +46,15 @@ def run(ranks: int, *arguments: str) -> str:
 def test_bits_are_those_of_one_gpu(ranks) -> None:
     told = json.loads(run(ranks, str(WORKER)))
     assert len(told) == ranks and len(told[0]) >= (12 if ranks == 1 else 56)
+    faults = [(r, what, f) for r, found in enumerate(told) for what, f in found.items() if f]
+    assert faults == []
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_more_ranks_than_gpus_have_the_bits_of_one(ranks) -> None:
+    more = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+    told = json.loads(run(ranks, str(WORKER.with_name("ep_shared_gpu_worker.py")), shared=more))
+    assert len(told) == ranks and len(told[0]) == 6
     faults = [(r, what, f) for r, found in enumerate(told) for what, f in found.items() if f]
     assert faults == []
 

@@ -65,6 +65,19 @@ def relaunch(gpus: int, arguments: Sequence[str]) -> None:
     os.execv(sys.executable, [*head, f"--nproc-per-node={gpus}", "-m", "moesaic", *arguments])
 
 
+def cut_into(ranks: int, size: int) -> dist.ProcessGroup:
+    """This rank's group when a world of `size` is cut into groups of `ranks`; every rank calls it.
+
+    Every rank belongs to a group: torch counts rendezvous of symmetric memory in each process, and
+    a group of some ranks alone would make a later one of all of them hang (pytorch issue 196082).
+    """
+    cuts = [list(range(r, r + ranks)) for r in range(0, size, ranks)]
+    found, _ = dist.new_subgroups_by_enumeration(cuts)  # type: ignore[no-untyped-call]
+    assert found is not None
+    mine: dist.ProcessGroup = found
+    return mine
+
+
 class Team:
     """The ranks of one run, and the decisions they share."""
 
@@ -86,18 +99,10 @@ class Team:
         self.groups: dict[int, dist.ProcessGroup | None] = {1: None}
 
     def group(self, ranks: int) -> dist.ProcessGroup | None:
-        """This rank's group when the world is cut into groups of `ranks`; None of one rank.
-
-        Every rank calls it and belongs to a group: torch counts rendezvous of symmetric memory in
-        each process, and a group of some ranks alone would make a later one of all of them hang
-        (pytorch issue 196082).
-        """
+        """This rank's group when the world is cut into groups of `ranks`; None of one rank."""
         if ranks not in self.groups:
-            if ranks == self.size:
-                self.groups[ranks] = dist.group.WORLD
-            else:
-                cuts = [list(range(r, r + ranks)) for r in range(0, self.size, ranks)]
-                self.groups[ranks], _ = dist.new_subgroups_by_enumeration(cuts)  # type: ignore[no-untyped-call]
+            whole = ranks == self.size
+            self.groups[ranks] = dist.group.WORLD if whole else cut_into(ranks, self.size)
         return self.groups[ranks]
 
     def first(self, value: float) -> float:
