@@ -1,19 +1,23 @@
 """Run every kernel on a small grid under compute-sanitizer and write what it found.
 
-    python benchmarks/sanitize.py [--out benchmarks/results]
+    python benchmarks/sanitize.py [--out benchmarks/results] [--sanitizer path/compute-sanitizer]
 
-One process per tool (memcheck, racecheck) runs the layer on each path, routing, sorting, the fused
-three-layer expert and the LoRA application. Two more run planted faults, an out-of-bounds store
-and a shared-memory race, which the tools must find: a tool that finds nothing there proves nothing.
+One process per tool (memcheck, racecheck) and path runs the layer, every kind of Hopper tile,
+routing, sorting, the fused three-layer expert and the LoRA application. More run planted faults: an
+out-of-bounds store, a shared-memory race, and a Hopper kernel whose consumer gives a stage of the
+ring back before it has read it. The tools must find them: one that finds nothing there proves
+nothing. Versions before 2026.1 report hand-overs through mbarriers as races (their release notes).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,6 +54,69 @@ def plant_racecheck() -> None:
     """
     kernel = torch.cuda._compile_kernel(source, "race")
     kernel((1, 1, 1), (64, 1, 1), (torch.empty(64, device="cuda"),))
+
+
+def plant_hopper() -> None:
+    """The decode kernel with its stages given back before they are read, on the reduced grid.
+
+    Raises:
+        RuntimeError: the kernel's text is no longer the one that the fault is planted in.
+    """
+    from moesaic.kernels.hopper import decode, launch
+
+    text = Path(str(decode.__file__)).read_text(encoding="utf-8")
+    wait = "            mbarrier.wait(p.full.index(i), (c // p.NB) & 1)\n"
+    back = "mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1"
+    late, last = f"            {back}, pred=k > 0)\n", f"        {back})\n"
+    if not text.count(wait) == text.count(late) == text.count(last) == 1:
+        raise RuntimeError("decode.py changed: plant the fault anew")
+    early = "            mbarrier.arrive(p.empty.index(i), count=1)\n"
+    text = text.replace(late, "").replace(last, "").replace(wait, wait + early)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "planted.py"
+        path.write_text(text.replace("from .", "from moesaic.kernels.hopper."), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("planted", path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules["planted"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        launch.KERNELS["decode"] = module.decode_kernel
+        for name, call in tiles():
+            if name.startswith("tile decode 16x64"):
+                call()
+                torch.cuda.synchronize()
+
+
+def tiles() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Both products on every kind of Hopper tile, several tiles a program, rings shorter than K."""
+    from moesaic.kernels.batching import batch_rows
+    from moesaic.kernels.gather import gather_rows
+    from moesaic.kernels.hopper.launch import HopperConfig, grouped_mm_hopper
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    hidden, up, down = normal(150, 320), normal(3, 384, 320), normal(3, 320, 192)
+    ids = torch.rand(150, 3, device="cuda").topk(2, 1).indices.int()
+    kinds = [("decode", 16, 64, 3), ("decode", 64, 128, 3), ("prefill", 128, 256, 4)]
+    kinds += [("tall", 256, 128, 4), ("tall", 384, 128, 3)]
+
+    def both(config: HopperConfig) -> None:
+        sort, tasks = batch_rows(ids, 3, heights=(config.bm,))
+        gather = config.kernel != "tall"
+        rows = hidden if gather else gather_rows(hidden, sort.order_S, 2)
+        order_S = sort.order_S if gather else None
+        act = grouped_mm_hopper(
+            rows, up, tasks, hidden.new_empty((300, 192)), config=config, num_sms=2,
+            order_S=order_S, top_k=2, gated=True, activation="silu", ticket=0, pdl="wait",
+        )  # fmt: skip
+        grouped_mm_hopper(
+            act, down, tasks, hidden.new_empty((300, 320)), config=config, num_sms=2, ticket=1,
+            pdl="prefetch",
+        )  # fmt: skip
+
+    for kernel, bm, bn, stages in kinds:
+        config = HopperConfig(kernel, bm, bn, stages)  # type: ignore[arg-type]
+        yield f"tile {kernel} {bm}x{bn}", lambda c=config: both(c)
 
 
 def layers(impl: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -108,7 +175,8 @@ def pieces() -> Iterator[tuple[str, Callable[[], object]]]:
 def run_grid(impl: str) -> None:
     """Every call of one path once, then wait for the device."""
     torch.manual_seed(0)
-    for name, call in (*layers(impl), *(pieces() if impl == "triton" else ())):
+    more = pieces() if impl == "triton" else tiles()
+    for name, call in (*layers(impl), *more):
         call()
         torch.cuda.synchronize()
         sys.stdout.write(f"ran {name}\n")
@@ -119,18 +187,27 @@ JOBS: dict[str, Callable[[], None]] = {
     "grid_hopper": lambda: run_grid("hopper"),
     "plant_memcheck": plant_memcheck,
     "plant_racecheck": plant_racecheck,
+    "plant_hopper": plant_hopper,
 }
+PLANTED = {"memcheck": ("plant_memcheck",), "racecheck": ("plant_racecheck", "plant_hopper")}
 
 
-def check(tool: str, job: str) -> dict[str, object]:
+def version_of(sanitizer: str) -> str:
+    """What the program says its version is."""
+    run = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"Version (\S+)", run.stdout)
+    return found[1] if found else "unknown"
+
+
+def check(tool: str, job: str, sanitizer: str) -> dict[str, object]:
     """Run `job` of this file under `tool`; what it reported."""
-    command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all"]
+    command = [sanitizer, "--tool", tool, "--target-processes", "all", "--print-limit", "400"]
     child = [*command, sys.executable, __file__, "--job", job]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(child, capture_output=True, text=True, env=environment, check=False)
     text = (done.stdout + done.stderr).replace(f"{Path.cwd()}/", "")
     counts = [int(n) for n in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)]
-    return line_of(tool, job, text, counts, done.returncode)
+    return line_of(tool, job, text, counts, done.returncode, version_of(sanitizer))
 
 
 def main() -> int:
@@ -139,6 +216,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--only", nargs="*", default=[], help="tool/job pairs, all by default")
     parser.add_argument("--job", choices=JOBS)
+    parser.add_argument("--sanitizer", default="compute-sanitizer", help="the program to run")
     args = parser.parse_args()
     if args.job:
         JOBS[args.job]()
@@ -150,9 +228,9 @@ def main() -> int:
     for grid in GRIDS:
         JOBS[grid]()
     for tool in TOOLS:
-        for job in (*GRIDS, f"plant_{tool}"):
+        for job in (*GRIDS, *PLANTED[tool]):
             if not args.only or f"{tool}/{job}" in args.only:
-                line = make_line(stamped, **check(tool, job))
+                line = make_line(stamped, **check(tool, job, args.sanitizer))
                 recorder.record([line])
                 print(tool, job, "reported", line["reported"], "in", line["calls"], "calls")
     return 0 if all(target.met for target in recorder.targets()) else 1

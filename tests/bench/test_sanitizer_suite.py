@@ -12,7 +12,7 @@ def lines_of(reported: dict[tuple[str, str], int]) -> list[Line]:
     return [
         make_line(
             {"suite": "sanitizer"},
-            **sanitizer.line_of(tool, job, "\nran a\nran b\n= SUMMARY", [count], 0),
+            **sanitizer.line_of(tool, job, "\nran a\nran b\n= SUMMARY", [count], 0, "2026.4"),
         )
         for (tool, job), count in reported.items()
     ]
@@ -25,6 +25,7 @@ GOOD = {
     ("racecheck", "grid_hopper"): 0,
     ("memcheck", "plant_memcheck"): 4,
     ("racecheck", "plant_racecheck"): 1,
+    ("racecheck", "plant_hopper"): 7,
 }
 
 
@@ -41,6 +42,7 @@ def test_clean_grids_and_found_faults_meet_every_target() -> None:
         {("racecheck", "grid_hopper"): 19},
         {("memcheck", "plant_memcheck"): 0},
         {("memcheck", "grid_triton"): None},
+        {("racecheck", "plant_hopper"): 0},
     ],
 )
 def test_a_finding_a_missed_fault_or_a_missing_job_fails(change: dict) -> None:
