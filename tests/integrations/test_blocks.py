@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import moesaic
 from moesaic.integrations import blocks
 from moesaic.integrations.blocks import BLOCK, recognise_block
 
+TABLE = Path(__file__).parents[2] / "benchmarks" / "transformers-families.json"
 FAMILIES = ("qwen3_moe", "deepseek_v3", "qwen2_moe")  # plain, shared expert, shared with a gate
 
 
@@ -60,7 +63,8 @@ def test_a_block_has_the_bits_of_its_parts(
 
 def test_blocks_of_every_family_have_the_bits_of_their_parts(calls: list[int]) -> None:
     pieces = []
-    for family in families():
+    known = json.loads(TABLE.read_text("utf-8"))  # a newer transformers may have more
+    for family in (name for name in families() if name in known):
         model, ids_BN = attached(family)
         calls.clear()
         with torch.no_grad():
