@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from ...kernels.hopper.fit import COLUMNS, SHARED_LIMIT
+from ...kernels.hopper.fit import COLUMNS, ROWS, SHARED_LIMIT
 from ...kernels.hopper.fit import shared_bytes as hopper_bytes
 from ...kernels.tune import GemmConfig, Problem, rows_per_expert, shared_bytes, shared_limit
 from ..workloads import Model
 
 Cut = TypeVar("Cut")
 Group = tuple[int, ...]
+SORTED = ("tall", "wide")
+"""Kernels that take rows copied together."""
 PAPER_MLP = (64, 64, 32)
 PAPER_GEMM = (128, 128, 64)
 
@@ -155,9 +157,10 @@ def tiles_of(bm: int, *, few_rows: bool) -> tuple[Tile, ...]:
     if bm == 128:
         stages = deepest("prefill", 128, 256)
         found += [Tile("prefill", 128, 256, stages, group_m=m) for m in (8, 4)]
-    if bm >= 128:
-        stages = deepest("tall", bm, 128)
-        found += [Tile("tall", bm, 128, stages, group_m=m) for m in (8, 4)]
+    for kernel in SORTED:
+        if bm >= 128 and bm in ROWS.get(kernel, ()):
+            stages = deepest(kernel, bm, 128)
+            found += [Tile(kernel, bm, 128, stages, group_m=m) for m in (8, 4)]
     return tuple(dict.fromkeys(found))
 
 
