@@ -78,7 +78,24 @@ def test_presets_and_overrides() -> None:
         load_cluster("H300x4")
 
 
+LEVELS = "[{nodes: 4, oversubscription: 2}, {nodes: 16, oversubscription: 8, latency_us: 5}]"
+
+
+def test_levels_narrow_what_leaves_a_group() -> None:
+    text = CLUSTER.replace("nodes: 2", "nodes: 64")
+    flat = cluster(text).network
+    deep = cluster(text.replace("gb_per_s: 50}", f"gb_per_s: 50, levels: {LEVELS}}}")).network
+    assert flat is not None and deep is not None
+    assert deep.at(4) == flat.at(4)
+    # Of 8 nodes a node sends 4/7 out of its group of 4, over half of the bandwidth.
+    assert deep.at(8)[0] == pytest.approx(min(flat.at(8)[0], 48e9 / 2 * 7 / 4))
+    assert deep.at(64)[0] == pytest.approx(48e9 / 8 * 63 / 48)
+    assert deep.at(64)[1] == pytest.approx(flat.at(64)[1] + 5e-6)
+
+
 BAD_CLUSTERS = [
+    ("gb_per_s: 50", "gb_per_s: 50, levels: [{nodes: 1, oversubscription: 2}]", r":11: nodes must"),
+    ("gb_per_s: 50", "gb_per_s: 50, levels: [{nodes: 2, oversubscription: 0.5}]", r":11: oversub"),
     ("nodes: 2", "nods: 2", r"c\.yaml:1: nodes is missing|c\.yaml:2: unknown field 'nods'"),
     ("tflops: 400", "tflops: 0", r"c\.yaml:5: tflops must be a number in \(0, inf\], got '0'"),
     ("mfu: 0.6", "mfu: 1.6", r"c\.yaml:6: mfu must be a number in \(0, 1\], got '1\.6'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -194,11 +195,15 @@ def test_the_runtime_runs_on_the_planners_placement_file(
 ) -> None:
     (tmp_path / "m.yaml").write_text(MODEL_FILE)
     (tmp_path / "w.yaml").write_text(WORK_FILE)
+    (tmp_path / "c.yaml").write_text("preset: H200\nnodes: 1\nusd_per_gpu_hour: 2.5\n")
     plan_command(
-        model=tmp_path / "m.yaml", cluster="H200", workload=tmp_path / "w.yaml",
+        model=tmp_path / "m.yaml", cluster=str(tmp_path / "c.yaml"), workload=tmp_path / "w.yaml",
         out=tmp_path / "out", explained=False, results=tmp_path, workers=1, layers=2,
     )  # fmt: skip
-    capsys.readouterr()
+    assert "USD per million tokens, at 2.5 USD per GPU" in capsys.readouterr().out
+    best = json.loads((tmp_path / "out/plan.json").read_text())["predictions"][0]
+    paid = 2.5 * best["gpus"] / 3600 / best["tokens_per_s"] * 1e6
+    assert best["usd_per_million_tokens"] == pytest.approx(paid)
     source = Path(__file__).resolve().parents[2] / "src"
     environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
     ranks = [

@@ -64,11 +64,21 @@ class Gpu:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Level:
+    """A dimension above the nodes: groups of so many nodes, whose way out is `oversubscribed`."""
+
+    nodes: int
+    oversubscription: float
+    latency_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Network:
     """The links between nodes: `nics` a node of `bytes_per_s` each, already times efficiency.
 
     `step_s` is added for every doubling of the nodes beyond two, `falloff` is the share of the
-    bandwidth lost with every doubling beyond two.
+    bandwidth lost with every doubling beyond two. `levels` are groups of nodes, groups of groups
+    and so on: what leaves a group shares a way out that is narrower than the NICs below it.
     """
 
     nics: int
@@ -76,12 +86,20 @@ class Network:
     latency_s: float
     step_s: float
     falloff: float
+    levels: tuple[Level, ...] = ()
 
     def at(self, nodes: int) -> tuple[float, float]:
         """Bytes per second of a NIC and the latency when `nodes` exchange all to all."""
         doublings = max(0.0, math.log2(max(nodes, 1)) - 1)
         rate = self.bytes_per_s * (1 - self.falloff) ** doublings
-        return rate, self.latency_s + self.step_s * doublings
+        latency = self.latency_s + self.step_s * doublings
+        for level in self.levels:
+            if nodes > level.nodes:
+                # Of what a node sends to the others, so much leaves its group.
+                leaves = (nodes - level.nodes) / (nodes - 1)
+                rate = min(rate, self.bytes_per_s / (level.oversubscription * leaves))
+                latency += level.latency_s
+        return rate, latency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,12 +342,28 @@ def _network(
         latency_s=_or(given, base, "latency_us", 20.0) * 1e-6,
         step_s=_or(given, base, "step_us", 2.5) * 1e-6,
         falloff=_or(given, base, "falloff", 0.01),
+        levels=_levels(given),
     )
     if given is not None:
         if found.falloff >= 1:
             raise given.wrong("falloff", "a number in [0, 1)", found.falloff)
         given.done()
     return found
+
+
+def _levels(given: Block | None) -> tuple[Level, ...]:
+    """Groups of nodes, the smallest first, each of whole groups of the one before."""
+    found: list[Level] = []
+    for block in given.blocks("levels") if given is not None and "levels" in given else ():
+        nodes = block.integer("nodes")
+        below = found[-1].nodes if found else 1
+        if nodes <= below or nodes % below:
+            raise block.wrong("nodes", f"a larger multiple of the {below} below", nodes)
+        narrow = block.number("oversubscription", low=1.0)
+        latency = block.number("latency_us", 0.0) * 1e-6
+        block.done()
+        found.append(Level(nodes=nodes, oversubscription=narrow, latency_s=latency))
+    return tuple(found)
 
 
 def _graph(block: Block, nodes: int, network: Network | None) -> Network | None:

@@ -14,7 +14,15 @@ from typing import Any
 
 from .cluster import Gpu, load_cluster
 from .exchange import Ways, measured_ways
-from .kernels import KernelTable, Measured, device_lines, expert_layer_s, fit_table, measured_layers
+from .kernels import (
+    KernelTable,
+    Measured,
+    device_lines,
+    expert_layer_s,
+    fit_table,
+    measured_layers,
+    path_of,
+)
 from .shapes import EIGHT, FIELD, SHAPES, SPREAD
 from .spread import WIDTHS, exchange_cell_s, experts_of_layers, layer_s
 
@@ -109,7 +117,7 @@ def own_spread(results: Path) -> list[Row]:
         if not ways or x["model"] not in ALL or x["routing"] != "uniform":
             continue
         gpus, (spec, top_k) = int(clock.removeprefix("layer-ep")), ALL[x["model"]]
-        table = table_without(layers, x["model"], "hopper", gpu)
+        table = table_without(layers, x["model"], path_of(spec), gpu)
         found = layer_s(gpu, spec, top_k, x["tokens"], gpus, table, ways)
         held = "model and 4 GPUs held out" if gpus == 4 else "model held out"
         what = f"{x['model']}, {x['tokens']} tokens in all, {gpus} GPUs"
