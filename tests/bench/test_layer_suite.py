@@ -11,7 +11,7 @@ import pytest
 import torch
 from nvml_double import Driver
 
-from moesaic.bench import command
+from moesaic.bench import command, report
 from moesaic.bench.layer_targets import MIXTRAL, layer_targets
 from moesaic.bench.layers import Machine
 from moesaic.bench.report import section
@@ -121,6 +121,10 @@ def test_windows_give_joules_a_token_and_host_time(tmp_path: Path) -> None:
     assert mine["samples"] == 1000 and layer.measured(mine) == Cell("tiny", 1, clock="host")
     targets = layer.window_targets([energy, mine], layer.cells())
     assert [t.met for t in targets] == [False, False] and targets[1].value == 1.0
+    text, _ = layer.SUITE.section([energy, *host], [], tmp_path, "x", "figures")
+    mj, us = report.short(energy["joules_per_token"] * 1e3), report.short(mine["ms"] * 1e3)
+    assert f"| tiny | 8 | moesaic | {mj} |" in text and f"| tiny | moesaic | {us} |" in text
+    assert "505 of 505 cells" in text and "| experts | OLMoE | worst | 1, 4, 16" in text
     driver.gone = True
     (lost, *_) = layer.measure(Cell("tiny", 8, clock="energy"), shelf, STAMP, 0)
     assert lost["ms"] is None and "no energy" in lost["error"] and layer.measured(lost) is None

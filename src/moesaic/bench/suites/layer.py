@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from ...hardware.energy import Unavailable
 from ...hardware.meter import EnergyMeter, open_meter
 from ...types import RouterSpec
 from ..baselines import BASELINES, LIGER, Forward
+from ..layer_page import layer_section
 from ..layer_targets import layer_targets
 from ..layer_windows import HOST_MODEL, WINDOW_S, measure_windows
 from ..layers import Candidate, Loaded, Machine, candidates_of, load, measure_cell
@@ -346,6 +348,13 @@ def window_targets(lines: Sequence[Line], every: Sequence[Cell]) -> list[Target]
     ]
 
 
+def section(
+    lines: Sequence[Line], targets: Sequence[Target], root: Path, device: str, folder: str
+) -> tuple[str, dict[str, str]]:
+    """The page's part."""
+    return layer_section(lines, targets, f"{NAME}-{device}", folder, cells(), measured)
+
+
 SUITE = Suite(
     name=NAME,
     about="the layer as impl auto runs it, against its floor and the field, on one GPU",
@@ -354,4 +363,5 @@ SUITE = Suite(
     summarize=summarize,
     budget_s=1200.0,
     measured=measured,
+    section=section,
 )
