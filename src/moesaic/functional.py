@@ -173,7 +173,10 @@ def moe(
         key = _repeatable(tensors, weights, spec, impl, counters, num_sms)
         known = None if key is None else _known.get(key)
         if known is not None:
-            repeated_TH: Tensor = known(*tensors, counters=counters, num_sms=num_sms, key=key)
+            repeated_TH: Tensor = known(
+                hidden_TH, topk_ids_TK, topk_weights_TK, up=weights.up, down=weights.down,
+                counters=counters, num_sms=num_sms, key=key,
+            )  # fmt: skip
             return repeated_TH
         check_moe(hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec)
         chosen = choose_impl(impl, hidden_TH.device, hidden_TH.dtype, spec)
