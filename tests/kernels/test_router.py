@@ -91,7 +91,7 @@ def test_what_the_tensor_cores_cannot_take_is_refused(kernel_device: torch.devic
         route_hidden(hidden, weight, **SOFTMAX)
     with pytest.raises(ValueError, match="multiple of 16"):
         route_hidden(hidden[:, :24].half(), weight[:, :24].half(), **SOFTMAX)
-    with pytest.raises(ValueError, match="sigmoid. only"):
+    with pytest.raises(ValueError, match=r"sigmoid. only"):
         route_hidden(hidden.half(), weight.half(), None, torch.zeros(4), **SOFTMAX)
 
 
