@@ -291,8 +291,8 @@ with their sources in `public.yaml` and `operations.json`, all in `src/moesaic/p
    first five were 26.4 % off in the median. Then placements were planned from the past, to meet
    other draws, where they had been planned from the very counts they met; no parameter changed. The
    goal is missed: four of the six are 21 to 38 % too fast, for what a serving engine adds
-   (scheduling, sampling, transfers of caches, gaps between launches) is not modelled, and the H20 is
-   38 % too slow, whose kernels must reach a larger share of its small peak than the shares of the
+   (scheduling, sampling, transfers of caches, gaps between launches) is not modelled, and the H20
+   is 38 % too slow: its kernels must reach a larger share of its small peak than the shares of the
    other cards, from which its preset was made.
 """
 
