@@ -144,12 +144,15 @@ def _load_rows_shared(p, work, GUEST: gl.constexpr):
     """
     begin(p)
     tiles = tile_count(work)
-    t = draw_shared(p.order_ptr, tiles, work, GUEST)
-    c = t * 0
+    t = tiles * 0
+    c = tiles * 0
+    # One draw, inside the loop: of an atomic before a loop ptxas 12.8 makes a branch after which
+    # the warp does not come together again, and the loop's uniform instructions are then illegal.
     while t < tiles:
-        e, row_start, rows, m, n = locate(t, work)
-        c = _load_tile(p, c, e, row_start, rows, m, n)
         t = draw_shared(p.order_ptr, tiles, work, GUEST)
+        if t < tiles:
+            e, row_start, rows, m, n = locate(t, work)
+            c = _load_tile(p, c, e, row_start, rows, m, n)
     _end(p, c)
 
 
