@@ -51,7 +51,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sliced_plans, "GreenDevice", FakeGreen)
     monkeypatch.setattr(sliced_plans, "SPEC", TINY)
     monkeypatch.setattr(sliced_plans, "capture", capture)
-    monkeypatch.setattr(sliced_plans, "capture_groups", capture)
     monkeypatch.setattr(sliced_plans, "sample", lambda made, ids_TK: 1.0)
     monkeypatch.setattr(
         sliced_plans, "run_budgeted",

@@ -19,7 +19,6 @@ from moesaic.packing import pack
 from moesaic.parallel.expert_parallel import ExpertParallel, Options
 from moesaic.runtime.seats import Seat, SeatedWork
 from moesaic.runtime.sliced import SlicedExperts, group_ids, run_budgeted
-from moesaic.runtime.sliced_graphs import SlicedGraphs
 from moesaic.types import ExpertSpec
 
 CPU = torch.device("cpu")
@@ -80,13 +79,6 @@ def test_a_budget_is_refused_where_nothing_obeys_it() -> None:
         layer(*args)
 
 
-def test_graphs_of_groups_need_streams() -> None:
-    spec, weights = draw_layer("swiglu", 4, 64, 48, CPU, torch.float32)
-    sliced = SlicedExperts(weights, spec, [[0, 1], [2, 3]])
-    with pytest.raises(ValueError, match="a stream for every seat"):
-        SlicedGraphs(sliced, *layer_inputs(spec, 5, 2, torch.float32, CPU), None)
-
-
 def test_a_new_seat_chooses_among_graphs_and_never_captures() -> None:
     made: list[int] = []
 
@@ -139,11 +131,3 @@ def test_slices_graphs_and_budgets_have_the_bits_of_the_layer(kind: str, tokens:
             torch.cuda.synchronize()
             assert torch.equal(out, whole)
             del graph
-            graphs = SlicedGraphs(sliced, *args, torch.cuda.Stream())
-            for _ in range(2):
-                graphs.out_TH.fill_(float("nan"))
-                torch.cuda.synchronize()
-                graphs.replay()
-                graphs.stream.synchronize()
-                assert torch.equal(graphs.out_TH, whole)
-            del graphs

@@ -31,7 +31,6 @@ from ..runtime.policies.replay import WINDOW, oracle, replay
 from ..runtime.policies.sizing import plan_ms
 from ..runtime.seats import Seat
 from ..runtime.sliced import SlicedExperts, run_budgeted
-from ..runtime.sliced_graphs import SlicedGraphs
 from ..types import ExpertWeights
 from .results import Line, make_line
 from .scenes import FEEDBACK, TOP_K, WIDTHS, Scene, counts_of, curve, scene
@@ -132,15 +131,6 @@ def capture(layer: Layer, ids_TK: Tensor, call: Any, stream: Any) -> Replayable:
     return Replayable(graph, ids_TK, out_TH, stream, keep=(call, args))
 
 
-def capture_groups(layer: Layer, ids_TK: Tensor, sliced: SlicedExperts, stream: Any) -> Replayable:
-    """As `capture`, a graph for each group: they run side by side only so."""
-    ids_TK = ids_TK.to(layer.hidden_TH.device).clone()
-    tokens, top_k = ids_TK.shape
-    share_TK = layer.share_TK[:tokens, :top_k].contiguous()
-    graphs = SlicedGraphs(sliced, layer.hidden_TH[:tokens], ids_TK, share_TK, stream)
-    return Replayable(graphs, ids_TK, graphs.out_TH, stream)
-
-
 def alone_ms(layer: Layer, ids_TK: Tensor, sms: int) -> float:
     """Milliseconds of these rows alone on a part of so many SMs; the whole GPU for all of them."""
     whole = sms == layer.machine.total_sms
@@ -222,7 +212,7 @@ def capture_plan(layer: Layer, view: Scene, sizes: tuple[int, ...], ids_TK: Tens
     else:
         seats = [Seat(part.sms, part.stream) for part in layer.gpu.carve(sizes)]
     sliced = SlicedExperts(layer.weights, SPEC, members(view), seats)
-    return capture_groups(layer, ids_TK, sliced, torch.cuda.Stream())  # type: ignore[no-untyped-call]
+    return capture(layer, ids_TK, sliced, torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
 
 def sample(made: Replayable, ids_TK: Tensor) -> float:

@@ -125,28 +125,10 @@ class SlicedExperts:
         with torch.no_grad():
             if hidden_TH.shape[0] == 0:
                 return torch.empty_like(hidden_TH)
-            ids_GTK = self.ids_of(topk_ids_TK, ids_GE)
+            ids_GTK = (self._ids_GE if ids_GE is None else ids_GE)[:, topk_ids_TK.long()]
             if hidden_TH.device.type != "cuda":
                 return self._in_turn(hidden_TH, ids_GTK, topk_weights_TK)
             return self._side_by_side(hidden_TH, ids_GTK, topk_weights_TK)
-
-    def ids_of(self, topk_ids_TK: Tensor, ids_GE: Tensor | None = None) -> Tensor:
-        """What every group sees of the ids, (G, T, K): -1 for the slots of others."""
-        return (self._ids_GE if ids_GE is None else ids_GE)[:, topk_ids_TK.long()]
-
-    def group_rows(self, g: int, hidden_TH: Tensor, ids_TK: Tensor, rows_GSH: Tensor) -> Tensor:
-        """Write a group's rows on the current stream; where each slot's row is, -1 for others'."""
-        position_S = self._rows(hidden_TH, ids_TK, rows_GSH[g], self.seats[g].sms or None)
-        return torch.where(position_S >= 0, position_S + g * rows_GSH.shape[1], -1)
-
-    def sum_rows(
-        self, rows_GSH: Tensor, positions: Sequence[Tensor], topk_weights_TK: Tensor
-    ) -> Tensor:
-        """The weighted sum (T, H) of all groups' rows in top-k slot order."""
-        from ..kernels.combine import combine
-
-        position_TK = torch.stack(list(positions)).amax(0).view_as(topk_weights_TK)
-        return combine(rows_GSH.flatten(0, 1), position_TK, topk_weights_TK.contiguous())
 
     def _in_turn(self, hidden_TH: Tensor, ids_GTK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Unrounded rows of one group after the other, then the sum in slot order."""
@@ -170,6 +152,8 @@ class SlicedExperts:
 
     def _side_by_side(self, hidden_TH: Tensor, ids_GTK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Every group on its stream into its part of the rows, then one combine of all parts."""
+        from ..kernels.combine import combine
+
         slots, here = topk_weights_TK.numel(), torch.cuda.current_stream()
         rows_GSH = hidden_TH.new_empty((len(self.seats), slots, hidden_TH.shape[1]))
         positions = []
@@ -177,12 +161,14 @@ class SlicedExperts:
             stream = seat.stream or here
             stream.wait_stream(here)
             with torch.cuda.stream(stream):
-                positions.append(self.group_rows(g, hidden_TH, ids_GTK[g], rows_GSH))
+                position_S = self._rows(hidden_TH, ids_GTK[g], rows_GSH[g], seat.sms or None)
+                positions.append(torch.where(position_S >= 0, position_S + g * slots, -1))
         for seat, position_S in zip(self.seats, positions, strict=True):
             here.wait_stream(seat.stream or here)
             if seat.stream is not None and not torch.cuda.is_current_stream_capturing():
                 position_S.record_stream(here)
-        return self.sum_rows(rows_GSH, positions, topk_weights_TK)
+        position_TK = torch.stack(positions).amax(0).view_as(topk_weights_TK)
+        return combine(rows_GSH.flatten(0, 1), position_TK, topk_weights_TK.contiguous())
 
     def _rows(
         self, hidden_TH: Tensor, ids_TK: Tensor, rows_SH: Tensor, num_sms: int | None
