@@ -53,7 +53,13 @@ def run(folder: Path, cells: list[Cell], slow: float = 1.05, lost: bool = False)
         return InventedLab(wanted, tokens, slow)
 
     compiled: list[str] = []
-    tools = Tools(make_lab, lambda request, *_: compiled.append(request.model.name))
+
+    def compile_all(requests: Any, advance: Any, say: Any, done: Any) -> None:
+        for number, request in enumerate(requests):
+            compiled.append(request.model.name)
+            done(number)
+
+    tools = Tools(make_lab, compile_all)
     recorder = Recorder(folder, "h200", "tune", tune.summarize)
     context = Context(torch.device("cpu"), recorder, budget_s=60.0)
     tune.run(cells, context, tools=tools, facts=FACTS)

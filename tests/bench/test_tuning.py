@@ -275,7 +275,7 @@ JITFunction.run = noted
 tiny = Model("tiny", 8, 2, 128, 192)
 wanted = compiling.Request(tiny, "bfloat16", (1, 16, 2048), ("triton", "hopper"), 90, "h200", 132)
 for share in (0, 1):
-    compiling.compile_share(wanted, share, 2, lines.append)
+    compiling.compile_share([wanted], share, 2, lines.append)
 assert JITFunction.run is noted
 first = dict(seen)
 
@@ -317,9 +317,9 @@ def test_every_job_reaches_its_kernel_once() -> None:
                          text=True, timeout=300, check=False)  # fmt: skip
     assert run.returncode == 0, run.stderr
     seen, lines, count, calls = json.loads(run.stdout)
-    assert lines == ["compiled"] * count
+    assert sorted(lines) == ["compiled"] * count + ["done 0"] * 2
     kinds = {"grouped_mm_kernel", "decode_kernel", "prefill_kernel", "tall_kernel"}
-    kinds |= {"gather_kernel", "pair_kernel"}
+    kinds |= {"gather_kernel", "pair_kernel", "route_kernel"}
     assert set(seen) == kinds and sum(seen.values()) - seen["gather_kernel"] == count
     tiles = ["decode_kernel", "gather_kernel"]
     batching = ["sort_small_kernel"]
@@ -364,8 +364,22 @@ def test_a_request_travels_whole_and_maps_have_their_real_sizes() -> None:
     assert sizes == [8, 128]
 
 
+def test_layers_of_as_many_experts_share_what_is_compiled() -> None:
+    few = [request(MODELS[name], (1, 64), ("hopper",)) for name in
+           ("Qwen3-30B-A3B", "Qwen3-235B-A22B", "DeepSeek-V3")]  # fmt: skip
+    plan = compiling.plan_of([*few, replace(few[0], dtype="float16")])
+    assert len(plan[0]) > 30 and len(plan[3]) == len(plan[0])
+    # The same K and E: but for a heuristic's own tile all is there; a single token's tasks are K.
+    alone = [job for job in plan[2] if job[0] == "hopper" and job[1]]
+    assert len(plan[1]) <= 2 and not alone and len(plan[2]) > 15
+    assert sum(map(len, compiling.plan_of([request(), request()]))) == len(
+        compiling.jobs(request())
+    )
+
+
 def test_workers_are_read_to_their_end_and_a_bad_status_is_told(monkeypatch) -> None:
-    program = "import sys; print('compiled'); print('odd'); sys.exit(int(sys.argv[-2]) % 2)"
+    lines = "print('compiled'); print('odd'); print('done 0')"
+    program = f"import sys; {lines}; sys.exit(int(sys.argv[-2]) % 2)"
     start = subprocess.Popen
 
     def started(command: list[str], **more: Any) -> Any:
@@ -374,7 +388,8 @@ def test_workers_are_read_to_their_end_and_a_bad_status_is_told(monkeypatch) -> 
     monkeypatch.setattr(compiling.subprocess, "Popen", started)
     steps: list[int] = []
     told: list[str] = []
-    compiling.compile_all(request(), lambda: steps.append(1), told.append, 1)
-    assert (len(steps), told) == (2, ["odd"])
+    through: list[int] = []
+    compiling.compile_all([request()], lambda: steps.append(1), told.append, through.append, 1)
+    assert (len(steps), told, through) == (2, ["odd"], [0])
     with pytest.raises(RuntimeError, match="status 1"):
-        compiling.compile_all(request(), lambda: steps.append(1), told.append, 2)
+        compiling.compile_all([request()], lambda: steps.append(1), told.append, processes=2)

@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from ..suite import Cell, Context, Suite
 from ..timing import DeviceLost
 from ..tuning.cell import WITHIN, Result, tune_cell
 from ..tuning.command import Tools, device_facts, one_line, real_tools
-from ..tuning.compiling import Request, jobs, space_of
+from ..tuning.compiling import Request, space_of
 from ..tuning.grid import problem_for
 from ..workloads import Model
 from .layer import SHAPES
@@ -67,36 +67,30 @@ def request_of(model: Model, wanted: Sequence[Cell], facts: tuple[str, int, int]
 
 
 class Ahead:
-    """Compiles the next model's candidates while the one before it is timed."""
+    """Compiles the candidates of every model, in order, while those before are timed."""
 
     def __init__(self, requests: Sequence[Request], tools: Tools, context: Context) -> None:
-        self.left = list(requests)
-        self.tools, self.context = tools, context
-        self.thread: Thread | None = None
-        self.told: set[Any] = set()
+        self.requests, self.tools, self.context = requests, tools, context
+        self.ready = [Event() for _ in requests]
+        self.thread = Thread(target=self._compile, daemon=True)
+        self.thread.start()
 
-    def _compile(self, request: Request) -> None:
-        started = self.context.elapsed_s()
+    def _compile(self) -> None:
         try:
-            self.tools.compile_all(request, lambda: None, self.context.say)
+            self.tools.compile_all(self.requests, lambda: None, self.context.say, self._done)
         except RuntimeError as error:
-            self.context.say(f"compiling {request.model.name}: {one_line(error)}")
-        spent = self.context.elapsed_s() - started
-        self.context.say(f"compiled {len(jobs(request))} for {request.model.name}, {spent:.1f} s")
+            self.context.say(f"compiling: {one_line(error)}")
+        finally:
+            for one in self.ready:
+                one.set()
 
-    def _begin(self) -> None:
-        self.thread = None
-        if self.left:
-            self.thread = Thread(target=self._compile, args=(self.left.pop(0),), daemon=True)
-            self.thread.start()
+    def _done(self, number: int) -> None:
+        self.context.say(f"compiled: {self.requests[number].model.name}")
+        self.ready[number].set()
 
-    def next(self) -> None:
-        """Wait for the model whose turn it is, and begin the one after it."""
-        if self.thread is None:
-            self._begin()
-        if self.thread is not None:
-            self.thread.join()
-        self._begin()
+    def wait_for(self, number: int) -> None:
+        """Until the candidates of a model are compiled, or will not be."""
+        self.ready[number].wait()
 
 
 def ranks_of(result: Result) -> dict[str, Any]:
@@ -140,11 +134,11 @@ def run(
     groups = [list(some) for _, some in groupby(wanted, key=lambda cell: cell.model)]
     requests = [request_of(MODELS[some[0].model], some, known) for some in groups]
     ahead = Ahead(requests, tools or real_tools(), context)
-    for request, some in zip(requests, groups, strict=True):
+    for number, (request, some) in enumerate(zip(requests, groups, strict=True)):
         if context.elapsed_s() > context.budget_s:
             context.say(f"out of time, not tuned: {request.model.name}")
             continue
-        ahead.next()
+        ahead.wait_for(number)
         with torch.no_grad():
             tune_model(request, some, context, tools or real_tools(), stamped)
 

@@ -37,7 +37,7 @@ class Tools:
     """What a run does to the machine; a test brings its own."""
 
     make_lab: MakeLab
-    compile_all: Callable[[Request, Callable[[], None], Callable[[str], None]], None]
+    compile_all: Callable[..., None]
     clock: Callable[[], float] = time.perf_counter
     tidy: Callable[[], None] = field(default=lambda: None)
 
@@ -131,7 +131,7 @@ def measure(
     spaces = {cell: space_of(request, *cell) for cell in left}
     try:
         with bar.task("compiling", len(jobs(request))) as advance:
-            tools.compile_all(request, advance, bar.say)
+            tools.compile_all([request], advance, bar.say)
         with bar.task("timing", sum(map(steps_of, spaces.values()))) as advance:
             while left and outcome.ended == "done":
                 if tools.clock() - started > budget_s:

@@ -3,7 +3,7 @@
 A process makes each launch on memory that is never touched, with the launch itself left out, so
 that the kernel lands in Triton's cache under the key that the real call looks up:
 
-    python -m moesaic.bench.tuning.compiling '<request as JSON>' SHARE OF
+    python -m moesaic.bench.tuning.compiling '<requests as a JSON list>' SHARE OF
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import selectors
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,8 +26,10 @@ from ...types import ExpertWeights
 from ..workloads import Model
 from .grid import Group, Tile, hopper_space, pairs_of, problem_for, triton_space
 from .labs import hopper_config, hopper_heuristic, hopper_products, pair_products
+from .routing import route_with, row_blocks
 
 DRY_TOKENS = 16
+DONE = "done"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,35 @@ def jobs(request: Request) -> list[tuple[str, bool, Group, str, Any]]:
                     pairs_of(group[0]) if impl == "hopper" and cut.kernel == "decode" else ()
                 ):
                     found[impl, tokens == 1, group, "both", replace(pair, ctas_per_sm=1)] = None
+    for tokens in request.tokens:
+        for block in row_blocks(request.model.num_experts):
+            found["routing", tokens <= 2 * block, (), "ids", block] = None
     return list(found)
+
+
+def plan_of(requests: Sequence[Request]) -> list[list[tuple[str, bool, Group, str, Any]]]:
+    """The jobs of each request that none before it has had.
+
+    A Hopper kernel is compiled for a number of tasks, not for widths: layers of as many experts
+    share theirs, those of a single token where K is the same too.
+    """
+    seen: set[Any] = set()
+    plan = []
+    for request in requests:
+        own = []
+        for job in jobs(request):
+            impl, one_token, *_ = job
+            model = request.model
+            tasks = model.top_k if one_token else model.num_experts
+            own_key: Any = tasks if impl == "hopper" else model
+            if impl == "routing":
+                own_key = (model.num_experts, model.top_k)
+            key = (job, request.dtype, own_key)
+            if key not in seen:
+                seen.add(key)
+                own.append(job)
+        plan.append(own)
+    return plan
 
 
 def dry_weights(request: Request) -> ExpertWeights:
@@ -105,6 +136,10 @@ def launch(
 ) -> None:
     """The launch of one job, on memory that is never touched."""
     impl, one_token, group, part, cut = job
+    if impl == "routing":
+        tokens = 1 if one_token else 2 * cut + 1
+        route_with(torch.empty(tokens, request.model.num_experts), request.model.top_k, cut)
+        return
     model, dtype = request.model, getattr(torch, request.dtype)
     sort, tasks = dry_map(request, one_token)
     slots = sort.order_S.numel()
@@ -143,8 +178,10 @@ def launch(
     )  # fmt: skip
 
 
-def compile_share(request: Request, share: int, of: int, told: Callable[[str], None]) -> None:
-    """Compile every `of`-th job into Triton's cache without running anything."""
+def compile_share(
+    requests: Sequence[Request], share: int, of: int, told: Callable[[str], None]
+) -> None:
+    """Compile every `of`-th job of each request into Triton's cache without running anything."""
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
@@ -153,15 +190,17 @@ def compile_share(request: Request, share: int, of: int, told: Callable[[str], N
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         return kernel.result() if hasattr(kernel, "result") else kernel
 
-    weights = dry_weights(request)
     JITFunction.run = compile_only
     try:
-        for job in jobs(request)[share::of]:
-            try:
-                launch(request, weights, job)
-                told("compiled")
-            except Exception as error:
-                told(f"does not compile: {job}: {error}".replace("\n", " ")[:300])
+        for number, (request, own) in enumerate(zip(requests, plan_of(requests), strict=True)):
+            weights = dry_weights(request)
+            for job in own[share::of]:
+                try:
+                    launch(request, weights, job)
+                    told("compiled")
+                except Exception as error:
+                    told(f"does not compile: {job}: {error}".replace("\n", " ")[:300])
+            told(f"{DONE} {number}")
     finally:
         JITFunction.run = run
 
@@ -184,22 +223,32 @@ def lines_of(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[str]:
 
 
 def compile_all(
-    request: Request, advance: Callable[[], None], say: Callable[[str], None],
-    processes: int | None = None,
+    requests: Sequence[Request], advance: Callable[[], None], say: Callable[[str], None],
+    done: Callable[[int], None] = lambda _: None, processes: int | None = None,
 ) -> None:  # fmt: skip
-    """Compile every candidate, telling of each; what does not compile fails again when it is timed.
+    """Compile every candidate, telling of each and of each request that is through.
+
+    What does not compile fails again when it is timed.
 
     Raises:
         RuntimeError: a process ended badly; says with which status.
     """
-    count = processes or max(1, (os.cpu_count() or 2) - 1)
-    command = [sys.executable, "-m", "moesaic.bench.tuning.compiling", request.to_json()]
+    most = max(1, *map(len, plan_of(requests)))
+    count = min(most, processes or max(1, (os.cpu_count() or 2) - 1))
+    text = json.dumps([request.to_json() for request in requests])
+    command = [sys.executable, "-m", "moesaic.bench.tuning.compiling", text]
     workers: list[subprocess.Popen[bytes]] = []
+    through: Counter[str] = Counter()
     try:
-        for share in range(min(count, len(jobs(request)))):
+        for share in range(count):
             part = [*command, str(share), str(count)]
             workers.append(subprocess.Popen(part, stdout=subprocess.PIPE))
         for line in lines_of(workers):
+            if line.startswith(DONE):
+                through[line] += 1
+                if through[line] == count:
+                    done(int(line.removeprefix(DONE)))
+                continue
             advance()
             if line != "compiled":
                 say(line)
@@ -218,6 +267,8 @@ def compile_all(
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
         compile_share(
-            Request.from_json(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]),
+            [Request.from_json(one) for one in json.loads(sys.argv[1])],
+            int(sys.argv[2]),
+            int(sys.argv[3]),
             lambda text: print(text, flush=True),
-        )  # fmt: skip
+        )

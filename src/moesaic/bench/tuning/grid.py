@@ -150,17 +150,15 @@ def tiles_of(bm: int, *, few_rows: bool) -> tuple[Tile, ...]:
     if bm in (16, 32, 64, 128) and (few_rows or bm == 128):
         for bn in COLUMNS["decode"] if few_rows else (128,):
             for ctas in (1, 2):
-                most = deepest("decode", bm, bn, ctas)
-                depths = (most, most * 3 // 4) if ctas == 1 else (most,)
-                found += [Tile("decode", bm, bn, s, ctas_per_sm=ctas)
-                          for s in dict.fromkeys(depths) if s >= 3]  # fmt: skip
+                found.append(
+                    Tile("decode", bm, bn, deepest("decode", bm, bn, ctas), ctas_per_sm=ctas)
+                )
     if bm == 128:
         stages = deepest("prefill", 128, 256)
-        found += [Tile("prefill", 128, 256, stages, group_m=m) for m in (8, 4)]
+        found.append(Tile("prefill", 128, 256, stages))
     for kernel in SORTED:
         if bm >= 128 and bm in ROWS.get(kernel, ()):
-            stages = deepest(kernel, bm, 128)
-            found += [Tile(kernel, bm, 128, stages, group_m=m) for m in (8, 4)]
+            found.append(Tile(kernel, bm, 128, deepest(kernel, bm, 128)))
     return tuple(dict.fromkeys(found))
 
 
@@ -186,7 +184,7 @@ def hopper_space(problem: Problem, heuristic: Any) -> Space[Tile]:
         likely = bm in rows_of_tiles(rows)
         tiles = tiles_of(bm, few_rows=rows <= 128 and likely)
         if not likely:
-            tiles = tuple(t for t in tiles if (bm, t.bn, t.bk) == PAPER_GEMM and t.group_m == 8)
+            tiles = tuple(t for t in tiles if (bm, t.bn, t.bk) == PAPER_GEMM)
         cuts[(bm,)] = {}
         for part in ("up", "down"):
             own = Tile(*getattr(heuristic, part))

@@ -224,10 +224,10 @@ class HopperLab:
 
 def hopper_heuristic(problem: Problem, num_sms: int) -> LayerConfig:
     """What `experts_hopper` runs where nothing was measured."""
-    from ...kernels.hopper.experts import choose
+    from ...kernels.hopper.experts import choose_layer
 
-    p = problem
-    return choose(p.tokens, p.top_k, p.num_experts, p.intermediate * (2 if p.gated else 1), num_sms)
+    p, up_rows = problem, problem.intermediate * (2 if problem.gated else 1)
+    return choose_layer(p.tokens, p.top_k, p.num_experts, up_rows, num_sms)
 
 
 def hopper_batch(ids_TK: Tensor, experts: int, group: Group) -> tuple[Tensor, Any]:
