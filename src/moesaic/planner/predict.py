@@ -112,21 +112,12 @@ def predict(
     chain = _chain(model, cluster, workload, strategy, tokens, context, costs, given)
     overlap = strategy.overlap and given.together
     step_s, line = _step(cluster, model, strategy, tokens, chain, decode, overlap)
-    micro_tokens = tokens * strategy.homes * copies
-    done = micro_tokens * strategy.micro_batches
-    breakdown = _breakdown(chain, strategy, step_s, line)
+    breakdown = _breakdown(chain, strategy)
     mem = memory(model, cluster.gpu, strategy, workload, tokens, sequences)
-    gpus = copies * strategy.gpus
-    compute = line.busy.get("compute", 0.0) + line.busy.get("attention", 0.0)
-    stages = strategy.stages
-    share = _busy_share(strategy, line, step_s, stages)
-    nvlink = sum(c.nvlink_s for c in costs) / len(costs) * model.moe_layers
-    nic = sum(c.nic_s for c in costs) / len(costs) * model.moe_layers
-    copied = sum(c.copy_s for c in costs) / len(costs) * model.moe_layers / stages
-    scale = strategy.micro_batches / stages / step_s
-    watts = cluster.gpu.idle_watts + share * (cluster.gpu.watts - cluster.gpu.idle_watts)
-    rate = done / step_s
-    price = cluster.usd_per_gpu_hour
+    busy = _utilisation(model, strategy, costs, line, step_s)
+    watts = cluster.gpu.idle_watts + busy["compute"] * (cluster.gpu.watts - cluster.gpu.idle_watts)
+    rate = tokens * strategy.homes * copies * strategy.micro_batches / step_s
+    gpus, price = copies * strategy.gpus, cluster.usd_per_gpu_hour
     return Prediction(
         strategy=strategy,
         phase=workload.phase,
@@ -140,17 +131,31 @@ def predict(
         per_node=rate / gpus * cluster.gpus_per_node,
         memory=mem,
         breakdown=breakdown,
-        utilisation={"compute": share, "nvlink": min(1.0, nvlink * scale),
-                     "nic": min(1.0, nic * scale), "copy": min(1.0, copied / step_s)},
-        bubble=1.0 - share,
+        utilisation=busy,
+        bubble=1.0 - busy["compute"],
         hidden=line.hidden() if overlap else 0.0,
         balancedness=sum(c.balancedness for c in costs) / len(costs),
         joules_per_token=watts * gpus / rate,
         usd_per_million=None if price is None else price * gpus / 3600 / rate * 1e6,
-        binding=_binding(breakdown, costs, mem, compute),
+        binding=_binding(breakdown, costs, mem),
         line=line,
         slices=given.sizes,
-    )  # fmt: skip
+    )
+
+
+def _utilisation(
+    model: Model, strategy: Strategy, costs: Sequence[LayerCost], line: TimeLine, step_s: float
+) -> dict[str, float]:
+    """Busy shares of a step, of the mean GPU."""
+    layers = model.moe_layers / len(costs) / strategy.stages / step_s
+    often = strategy.micro_batches * layers
+    shares_ = {
+        "nvlink": often * sum(c.nvlink_s for c in costs),
+        "nic": often * sum(c.nic_s for c in costs),
+        "copy": layers * sum(c.copy_s for c in costs),
+    }
+    busy = _busy_share(strategy, line, step_s)
+    return {"compute": busy, **{name: min(1.0, share) for name, share in shares_.items()}}
 
 
 def _shares(workload: Workload, strategy: Strategy, costs: Sequence[LayerCost]) -> Shares:
@@ -165,7 +170,7 @@ def _shares(workload: Workload, strategy: Strategy, costs: Sequence[LayerCost]) 
                   exchange_s=exchange / len(costs), reads=workload.phase == "decode")  # fmt: skip
 
 
-def _busy_share(strategy: Strategy, line: TimeLine, step_s: float, stages: int) -> float:
+def _busy_share(strategy: Strategy, line: TimeLine, step_s: float) -> float:
     """Mean busy share of compute of all GPUs of a copy."""
     lines = strategy.micro_batches / max(1, _chains_of(strategy))
     experts = line.busy.get("compute", 0.0) * lines / step_s
@@ -282,9 +287,7 @@ def _longest(task: Task) -> float:
     return float(task.seconds if isinstance(task.seconds, float) else task.seconds.max())
 
 
-def _breakdown(
-    layers: list[list[Task]], strategy: Strategy, step_s: float, line: TimeLine
-) -> dict[str, float]:
+def _breakdown(layers: list[list[Task]], strategy: Strategy) -> dict[str, float]:
     """Seconds by operation of one micro-batch's whole way, times the micro-batches of a stage."""
     times: dict[str, float] = {}
     repeats = strategy.micro_batches / strategy.stages
@@ -296,9 +299,7 @@ def _breakdown(
     return times
 
 
-def _binding(
-    breakdown: dict[str, float], costs: Sequence[LayerCost], mem: Memory, compute: float
-) -> str:
+def _binding(breakdown: dict[str, float], costs: Sequence[LayerCost], mem: Memory) -> str:
     """One word for what a step waits for most."""
     if not mem.fits:
         return "memory"
