@@ -97,17 +97,24 @@ COMPONENTS = (
 def gains(
     lines: Sequence[Line], component: Component, clocks: Sequence[str] = ("break-even",)
 ) -> Gains:
-    """Gain by cell of these clocks, where both executors gave a right answer."""
-    ms = {
-        (key_of(x), x["impl"], x["mode"]): x["ms"]
+    """Gain by cell of these clocks, where both executors gave a right answer, side by side: times
+    of different runs of the suite are not compared."""
+    timed = {
+        (key_of(x), x["impl"], x["mode"]): x
         for x in lines
         if x["clock"] in clocks and x["ms"] and not x.get("wrong")
     }
     found: Gains = {}
-    for cell, impl, mode in ms:
-        if (impl, mode) == component.with_it and (cell, *component.without) in ms:
-            found[cell] = ms[cell, *component.without] / ms[cell, impl, mode]
+    for (cell, impl, mode), mine in timed.items():
+        other = timed.get((cell, *component.without))
+        if (impl, mode) == component.with_it and other and run_of(other) == run_of(mine):
+            found[cell] = other["ms"] / mine["ms"]
     return found
+
+
+def run_of(line: Line) -> tuple[str | None, str | None]:
+    """Which run of the suite a line is from."""
+    return line.get("commit"), line.get("date")
 
 
 def on_map(found: Gains) -> Gains:
