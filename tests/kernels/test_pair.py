@@ -11,13 +11,15 @@ pytest.importorskip("triton")
 from moesaic.kernels.batching import batch_rows, batch_rows_ref
 from moesaic.kernels.combine import combine_ref
 from moesaic.kernels.hopper import pair, zeros
-from moesaic.kernels.hopper.experts import LayerConfig, experts_hopper
+from moesaic.kernels.hopper.experts import LayerConfig, choose_layer, experts_hopper
+from moesaic.kernels.hopper.fit import tile_problem
 from moesaic.kernels.hopper.launch import HopperConfig, weight_descriptor
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")
 APART = HopperConfig("decode", 16, 64, 8, ctas_per_sm=2)
 TILES = [
+    HopperConfig("pair", 16, 64, 6, ctas_per_sm=2),
     HopperConfig("pair", 16, 64, 10, ctas_per_sm=2),
     HopperConfig("pair", 16, 128, 10),
     HopperConfig("pair", 32, 128, 8),
@@ -61,6 +63,17 @@ def test_both_views_of_a_weight_have_one_box() -> None:
     assert rows.block_shape == pairs.block_shape and rows.layout == pairs.layout
     assert rows.shape == [4, 12, 2, 8, 128] and rows.strides[1:4] == [16 * 128, 8 * 128, 128]
     assert pairs.strides[1:4] == [8 * 128, 96 * 128, 128]
+
+
+def test_few_rows_take_one_launch() -> None:
+    one = choose_layer(1, 8, 128, 1536, 132)
+    assert one.up.kernel == "pair" and one.up == one.down
+    for tokens, experts, up_rows, kernel in (
+        (4, 64, 2048, "pair"), (128, 64, 2048, "pair"), (256, 64, 2048, "decode"),
+        (4, 128, 3072, "decode"), (8192, 64, 2048, "tall"),
+    ):  # fmt: skip
+        tile = choose_layer(tokens, 8, experts, up_rows, 132).up
+        assert tile.kernel == kernel and tile_problem(tile._asdict()) is None
 
 
 def by_twin(seen: list[dict[str, Any]]) -> Any:

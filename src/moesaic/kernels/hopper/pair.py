@@ -55,7 +55,8 @@ def _constants(
 
 
 def _options(config: HopperConfig) -> dict[str, int]:
-    return {"num_warps": 4, "maxnreg": 128 if config.bm <= 32 else 255}
+    most = {16: 64, 32: 128}.get(config.bm, 255)
+    return {"num_warps": 4, "maxnreg": most}
 
 
 def pair_mm_hopper(
