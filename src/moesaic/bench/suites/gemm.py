@@ -308,7 +308,8 @@ def few_rows(work: Work) -> Call:
     sms = sm_count(work.x_SK.device)
     rows = max(2, len(work.x_SK))
     tile = choose(rows, 1, work.num_experts, work.weight_ENK.shape[1], sms).down
-    return hopper(work, tile.kernel, tile.bm, tile.bn, tile.stages)
+    kernel = "decode" if tile.kernel == "pair" else tile.kernel
+    return hopper(work, kernel, tile.bm, tile.bn, tile.stages)
 
 
 def compare_bits(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...types import ExpertWeights
 from ..workloads import Model
-from .grid import Group, Tile, hopper_space, pairs_of, problem_for, triton_space
+from .grid import Group, Tile, hopper_space, problem_for, triton_space
 from .labs import hopper_config, hopper_heuristic, hopper_products, pair_products
 from .routing import route_with, row_blocks
 
@@ -70,16 +70,15 @@ def jobs(request: Request) -> list[tuple[str, bool, Group, str, Any]]:
     found: dict[tuple[str, bool, Group, str, Any], None] = {}
     for impl in request.impls:
         for tokens in request.tokens:
-            for group, part, cut in space_of(request, impl, tokens):
+            space = space_of(request, impl, tokens)
+            hopper = impl == "hopper"
+            for group, part, cut in space:
                 # How many programs share an SM is no constant of the kernel.
-                one = (
-                    replace(cut, ctas_per_sm=1) if impl == "hopper" else cut._replace(ctas_per_sm=0)
-                )
-                found[impl, impl == "hopper" and tokens == 1, group, part, one] = None
-                for pair in (
-                    pairs_of(group[0]) if impl == "hopper" and cut.kernel == "decode" else ()
-                ):
-                    found[impl, tokens == 1, group, "both", replace(pair, ctas_per_sm=1)] = None
+                one = replace(cut, ctas_per_sm=1) if hopper else cut._replace(ctas_per_sm=0)
+                found[impl, hopper and tokens == 1, group, part, one] = None
+            for pair in space.both:
+                one = replace(pair, ctas_per_sm=1)
+                found[impl, tokens == 1, (pair.bm,), "both", one] = None
     for tokens in request.tokens:
         for block in row_blocks(request.model.num_experts):
             found["routing", tokens <= 2 * block, (), "ids", block] = None

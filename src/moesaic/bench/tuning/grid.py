@@ -42,11 +42,13 @@ class Space(Generic[Cut]):
     """The cuts of each product (part) by tile heights (group), and the paper's among them.
 
     `paper`: what the paper calls it, its part, and which (group, cut) have its block sizes.
+    `both`: cuts of both products in one launch, timed as whole layers only.
     """
 
     impl: str
     cuts: dict[Group, dict[str, tuple[Cut, ...]]]
     paper: tuple[tuple[str, str, Callable[[Group, Cut], bool]], ...]
+    both: tuple[Cut, ...] = ()
 
     def __iter__(self) -> Iterator[tuple[Group, str, Cut]]:
         for group, parts in self.cuts.items():
@@ -191,4 +193,6 @@ def hopper_space(problem: Problem, heuristic: Any) -> Space[Tile]:
             more = (own,) if own.bm == bm and own.kernel != "pair" else ()
             cuts[(bm,)][part] = tuple(dict.fromkeys((*more, *tiles)))
     paper = (("expert GEMM 128/128/64", "down", lambda g, t: (*g, t.bn, t.bk) == PAPER_GEMM),)
-    return Space("hopper", cuts, paper)
+    pairs = [pair for bm in rows_of_tiles(rows) if rows <= 128 for pair in pairs_of(bm)]
+    pairs += [Tile(*heuristic.up)] if heuristic.up.kernel == "pair" else []
+    return Space("hopper", cuts, paper, tuple(dict.fromkeys(pairs)))
