@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import BaseTorchFunctionMode
 
 from moesaic.dispatch import listened_to
+from moesaic.types import ExpertSpec, ExpertWeights
 
 
 @contextmanager
@@ -47,3 +49,32 @@ def test_a_tracer_is_noticed() -> None:
 
     torch.jit.trace(traced, torch.ones(2), check_trace=False)
     assert told == [True] and not listened_to()
+
+
+def test_a_call_like_an_earlier_one_reaches_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from moesaic import functional
+    from moesaic.kernels.hopper import experts
+
+    calls: list[inspect.BoundArguments] = []
+    takes = inspect.signature(experts.experts_hopper)
+
+    def kernels(*args: object, **given: object) -> torch.Tensor:
+        calls.append(takes.bind(*args, **given))
+        return hidden * 2
+
+    hidden, ids, share = torch.ones(3, 8), torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, 2)
+    weights = ExpertWeights(up=torch.ones(4, 32, 8), down=torch.ones(4, 8, 16))
+    spec = ExpertSpec(num_experts=4, hidden_size=8, intermediate_size=16, activation="gelu")
+    plain = functional.moe(hidden, ids, share, weights, spec)
+    monkeypatch.setattr(experts, "experts_hopper", kernels)
+    monkeypatch.setattr(functional, "_known", {})
+    monkeypatch.setattr(
+        functional, "_repeatable", lambda *given: (given[2].key(), given[4] is None)
+    )
+    monkeypatch.setattr(functional, "choose_impl", lambda *_: "hopper")
+    assert torch.equal(functional.moe(hidden, ids, share, weights, spec), plain) and not calls
+    assert torch.equal(functional.moe(hidden, ids, share, weights, spec), hidden * 2)
+    told = calls[0].arguments
+    assert told["up"] is weights.up and told["down"] is weights.down
+    assert told["activation"] == "gelu" and told["key"] == (spec.key(), True)
