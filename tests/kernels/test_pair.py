@@ -157,19 +157,20 @@ def test_counters_belong_to_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_hopper
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("tokens", [1, 3, 40, 200])
+@pytest.mark.parametrize("tokens", [1, 3, 200])
 def test_bits_are_those_of_two_launches(tokens: int, arithmetic: str) -> None:
     how = ARITHMETIC[arithmetic]
     case = draw(tokens, how.get("gated", True))
     wanted = experts_hopper(**case, **how, config=alike(APART))
-    for tile in TILES if arithmetic == "silu" else TILES[:1]:
+    tiles = TILES[:2] if tokens == 1 else TILES[2:]
+    for tile in tiles if arithmetic == "silu" else tiles[:1]:
         for _ in range(3):
             assert torch.equal(wanted, experts_hopper(**case, **how, config=alike(tile))), tile
         for budget in (1, 66):
             got = experts_hopper(**case, **how, config=alike(tile), num_sms=budget)
             assert torch.equal(wanted, got), (tile, budget)
     other = draw(tokens, how.get("gated", True), seed=1)
-    assert not torch.equal(wanted, experts_hopper(**other, **how, config=alike(TILES[0])))
+    assert not torch.equal(wanted, experts_hopper(**other, **how, config=alike(tiles[0])))
 
 
 @needs_hopper
