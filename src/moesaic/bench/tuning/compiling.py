@@ -221,6 +221,13 @@ def lines_of(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[str]:
                     waiting.unregister(key.fileobj)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 2
+
+
 def compile_all(
     requests: Sequence[Request], advance: Callable[[], None], say: Callable[[str], None],
     done: Callable[[int], None] = lambda _: None, processes: int | None = None,
@@ -233,7 +240,7 @@ def compile_all(
         RuntimeError: a process ended badly; says with which status.
     """
     most = max(1, *map(len, plan_of(requests)))
-    count = min(most, processes or max(1, (os.cpu_count() or 2) - 1))
+    count = min(most, processes or max(1, cores() - 1))
     text = json.dumps([request.to_json() for request in requests])
     command = [sys.executable, "-m", "moesaic.bench.tuning.compiling", text]
     workers: list[subprocess.Popen[bytes]] = []
