@@ -126,15 +126,17 @@ def bits(rank: int, ranks: int, device: torch.device) -> dict[str, list[str]]:
         other = moe(hidden.flip(0).contiguous(), ids, share, weights, spec)
         bound = max(len(batch[0]) for batch in batches)
         for where, placement in placements(spec.num_experts, ranks).items():
-            own = take_experts(weights, placement, layer=0, rank=rank)
+            held = bool(placement.hosted(0)[rank])
+            own = take_experts(weights, placement, layer=0, rank=rank) if held else None
             for kind, options in kinds(bound, ranks).items():
                 if where != "contiguous" and kind in ("few SMs", "rounds"):
                     continue
                 if kind == "two levels" and name not in ("uneven", "fp32"):
                     continue  # each makes communicators of its own
                 layer = ExpertParallel(
-                    spec, placement, own, top_k=top_k, group=dist.group.WORLD, options=options
-                )
+                    spec, placement, own, top_k=top_k, group=dist.group.WORLD, options=options,
+                    dtype=hidden.dtype, device=device,
+                )  # fmt: skip
                 told[f"{name}, {where}, {kind}"] = faults_of(
                     layer, batches[rank], bound, want, other
                 )

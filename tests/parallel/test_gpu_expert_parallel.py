@@ -42,7 +42,7 @@ def run(ranks: int, *arguments: str, shared: dict[str, str] | None = None) -> st
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_bits_are_those_of_one_gpu(ranks) -> None:
     told = json.loads(run(ranks, str(WORKER)))
     assert len(told) == ranks and len(told[0]) >= (12 if ranks == 1 else 56)
@@ -59,7 +59,7 @@ def test_more_ranks_than_gpus_have_the_bits_of_one(ranks) -> None:
     assert faults == []
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_an_attached_model_has_the_bits_of_one_gpu(ranks) -> None:
     pytest.importorskip("transformers")
     told = json.loads(run(ranks, str(WORKER.with_name("attach_gpu_worker.py"))))
@@ -68,7 +68,7 @@ def test_an_attached_model_has_the_bits_of_one_gpu(ranks) -> None:
     assert faults == []
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_the_main_job_scores_like_one_gpu(ranks, tmp_path) -> None:
     job = ("-m", "moesaic", "run", "--bytes", "20000", "--device", "cuda", "--out")
     many = json.loads(run(ranks, *job, str(tmp_path / "many")))
