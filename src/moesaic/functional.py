@@ -36,7 +36,7 @@ from .validate import check_counters, check_inputs, check_moe, check_route, chec
 
 PLAIN = (Tensor, torch.nn.Parameter)
 MAX_KNOWN = 4096
-_known: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+_known: dict[tuple[Any, ...], tuple[Callable[..., Tensor], object]] = {}
 
 
 def route(
@@ -173,9 +173,10 @@ def moe(
         key = _repeatable(tensors, weights, spec, impl, counters, num_sms)
         known = None if key is None else _known.get(key)
         if known is not None:
-            repeated_TH: Tensor = known(
+            kernels, known_key = known
+            repeated_TH: Tensor = kernels(
                 hidden_TH, topk_ids_TK, topk_weights_TK, up=weights.up, down=weights.down,
-                counters=counters, num_sms=num_sms, key=key,
+                counters=counters, num_sms=num_sms, key=known_key,
             )  # fmt: skip
             return repeated_TH
         check_moe(hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec)
@@ -240,7 +241,8 @@ def _remember(key: tuple[Any, ...], spec: ExpertSpec) -> None:
 
     if len(_known) >= MAX_KNOWN:
         _known.clear()
-    _known[key] = partial(experts_hopper, **epilogue(spec))
+    # An object of its own is a key that costs no second hash.
+    _known[key] = partial(experts_hopper, **epilogue(spec)), object()
 
 
 def _refuse_budget(num_sms: int) -> None:

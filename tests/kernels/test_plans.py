@@ -54,6 +54,8 @@ class Kernel:
 class FakeDriver:
     def __init__(self) -> None:
         self.launches: list[tuple[int, int]] = []
+        self.outputs: list[int] = []
+        self.stream, self.capturing = 77, False
         self.sizes = [SIZES[kind] for kind in SIGNATURE.values() if kind in SIZES] + [8, 8]
 
     def launch(self, config: int, function: int, parameters: int, extra: None) -> int:
@@ -61,6 +63,7 @@ class FakeDriver:
         x, out = (ctypes.c_uint64.from_address(place).value for place in places[:2])
         n, factor = ctypes.c_int32.from_address(places[2]), ctypes.c_float.from_address(places[3])
         scale(x, out, n.value, factor.value)
+        self.outputs.append(out)
         told = raw._Config.from_address(config)
         self.launches.append((told.grid[0], told.stream or 0))
         return 0
@@ -80,7 +83,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(plans, "driver", lambda: found)
     monkeypatch.setattr(plans, "_threads", SimpleNamespace())
     monkeypatch.setattr(plans, "_told", plans.Counter())
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda _: driver.stream, raising=False
+    )
+    monkeypatch.setattr(
+        torch._C, "_cuda_isCurrentStreamCapturing", lambda: driver.capturing, raising=False
+    )
     return driver
 
 
@@ -109,6 +117,29 @@ def test_the_second_call_makes_the_same_launches_for_other_tensors(fake: FakeDri
         assert torch.equal(call(other), other * 5 * 2)
     assert fake.launches == [(7, 77), (9, 77)] * 3
     assert plans.told() == {"the first of its shapes": 1, "raw": 3}
+
+
+def test_scratch_belongs_to_a_stream_or_to_a_graph(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scratch(stream: int, capturing: bool = False) -> int:
+        fake.stream, fake.capturing = stream, capturing
+        x = torch.randn(8)
+        assert torch.equal(call(x), x * 10)
+        assert fake.launches[-1][1] == stream
+        return fake.outputs[-2]
+
+    call(torch.randn(8))
+    own = scratch(77)
+    assert scratch(77) == own != scratch(78) == scratch(78)
+    held = [torch.empty(64, dtype=torch.uint8) for _ in range(4)]
+    assert scratch(77, capturing=True) != own and scratch(77) == own
+    plan = plans._threads.plans["a", torch.Size([8])]
+    assert set(plan._kept) == {77, 78}
+    monkeypatch.setattr(plans, "KEPT_BYTES", 0)
+    plan._kept.clear()
+    scratch(77)
+    assert not plan._kept and len(held) == 4
 
 
 def test_constants_stay_and_unknown_memory_is_refused(fake: FakeDriver) -> None:

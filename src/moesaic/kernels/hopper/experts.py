@@ -5,6 +5,7 @@ T tokens · H hidden width · I intermediate width · E experts · K top-k · S 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -150,7 +151,7 @@ def experts_hopper(
     num_sms: int | None = None,
     config: LayerConfig | None = None,
     counters: Tensor | None = None,
-    key: tuple[Any, ...] | None = None,
+    key: Hashable = None,
 ) -> Tensor:
     """Each token through its K experts, weighted and summed in slot order: the output (T, H).
 
@@ -162,8 +163,8 @@ def experts_hopper(
         config: instead of `choose_measured`'s; moves time, never bits.
         counters: (3, E) int32 to which each expert's rows and tiles are added: by the sort, and of
             a single token, which is not sorted, by the combine.
-        key: everything that a call depends on but for the addresses of its tensors, which are
-            contiguous and on the current device; None: found out here.
+        key: stands for everything that a call depends on but for the addresses of its tensors,
+            which are contiguous and on the current device; None: found out here.
     """
     tokens, top_k = topk_ids.shape
     if tokens == 0:

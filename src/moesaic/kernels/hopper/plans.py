@@ -2,8 +2,8 @@
 
 The first call of a shape runs as ever and is recorded; `LayerPlan` lays its launches out anew (see
 `raw`), with all scratch in one block. Later calls write the addresses of their tensors into the
-plan's cells and launch: two allocations of torch's allocator a call, which a graph captures, no
-descriptor built, the same kernels with the same arguments and therefore the same bits.
+plan's cells and launch: one or two allocations of torch's allocator a call, which a graph captures,
+no descriptor built, the same kernels with the same arguments and therefore the same bits.
 
 A plan is of shapes, not of tensors: every address is written by the call that uses it, so weights
 may be freed, moved or unsharded between calls. Each thread has plans of its own. What a plan cannot
@@ -18,7 +18,7 @@ import logging
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ from .zeros import given, zeroed
 
 ALIGNMENT = 16
 ARENA_ALIGNMENT = 256
+KEPT_BYTES = 1 << 20
+MAX_STREAMS = 64
 MAX_PLANS = 1024
 _threads = threading.local()
 _told: Counter[str] = Counter()
@@ -82,6 +84,7 @@ class LayerPlan:
         self._goes = [launch.go for launch in self._launches]
         self._sources = list(self._cell_at)
         self._pack = struct.Struct(f"{len(self._sources)}Q").pack_into
+        self._kept: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
         self._bases: tuple[int, ...] | None = None
         self._stream: int | None = None
         self._ranges.clear()
@@ -150,19 +153,38 @@ class LayerPlan:
                 check(driver().replace_address(place, bases[base] + offset))
         self._bases = bases
 
+    def _scratch(self, stream: int) -> tuple[Tensor, tuple[int, ...]] | None:
+        """Scratch and the addresses that belong to it; None when no counters are left.
+
+        A little scratch is kept for the eager calls of a stream, which follow one another. A graph
+        has its own, from its own pool.
+        """
+        arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=self.device)
+        addresses: tuple[int, ...] = (arena.data_ptr(),)
+        if self._zeros_at is not None:
+            counters = zeroed(self.device, addresses[0] + self._zeros_at)
+            if counters is None:
+                return None
+            addresses = (*addresses, counters.data_ptr())
+        if self.arena_bytes <= KEPT_BYTES and not torch._C._cuda_isCurrentStreamCapturing():
+            if len(self._kept) >= MAX_STREAMS:
+                self._kept.clear()
+            self._kept[stream] = arena, addresses
+        return arena, addresses
+
     def run(self, *inputs: Tensor) -> Tensor | None:
         """The output for these tensors, of the recorded shapes.
 
         None when a tensor is not aligned, or no counters are left.
         """
-        out = torch.empty_like(inputs[0])
-        arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=self.device)
-        bases = (*[t.data_ptr() for t in inputs], out.data_ptr(), arena.data_ptr())
-        if self._zeros_at is not None:
-            counters = zeroed(self.device, bases[-1] + self._zeros_at)
-            if counters is None:
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        held = self._kept.get(stream)
+        if held is None or torch._C._cuda_isCurrentStreamCapturing():
+            held = self._scratch(stream)
+            if held is None:
                 return None
-            bases = (*bases, counters.data_ptr())
+        out = torch.empty_like(inputs[0])
+        bases = (*[t.data_ptr() for t in inputs], out.data_ptr(), *held[1])
         if bases != self._bases:
             union = 0
             for address in bases:
@@ -170,7 +192,6 @@ class LayerPlan:
             if union % ALIGNMENT:
                 return None
             self._point(bases)
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
         if stream != self._stream:
             for launch in self._launches:
                 launch.config.stream = stream
@@ -189,7 +210,7 @@ def _hooked() -> bool:
 
 
 def planned(
-    key: tuple[Any, ...],
+    key: Hashable,
     inputs: tuple[Tensor, ...],
     constants: Callable[[], Sequence[Tensor]],
     call: Callable[[], Tensor],
@@ -202,7 +223,7 @@ def planned(
         inputs: contiguous tensors of one CUDA device, the current one.
         constants: tensors that `call` uses whatever the inputs.
     """
-    plans: dict[tuple[Any, ...], LayerPlan | str] | None = getattr(_threads, "plans", None)
+    plans: dict[Hashable, LayerPlan | str] | None = getattr(_threads, "plans", None)
     if plans is None:
         plans = _threads.plans = {}
     plan = plans.get(key)
@@ -220,8 +241,8 @@ def planned(
 
 
 def _first(
-    plans: dict[tuple[Any, ...], LayerPlan | str],
-    key: tuple[Any, ...],
+    plans: dict[Hashable, LayerPlan | str],
+    key: Hashable,
     inputs: tuple[Tensor, ...],
     constants: Callable[[], Sequence[Tensor]],
     call: Callable[[], Tensor],
