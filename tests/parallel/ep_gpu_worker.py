@@ -140,6 +140,8 @@ def bits(rank: int, ranks: int, device: torch.device) -> dict[str, list[str]]:
                 told[f"{name}, {where}, {kind}"] = faults_of(
                     layer, batches[rank], bound, want, other
                 )
+                if rank == 0:
+                    print(f"{name}, {where}, {kind}", file=sys.stderr, flush=True)
                 dist.barrier()
                 del layer
     return told
@@ -242,6 +244,8 @@ def main() -> None:
         told |= lost_peer(rank, ranks, device)
     gathered: list = [None] * ranks
     dist.all_gather_object(gathered, told)
+    if rank == 0:
+        print(json.dumps(gathered), file=sys.stderr, flush=True)
     if ranks > 1:
         gathered[rank] |= alone(rank, ranks, device)
     if rank == 0:
