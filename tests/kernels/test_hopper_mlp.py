@@ -13,7 +13,12 @@ from moesaic import ExpertSpec, moe
 from moesaic.dispatch import hopper_problem
 from moesaic.kernels.batching import batch_rows_ref
 from moesaic.kernels.hopper.fit import layer_problem, tile_problem
-from moesaic.kernels.hopper.launch import HopperConfig, grouped_mm_hopper, grouped_mm_hopper_ref
+from moesaic.kernels.hopper.launch import (
+    HopperConfig,
+    aot_cases,
+    grouped_mm_hopper,
+    grouped_mm_hopper_ref,
+)
 from moesaic.kernels.hopper.mlp import (
     TILES,
     MlpConfig,
@@ -75,6 +80,11 @@ def test_chosen_tiles_fit_share_a_height_and_follow_the_rows() -> None:
             assert layer_problem(row_of(config)) is None
             heights.append(config.height)
         assert heights[0] == 16 and heights[-1] >= 128
+
+
+def test_every_tile_is_compiled_ahead_of_time() -> None:
+    names = {case.name for case in aot_cases()}
+    assert {f"hopper/{t.kernel}-{t.bm}x{t.bn}-relu-bf16" for t in TILES} <= names
 
 
 def test_a_row_whose_products_differ_in_height_is_refused() -> None:

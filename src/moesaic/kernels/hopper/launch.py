@@ -341,7 +341,10 @@ def aot_cases() -> list[AotCase]:
         for gather in (True, False)
     ]
     # Three-layer experts: ungated, biased, activated; a tile of each kernel, gathered and sorted.
-    tiles += [HopperConfig("tall", 128, 128, 6), HopperConfig("tall", 192, 128, 4), *tall]
+    narrow = ((32, 12), (64, 10), (128, 8))
+    tiles += [HopperConfig("decode", bm, 64, stages) for bm, stages in narrow]
+    heights = ((64, 8), (128, 6), (192, 4), (320, 3))
+    tiles += [*(HopperConfig("tall", bm, 128, stages) for bm, stages in heights), *tall]
     cases += [
         _aot_case(tile, gather, False, "bf16", tile.bm == 128, bias=True)
         for tile in tiles
