@@ -32,7 +32,7 @@ def rewritten(old: dict[str, Any], lines: Sequence[Line], family: str) -> dict[s
     stamped = {key: lines[0][key] for key in ("torch", "triton")}
     if family == "h100":
         first = {"device": "NVIDIA H100 80GB HBM3", "derived": DERIVED, **stamped}
-        return first | {"hopper": table_of(lines, family)}
+        return first | {"shapes": {}, "hopper": table_of(lines, family)}
     return old | stamped | {"hopper": table_of(lines, family)}
 
 
