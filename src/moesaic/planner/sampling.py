@@ -35,7 +35,7 @@ WAYS: dict[str, Callable[[], Predictor]] = {
 }
 # Of the past, so many times a step's rows: what a planner has seen is steadier than one step.
 PAST = 16
-MOMENTS = 3
+MOMENTS = 4
 
 
 def foresee(rows_WE: npt.NDArray[Any], way: str) -> Floats:
@@ -87,16 +87,13 @@ class Sampler:
         some = np.linspace(0, layers - 1, min(self.layers, layers)).astype(int)
         if self.deploy:
             return [(int(layer), steps, steps - 1) for layer in some]
-        replan, half = self.workload.replan, max(1, steps // 2)
-        end = steps - (replan.every if replan else 1)
-        moments = np.unique(np.linspace(half, max(half, end), MOMENTS).astype(int))
-        if replan is None:
-            return [(int(layer), half, int(step)) for step in moments for layer in some]
-        random = np.random.default_rng(self.workload.seed)
-        later = random.integers(replan.every, size=len(moments))
+        half, replan = max(1, steps // 2), self.workload.replan
+        every = replan.every if replan else steps
+        seen = np.unique(np.linspace(half, steps - 1, MOMENTS).astype(int))
+        # The same steps whatever `every`, so that ways to plan anew can be compared.
         return [
-            (int(layer), int(step), int(min(step + more, steps - 1)))
-            for step, more in zip(moments, later, strict=True)
+            (int(layer), half + (int(step) - half) // every * every, int(step))
+            for step in seen
             for layer in some
         ]
 
