@@ -7,6 +7,7 @@ import torch
 
 from moesaic import ExpertSpec, ExpertWeights, RouterSpec, moe, route
 from moesaic.types import Routing
+from moesaic.validate import values_wanted
 
 SPEC = ExpertSpec(num_experts=8, hidden_size=16, intermediate_size=24)
 WEIGHTS = ExpertWeights(up=torch.ones(8, 48, 16), down=torch.ones(8, 16, 24))
@@ -133,3 +134,11 @@ def test_specs_that_cannot_be(fields: dict, message: str) -> None:
 def test_routers_that_cannot_be(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RouterSpec(**{"num_experts": 8, "top_k": 2} | fields)
+
+
+def test_checks_of_values_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOESAIC_CHECK", raising=False)
+    assert not values_wanted()
+    for value in ("1", "0", "1"):
+        monkeypatch.setenv("MOESAIC_CHECK", value)
+        assert values_wanted() == (value == "1")

@@ -9,6 +9,7 @@ and on GPU only when ``MOESAIC_CHECK=1``, because reading them would wait for th
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,21 @@ from .types import ExpertSpec, ExpertWeights, RouterSpec
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
+# What `os.environ` keeps: there a variable that is not set costs an exception every call.
+_environment: dict[Any, Any] | None = getattr(os.environ, "_data", None)
+_asked = os.environ.encodekey("MOESAIC_CHECK"), os.environ.encodevalue("1")
+
+
+def values_wanted() -> bool:
+    """Whether ``MOESAIC_CHECK=1`` asks for checks of values on a GPU, now."""
+    if _environment is None:
+        return os.environ.get("MOESAIC_CHECK") == "1"
+    return _environment.get(_asked[0]) == _asked[1]
+
+
 def checks_values(tensor: Tensor) -> bool:
     """Whether the values of `tensor` may be read to check them."""
-    return tensor.device.type == "cpu" or os.environ.get("MOESAIC_CHECK") == "1"
+    return tensor.device.type == "cpu" or values_wanted()
 
 
 def _shape(name: str, tensor: Tensor, expected: tuple[int, ...], remedy: str = "") -> None:
