@@ -5,7 +5,7 @@ decode, where weights are read, both are copies. Their work is what one micro-ba
 the whole GPU. A policy that does not slice leaves both the whole GPU: then they take turns.
 
 >>> shares("static", compute_s=4e-3, exchange_s=1e-3, reads=False).sizes
-{'compute': 104, 'exchange': 24}
+{'compute': 112, 'exchange': 16}
 """
 
 from __future__ import annotations
