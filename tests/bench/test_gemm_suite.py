@@ -84,7 +84,7 @@ def test_a_whole_run_times_in_turn_and_compares_bits(tmp_path: Path) -> None:
     assert [x["routing"] for x in timed if x["clock"] == "imbalance"] == list(gemm.ROUTINGS)
     bits = [x for x in lines if x["clock"] == "bits"]
     assert {(x["tokens"], x["equal_experts"]) for x in bits} == {(1, 4), (16, 4)}
-    text, _ = gemm.section(lines, summarize(lines, ("tiny",)), tmp_path, "cpu", "")
+    text, _ = gemm.SUITE.section(lines, summarize(lines, ("tiny",)), tmp_path, "cpu", "")
     assert "91 % of an H800" in text and "| 48x64 | 16 | 4 of 4 |" in text
 
 

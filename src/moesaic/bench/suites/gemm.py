@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..gemm_page import section
 from ..layers import ERROR_BOUNDS
-from ..report import Sheet, markdown, provenance, short, targets_sheet
+from ..report import short
 from ..results import Line, Target, at_least, at_most, make_line, stamp
 from ..suite import Cell, Context, Suite
 from ..timing import (
@@ -39,7 +39,6 @@ from ..timing import (
 
 NAME = "gemm"
 DATASHEET_TFLOPS = 989.0
-CLAIMS = (("H800", 0.91), ("H20", 0.95))
 TILE_ROWS = 256
 CALLS = 2
 ROUTINGS = ("balanced", "one_expert", "skewed")
@@ -410,31 +409,6 @@ def summarize(lines: Sequence[Line], shapes: Sequence[str] = tuple(SHAPES)) -> l
             targets.append(at_most(text, apart, 0.05))
     bad = sum(bool(x.get("wrong") or x.get("error")) for x in lines if x["impl"] == "moesaic")
     return [*targets, at_most("moesaic lines wrong or failed", float(bad), 0.0)]
-
-
-def section(
-    lines: Sequence[Line], targets: Sequence[Target], root: Path, device: str, folder: str
-) -> tuple[str, dict[str, str]]:
-    """The page's part: targets, TFLOP/s with the share of the datasheet, bits."""
-    timed = [x for x in lines if x["clock"] in ("random", "zero")]
-    heads = ["shape", "routing", "data", "impl", "ms", "TFLOP/s", "of 989", "× cuBLAS", "state"]
-    rows = []
-    for x in timed:
-        state = "wrong" if x.get("wrong") else str(x.get("error", "right")).split(":")[0]
-        numbers = (x["ms"], x["tflops"], x.get("of_datasheet"), x["of_floor"])
-        texts = [str(x[key]) for key in ("model", "routing", "clock", "impl")]
-        rows.append([*texts, *map(short, numbers), state])
-    equal = Sheet(["N x K", "rows an expert", "experts equal to torch.matmul"], [
-        [x["model"].removeprefix("bits "), str(x["tokens"]),
-         f"{x['equal_experts']} of {x['experts']}" if "equal_experts" in x else x["error"]]
-        for x in lines if x["clock"] == "bits"
-    ])  # fmt: skip
-    claims = ", ".join(f"{100 * share:g} % of an {name}" for name, share in CLAIMS)
-    parts = [provenance(lines), markdown(targets_sheet(targets)), markdown(Sheet(heads, rows))]
-    parts.append(f"The static-batching paper reports, of the datasheet's rate, {claims}.")
-    if equal.rows:
-        parts.append(markdown(equal))
-    return "\n\n".join(parts) + "\n", {}
 
 
 SUITE = Suite(
