@@ -394,6 +394,8 @@ def run(wanted: Sequence[Cell], context: Context) -> None:
                 )  # fmt: skip
                 context.record([bits])
                 bench.pair.gpu.close()
+                del bench  # its graphs hold tens of gigabytes
+                torch.cuda.empty_cache()
         except (GreenUnavailable, GreenError) as error:
             context.record([_failed(cell, stamped, reason(error)) for cell in mine])
             context.say(reason(error))
