@@ -77,6 +77,29 @@ def test_arrivals_count_waiting_behind_a_late_step() -> None:
     assert sorted(set(round(x) for x in trial.latencies_ms)) == [1, 2, 5]
 
 
+def test_the_other_is_queued_between_arrivals_and_never_runs_dry() -> None:
+    class Slow(Stream):
+        """Launching takes the host 300 microseconds."""
+
+        def launch(self) -> Point:
+            self.machine.now_s += 3e-4
+            return super().launch()
+
+    machine = Machine()
+    other = Slow(machine, 5.0)
+    trial = open_loop(
+        Stream(machine, 0.2),
+        other,
+        Stream(machine, 0.0).mark,
+        steps=2000,
+        interval_ms=0.8,
+        limit_s=60,
+        clock=machine.clock,
+    )
+    assert trial.other_per_s == pytest.approx(200, rel=0.02)
+    assert trial.at(0.99) < 0.3
+
+
 def test_an_overloaded_loop_ends_at_its_limit_and_says_so() -> None:
     machine = Machine()
     trial = open_loop(

@@ -29,6 +29,8 @@ from .timing import Clock, percentile
 
 QUEUED = 2
 AHEAD = 8
+FAR_S = 4e-4
+"""Time to the next arrival in which the other's work is queued without making that arrival late."""
 
 
 class Mark(Protocol):
@@ -92,9 +94,23 @@ class Feeder:
         while self._pending and self._pending[0].passed():
             self._pending.popleft()
         while len(self._pending) < QUEUED:
-            end = self.line.launch()
-            self._pending.append(end)
-            self.ends.append(end)
+            self._launch()
+
+    def top_up_between(self, next_arrival_s: float, interval_s: float) -> None:
+        """Queue one launch more where the next arrival is far enough, or nothing is queued."""
+        if self.line is None:
+            return
+        while self._pending and self._pending[0].passed():
+            self._pending.popleft()
+        enough = next_arrival_s > min(FAR_S, interval_s / 2)
+        if not self._pending or (enough and len(self._pending) < QUEUED):
+            self._launch()
+
+    def _launch(self) -> None:
+        assert self.line is not None
+        end = self.line.launch()
+        self._pending.append(end)
+        self.ends.append(end)
 
     def per_s(self, start_ms: float, end_ms: float) -> float | None:
         """Launches per second between the first and last end within the window."""
@@ -168,7 +184,8 @@ def open_loop(
             if waiting and (len(ends) < AHEAD or ends[-AHEAD].passed()):
                 ends.append(line.launch())
                 waiting -= 1
-            feeder.top_up()
+            to_come_s = len(arrived) * interval_ms / 1e3 - (clock() - begin)
+            feeder.top_up_between(to_come_s, interval_ms / 1e3)
         times = [end.at_ms() for end in ends]
         begins = [arrival.at_ms() for arrival in arrived[: len(ends)]]
     latencies = tuple(b - a + late for a, b, late in zip(begins, times, late_ms, strict=False))
