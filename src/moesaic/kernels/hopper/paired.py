@@ -23,104 +23,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .operands import Pair
 from .tiles import activate, activate_alone
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 SECOND = gl.constexpr(1 << 20)
 """Added to a note's row tile when it is of the down-projection."""
-
-
-@aggregate
-class Pair:
-    """What the partitions share: operands, shared memory, barriers, the task map."""
-
-    x: gl.tensor
-    order_ptr: gl.tensor
-    act_ptr: gl.tensor
-    out_ptr: gl.tensor
-    up_desc: tma.tensor_descriptor
-    down_desc: tma.tensor_descriptor
-    tile_end_ptr: gl.tensor
-    task_ptr: gl.tensor
-    row_start_ptr: gl.tensor
-    rows_ptr: gl.tensor
-    done_ptr: gl.tensor
-    ticket_ptr: gl.tensor
-    joined_ptr: gl.tensor
-    weights_ptr: gl.tensor
-    sum_ptr: gl.tensor
-    a_bufs: gl.shared_memory_descriptor
-    b_bufs: gl.shared_memory_descriptor
-    notes: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
-    hidden: gl.tensor
-    inner: gl.tensor
-    top_k: gl.tensor
-    limit: gl.tensor
-    alpha: gl.tensor
-    up_offset: gl.tensor
-    N: gl.constexpr
-    LANES: gl.constexpr
-    ONE: gl.constexpr
-    SUM: gl.constexpr
-    GATED: gl.constexpr
-    ACTIVATION: gl.constexpr
-    HAS_LIMIT: gl.constexpr
-    BM: gl.constexpr
-    BN: gl.constexpr
-    BK: gl.constexpr
-    NB: gl.constexpr
-    PDL: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(
-        self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
-        row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, a_bufs,
-        b_bufs, notes, full, empty, hidden, inner, top_k, limit, alpha, up_offset, N, LANES, ONE,
-        SUM, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
-    ):  # fmt: skip
-        self.x = x
-        self.order_ptr = order_ptr
-        self.act_ptr = act_ptr
-        self.out_ptr = out_ptr
-        self.up_desc = up_desc
-        self.down_desc = down_desc
-        self.tile_end_ptr = tile_end_ptr
-        self.task_ptr = task_ptr
-        self.row_start_ptr = row_start_ptr
-        self.rows_ptr = rows_ptr
-        self.done_ptr = done_ptr
-        self.ticket_ptr = ticket_ptr
-        self.joined_ptr = joined_ptr
-        self.weights_ptr = weights_ptr
-        self.sum_ptr = sum_ptr
-        self.a_bufs = a_bufs
-        self.b_bufs = b_bufs
-        self.notes = notes
-        self.full = full
-        self.empty = empty
-        self.hidden = hidden
-        self.inner = inner
-        self.top_k = top_k
-        self.limit = limit
-        self.alpha = alpha
-        self.up_offset = up_offset
-        self.N = gl.constexpr(N)
-        self.LANES = gl.constexpr(LANES)
-        self.ONE = gl.constexpr(ONE)
-        self.SUM = gl.constexpr(SUM)
-        self.GATED = gl.constexpr(GATED)
-        self.ACTIVATION = gl.constexpr(ACTIVATION)
-        self.HAS_LIMIT = gl.constexpr(HAS_LIMIT)
-        self.BM = gl.constexpr(BM)
-        self.BN = gl.constexpr(BN)
-        self.BK = gl.constexpr(BK)
-        self.NB = gl.constexpr(NB)
-        self.PDL = gl.constexpr(PDL)
 
 
 @gluon.jit
