@@ -79,7 +79,7 @@ from ..workloads import MODELS, Model
 
 DUTY = 0.5
 LENDING = "-lending"
-LENT_SIZES = range(32, 112, 8)
+LENT_SIZES = range(16, 104, 8)
 """Decode parts that are lent in the sweep of the open loop."""
 MEASURED_MARGIN = 0.97
 """Part of a promise used up by curves that hold p99 with both tenants at work: they are noisy."""
@@ -107,15 +107,20 @@ class Setting:
 
 GRANITE = Model("Granite-1B-A400M", 32, 8, 1024, 512, family="granitemoe")
 """A model whose steps of one token are bound by latency: a layer reads 25 MB."""
-LARGE = Tenant(MODELS["Qwen3-235B-A22B"], tokens=8192, layers=2, turns=1)
 SETTINGS = {
     setting.key: setting
     for setting in (
-        Setting(Tenant(GRANITE, tokens=1, layers=24, turns=8), LARGE),
-        Setting(Tenant(MODELS["Qwen3-30B-A3B"], tokens=8, layers=8, turns=4), LARGE),
         Setting(
-            Tenant(MODELS["Qwen3-30B-A3B"], tokens=8, layers=16, turns=2),
-            Tenant(MODELS["Mixtral-8x7B"], tokens=8192, layers=1, turns=1),
+            Tenant(GRANITE, tokens=1, layers=24, turns=8),
+            Tenant(MODELS["Qwen3-235B-A22B"], tokens=8192, layers=2, turns=1),
+        ),
+        Setting(
+            Tenant(MODELS["Qwen3-30B-A3B"], tokens=1, layers=4, turns=16),
+            Tenant(MODELS["OLMoE"], tokens=4096, layers=4, turns=1),
+        ),
+        Setting(
+            Tenant(MODELS["Qwen3-30B-A3B"], tokens=8, layers=2, turns=8),
+            Tenant(MODELS["Mixtral-8x7B"], tokens=2048, layers=2, turns=1),
         ),
     )
 }
