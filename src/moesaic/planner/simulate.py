@@ -103,6 +103,20 @@ def run_best(chains: Sequence[Sequence[Task]], *, overlap: bool, gpus: int = 1) 
     return turns if turns.seconds < first.seconds else first
 
 
+def _resources(task: Task, overlap: bool) -> set[str]:
+    """What a task waits for; without overlap every task waits for the one before."""
+    return {task.resource, *(name for name, _ in task.also)} if overlap else {"all"}
+
+
+def _occupy(
+    task: Task, start: Floats, end: Floats, free: dict[str, Floats], busy: dict[str, Floats]
+) -> None:
+    """Book what a task does with its resources from `start` on."""
+    for name, seconds in ((task.resource, task.seconds), *task.also):
+        busy[name] = busy.get(name, np.zeros(len(start))) + seconds
+        free[name] = end if name == task.resource else np.minimum(start + seconds, end)
+
+
 def run(
     chains: Sequence[Sequence[Task]], *, overlap: bool, gpus: int = 1, turns: bool = False
 ) -> TimeLine:
@@ -123,44 +137,31 @@ def run(
     spans: list[Span] = []
     # Per micro-batch when its next task could start; None once what it depends on has changed.
     starts: list[tuple[float, Floats] | None] = [None] * len(chains)
-
-    def resources_of(number: int) -> set[str]:
-        if not overlap:
-            return {"all"}
-        task = chains[number][at[number]]
-        return {task.resource, *(name for name, _ in task.also)}
-
     while waiting := [n for n, chain in enumerate(chains) if at[n] < len(chain)]:
-        for number in waiting:
-            if starts[number] is None:
-                start = ready[number]
-                for name in resources_of(number) & free.keys():
+        for n in waiting:
+            if starts[n] is None:
+                start = ready[n]
+                for name in _resources(chains[n][at[n]], overlap) & free.keys():
                     start = np.maximum(start, free[name])
-                starts[number] = (float(start.max()), start)
-        number = min(
+                starts[n] = (float(start.max()), start)
+        first = min(
             waiting,
             key=lambda n: (0.0 if turns else starts[n][0], at[n], n),  # type: ignore[index]
         )
-        task, taken = chains[number][at[number]], resources_of(number)
-        start = starts[number][1]  # type: ignore[index]
+        task, start = chains[first][at[first]], starts[first][1]  # type: ignore[index]
         end = start + task.seconds
         last = int(end.argmax())
         spans.append(
-            Span(task.name, task.resource, task.layer, number, float(start[last]), float(end[last]))
+            Span(task.name, task.resource, task.layer, first, float(start[last]), float(end[last]))
         )
-        if task.joint:
-            end = np.full(gpus, end.max())
-        for name, seconds in ((task.resource, task.seconds), *task.also):
-            busy[name] = busy.get(name, np.zeros(gpus)) + seconds
-            if overlap:
-                free[name] = end if name == task.resource else np.minimum(start + seconds, end)
-        if not overlap:
-            free["all"] = end
-        ready[number] = end
-        at[number] += 1
-        for other in waiting:
-            if other == number or (starts[other] and taken & resources_of(other)):
-                starts[other] = None
+        end = np.full(gpus, end.max()) if task.joint else end
+        _occupy(task, start, end, free, busy)
+        ready[first] = free["all"] = end
+        at[first] += 1
+        taken = _resources(task, overlap)
+        for n in waiting:
+            if n == first or taken & _resources(chains[n][at[n]], overlap):
+                starts[n] = None
     seconds = float(max((r.max() for r in ready), default=0.0))
     return TimeLine(seconds, tuple(spans), {k: float(v.mean()) for k, v in busy.items()})
 
