@@ -33,8 +33,9 @@ from ..types import ExpertSpec, ExpertWeights
 from .seats import Seat
 from .sliced import arithmetic_of
 
-VISITS = 4
-"""Guests queued for a product: how often its tiles can be left and taken up again."""
+VISITS = 1
+"""Guests queued for a product: how often its tiles can be left and taken up again. One that comes
+when no tile is left still has to find room on the lent SMs before the owner may go on."""
 TALL = (256, 128, 4)
 """Rows, weight rows and stages of the tiles that are shared."""
 

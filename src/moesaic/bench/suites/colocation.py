@@ -112,7 +112,7 @@ SETTINGS = {
     for setting in (
         Setting(
             Tenant(GRANITE, tokens=1, layers=24, turns=8),
-            Tenant(MODELS["Qwen3-235B-A22B"], tokens=8192, layers=2, turns=1),
+            Tenant(MODELS["Mixtral-8x7B"], tokens=8192, layers=1, turns=1),
         ),
         Setting(
             Tenant(MODELS["Qwen3-30B-A3B"], tokens=1, layers=4, turns=16),
