@@ -32,7 +32,7 @@ from moesaic.types import ExpertWeights
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")
-SHAPES = ((8, 2, 512, 1024), (16, 2, 1024, 2048), (32, 4, 2048, 4096), (64, 16, 512, 1024))
+SHAPES = ((8, 2, 1024), (16, 2, 2048), (32, 4, 4096), (64, 16, 1024))
 
 
 def draw(
@@ -70,10 +70,10 @@ def triton(case: dict[str, Any], **more: Any) -> torch.Tensor:
 
 def test_chosen_tiles_fit_share_a_height_and_follow_the_rows() -> None:
     assert all(tile_problem(tile._asdict()) is None for tile in TILES)
-    for (experts, top_k, hidden, inter), layers in product(SHAPES, (2, 3)):
+    for (experts, top_k, inter), layers in product(SHAPES, (2, 3)):
         heights = []
         for tokens in (1, 8, 64, 512, 4096, 32768):
-            config = choose_mlp(tokens * top_k, experts, hidden, inter, layers, 132)
+            config = choose_mlp(tokens * top_k, experts, inter, layers, 132)
             assert len(config.tiles) == layers
             assert {tile.bm for tile in config.tiles} == {config.height}
             assert config_of(row_of(config)) == config
@@ -82,13 +82,29 @@ def test_chosen_tiles_fit_share_a_height_and_follow_the_rows() -> None:
         assert heights[0] == 16 and heights[-1] >= 128
 
 
+def test_the_choices_are_those_that_were_measured_best() -> None:
+    small, medium, large = SHAPES[:3]
+    best = {
+        (small, 1024): "tall192", (small, 4096): "prefill128", (small, 8192): "prefill128",
+        (medium, 1024): "tall256", (medium, 4096): "tall256", (medium, 8192): "prefill128",
+        (large, 32): "decode16", (large, 64): "decode16", (large, 128): "decode32",
+        (large, 256): "decode64", (large, 512): "tall192", (large, 4096): "tall256",
+        (large, 8192): "tall256",
+    }  # fmt: skip
+    for ((experts, top_k, inter), tokens), name in best.items():
+        tile = choose_mlp(tokens * top_k, experts, inter, 3, 132).tiles[0]
+        assert f"{tile.kernel}{tile.bm}" == name, (experts, tokens)
+        assert tile.bn == (256 if tile.kernel == "prefill" else 128)
+    assert choose_mlp(2, 8, 1024, 3, 132).tiles[0].bn == 64, "a lone token's tiles are narrow"
+
+
 def test_every_tile_is_compiled_ahead_of_time() -> None:
     names = {case.name for case in aot_cases()}
     assert {f"hopper/{t.kernel}-{t.bm}x{t.bn}-relu-bf16" for t in TILES} <= names
 
 
 def test_a_row_whose_products_differ_in_height_is_refused() -> None:
-    row = row_of(choose_mlp(256, 8, 512, 1024, 3, 132))
+    row = row_of(choose_mlp(256, 8, 1024, 3, 132))
     row["mid"] = HopperConfig("decode", 128, 128, 6)._asdict()
     assert row["up"]["bm"] != 128
     assert "share one map" in str(layer_problem(row))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from math import ceil, sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -69,74 +68,33 @@ TILES = (
     HopperConfig("tall", 320, 128, 3),
     HopperConfig("tall", 384, 128, 3),
 )
-# What a tile of each kernel reaches of the tensor cores, by measured products of large tiles.
-REACHED = {"prefill": 0.85, "tall": 0.85, "decode": 0.6}
-FLOPS_PER_CLOCK = 4096
-L2_BYTES_PER_CLOCK = 48
-CLOCKS_PER_S = 1.7e9
-DRAM_BYTES_PER_S = 4.5e12
-TILE_CLOCKS = 2500
-COPY_S = 2e-6
-"""A launch of `gather_rows`, beside the bytes that it moves."""
-
-
-def tile_seconds(tile: HopperConfig, rows: float, experts: int, cols: int, depth: int) -> float:
-    """SM-seconds of the tiles of a product by a simple model, for `rows` rows of each expert.
-
-    Routing is uneven, so the tiles of an expert are those of a few more and a few fewer rows.
-    """
-    spread = sqrt(rows)
-    total = 0.0
-    for some in (max(1.0, rows - spread), rows, rows + spread):
-        tiles = ceil(some / tile.bm)
-        height = 64 * ceil(ceil(some / 64) / tiles) if tile.kernel == "tall" else tile.bm
-        flops = 2 * height * tile.bn * tile.bk
-        step = max(
-            flops / (FLOPS_PER_CLOCK * REACHED[tile.kernel]),
-            (height + tile.bn) * tile.bk * 2 / L2_BYTES_PER_CLOCK,
-        )
-        total += tiles * (ceil(depth / tile.bk) * step + TILE_CLOCKS) / 3
-    return experts * ceil(cols / tile.bn) * total / CLOCKS_PER_S
-
-
-def product_seconds(
-    tile: HopperConfig, rows: float, experts: int, cols: int, depth: int, num_sms: int
-) -> float:
-    """Seconds of a product: whole waves of its tiles over the SMs, or its weights from memory."""
-    spread = sqrt(rows)
-    tiles = sum(ceil(max(1.0, r) / tile.bm) for r in (rows - spread, rows, rows + spread)) / 3
-    tiles *= experts * ceil(cols / tile.bn)
-    waves = ceil(tiles / num_sms)
-    busy = tile_seconds(tile, rows, experts, cols, depth) / tiles * waves
-    return max(busy, 2 * experts * cols * depth / DRAM_BYTES_PER_S)
+NARROW = {16: TILES[0], 32: TILES[2], 64: TILES[4]}
+WIDE = {16: TILES[1], 32: TILES[3], 64: TILES[5]}
+GATHERS, TALL_192, TALL_256 = TILES[8], TILES[11], TILES[12]
 
 
 @lru_cache(maxsize=4096)
-def choose_mlp(
-    slots: int, experts: int, hidden: int, inter: int, layers: int, num_sms: int
-) -> MlpConfig:
-    """Tiles for an expected number of routed rows: the least of a simple model of time.
+def choose_mlp(slots: int, experts: int, inter: int, layers: int, num_sms: int) -> MlpConfig:
+    """Tiles for an expected number of routed rows, the measured best of each range on an H200.
 
-    >>> [tile.bm for tile in choose_mlp(256, 8, 512, 1024, 3, 132).tiles]
-    [32, 32, 32]
+    Few rows want tiles of about twice as many, so that an uneven expert stays one tile, and narrow
+    ones where wide ones would leave SMs idle. More rows want tall tiles, whose rows are copied
+    together first; where there are many rows for the width that copy does not pay.
+
+    >>> [(t.kernel, t.bm, t.bn) for t in choose_mlp(128, 32, 4096, 3, 132).tiles[:1]]
+    [('decode', 16, 128)]
     """
-    shapes = [(inter, hidden), *[(inter, inter)] * (layers - 2), (hidden, inter)]
-    rows, live = slots / min(slots, experts), min(slots, experts)
-    found: dict[int, tuple[float, tuple[HopperConfig, ...]]] = {}
-    for height in sorted({tile.bm for tile in TILES}):
-        seconds, chosen = 0.0, []
-        for number, (cols, depth) in enumerate(shapes):
-            costs = {}
-            for tile in TILES:
-                if tile.bm == height:
-                    costs[tile] = product_seconds(tile, rows, live, cols, depth, num_sms)
-                    if number == 0 and tile.kernel == "tall":
-                        costs[tile] += COPY_S + 4 * slots * hidden / DRAM_BYTES_PER_S
-            best = min(costs, key=lambda tile: costs[tile])
-            seconds += costs[best]
-            chosen.append(best)
-        found[height] = seconds, tuple(chosen)
-    return MlpConfig(min(found.values(), key=lambda pair: pair[0])[1])
+    live = min(slots, experts)
+    rows = slots / live
+    few = live * inter // 128 < num_sms
+    if rows <= 48 or (few and rows <= 100):
+        height = 16 if rows <= 8 else 32 if rows <= 24 else 64
+        tile = (NARROW if few else WIDE)[height]
+    elif inter <= 2 * rows and rows > 340:
+        tile = GATHERS
+    else:
+        tile = TALL_192 if few or rows <= 100 else TALL_256
+    return MlpConfig((tile,) * layers)
 
 
 @lru_cache(maxsize=4096)
@@ -163,7 +121,7 @@ def choose_measured(
     )  # fmt: skip
     row = hopper_row(problem)
     if row is None:
-        return choose_mlp(slots, experts, hidden, inter, layers, num_sms)
+        return choose_mlp(slots, experts, inter, layers, num_sms)
     return config_of(row)
 
 
