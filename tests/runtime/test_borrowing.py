@@ -9,9 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moesaic import moe
 from moesaic.hardware.green import GreenDevice, GreenError, GreenUnavailable
+from moesaic.kernels.hopper.tiles import draw_shared_ref
 from moesaic.runtime.borrowing import BorrowingLayer, BorrowingStack, Grounds, Lending
 from moesaic.runtime.seats import Seat
 from moesaic.types import ExpertSpec, ExpertWeights
@@ -113,6 +116,23 @@ def test_a_product_starts_before_its_guests_and_the_next_waits_for_them(
         "front", "own says a", "up", "lent waits a", "up guests", "lent says b", "own waits b",
         "own says c", "down", "lent waits c", "down guests", "lent says d", "own waits d", "tail",
     ]  # fmt: skip
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.lists(st.integers(0, 3), max_size=4), st.data())
+def test_every_tile_is_drawn_once_whoever_leaves_when(tiles, owners, guests, data) -> None:
+    """Owners and several launches of guests in any order; the flag moves between any two draws."""
+    counter = [0, owners + sum(guests)]
+    waiting = [False] * owners + [True] * sum(guests)
+    drawn = []
+    while waiting:
+        place = data.draw(st.integers(0, len(waiting) - 1))
+        wanted = data.draw(st.booleans())
+        tile = draw_shared_ref(counter, wanted, tiles, waiting[place])
+        if tile < tiles:
+            drawn.append(tile)
+        else:
+            waiting.pop(place)
+    assert sorted(drawn) == list(range(tiles)) and counter[0] == 0
 
 
 def test_experts_without_tall_tiles_are_refused() -> None:

@@ -136,6 +136,23 @@ def draw_shared(wanted_ptr, tiles, work, GUEST: gl.constexpr):
     return gl.where(leaves, tiles, got % LEAVE)
 
 
+def draw_shared_ref(counter_2: list[int], wanted: bool, tiles: int, guest: bool) -> int:
+    """The twin of `draw_shared` on [counter, programs]: the tile drawn, or `tiles`.
+
+    >>> counter, left = [0, 2], LEAVE.value
+    >>> [draw_shared_ref(counter, g, 5, g) for g in (False, False, True)], counter[0] == 2 + left
+    ([0, 1, 5], True)
+    >>> [draw_shared_ref(counter, False, 5, False) for _ in range(4)], counter
+    ([2, 3, 4, 5], [0, 2])
+    """
+    leaves, leave = guest and wanted, LEAVE.value
+    got = counter_2[0]
+    counter_2[0] += leave if leaves else 1
+    if got % leave + got // leave == tiles + counter_2[1] - 1:
+        counter_2[0] = 0
+    return tiles if leaves else got % leave
+
+
 @gluon.jit
 def locate(t, work):
     """Expert, first row, rows, row tile and column tile of tile `t`.
