@@ -210,6 +210,7 @@ def test_the_hopper_path_takes_the_measured_row_whatever_the_budget(own, monkeyp
     from moesaic.kernels.hopper import experts
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    monkeypatch.setattr(tune, "CONFIGS", own.parent / "nothing shipped")
     written(own, hopper={KEY: {"64": {"up": DECODE, "down": DECODE, "order": "mixed"}}})
     device, up_shape = torch.device("cuda"), (128, 2 * 768, 2048)
 

@@ -6,7 +6,8 @@ by one, the best combinations as whole layers under a graph. `moesaic` is the fa
 heuristic was made from measurements of the first six models; it never saw the held-out ones.
 
 Every candidate is compared bit for bit with the first that ran. The shipped table is made from
-these lines (`table_of`).
+these lines (`table_of`). A line with `by` was not made by this suite: it says what timed the few
+tiles of that cell, and the cell stays missing.
 
     E experts · K top-k · H hidden width · I intermediate width
 """
@@ -102,7 +103,7 @@ def ranks_of(result: Result) -> dict[str, Any]:
     return found
 
 
-def lines_of(cell: Cell, result: Result, stamped: Line) -> list[Line]:
+def lines_of(cell: Cell, result: Result, candidates: int, stamped: Line) -> list[Line]:
     """The fastest layer's line, with its row of the table, and the heuristic's."""
     fixed = stamped | {
         "suite": NAME, "clock": cell.clock, "model": cell.model, "tokens": cell.tokens,
@@ -111,7 +112,7 @@ def lines_of(cell: Cell, result: Result, stamped: Line) -> list[Line]:
     other = sum(OTHER_BITS in text for text in result.refused)
     mine = make_line(
         fixed, impl="moesaic", ms=result.best_us / 1e3, row=json.dumps(result.row),
-        refused=len(result.refused), other_bits=other, **ranks_of(result),
+        candidates=candidates, refused=len(result.refused), other_bits=other, **ranks_of(result),
     )  # fmt: skip
     own = None if result.heuristic_us is None else result.heuristic_us / 1e3
     return [mine, make_line(fixed, impl="heuristic", ms=own)]
@@ -156,7 +157,7 @@ def tune_model(
         try:
             lab = tools.make_lab(request, IMPL, cell.tokens)
             result = tune_cell(space, lab, cell.tokens, lambda: None)
-            lines = lines_of(cell, result, stamped)
+            lines = lines_of(cell, result, len(space) + len(space.both), stamped)
             ratio = "-" if result.ratio is None else f"{result.ratio:.3f}"
             told = f"{result.best_us:.1f} us, heuristic x {ratio}, {len(result.refused)} refused"
         except DeviceLost:
@@ -173,8 +174,8 @@ def tune_model(
 
 
 def measured(line: Line) -> Cell | None:
-    """The cell of a tuned layer."""
-    if line["impl"] != "moesaic" or line["ms"] is None:
+    """The cell of a tuned layer; a probe of a few tiles leaves it missing."""
+    if line["impl"] != "moesaic" or line["ms"] is None or line.get("by"):
         return None
     return Cell(line["model"], line["tokens"], line["routing"], line["dtype"], line["clock"])
 
@@ -230,8 +231,8 @@ def section(
     lines: Sequence[Line], targets: Sequence[Target], root: Path, device: str, folder: str
 ) -> tuple[str, dict[str, str]]:
     """The page's part: targets and a row for each cell."""
-    heads = ["model", "tokens", "tuned µs", "untuned µs", "untuned ÷ tuned", "fastest tiles",
-             "rank of 128/128/64", "rank of next_pow2(E)"]  # fmt: skip
+    heads = ["model", "tokens", "tuned µs", "untuned µs", "untuned ÷ tuned", "candidates",
+             "fastest tiles", "rank of 128/128/64", "rank of next_pow2(E)"]  # fmt: skip
     untuned = {(x["model"], x["tokens"]): x["ms"] for x in lines if x["impl"] == "heuristic"}
     found, rows = ratios(lines, MODELS), []
     for x in lines:
@@ -246,6 +247,7 @@ def section(
         ]  # fmt: skip
         rows.append([cell[0], str(cell[1]), short(x["ms"] * 1e3),
                      short(own and own * 1e3), short(found.get(cell)),
+                     f"{x['candidates']}" + (f" ({x['by']})" if x.get("by") else ""),
                      tiles_text(json.loads(x["row"])), *ranks])  # fmt: skip
     parts = [provenance(lines), markdown(targets_sheet(targets)), markdown(Sheet(heads, rows))]
     return "\n\n".join(parts) + "\n", {}
