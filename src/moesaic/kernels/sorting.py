@@ -367,6 +367,7 @@ def aot_cases() -> list[Any]:
     outs = ("order_ptr", "position_ptr", "offsets_ptr", "table_ptr")
     pointers = dict.fromkeys(outs, "*i32")
     sizes = dict.fromkeys(("slots", "experts", "stride"), "i32")
+    uncounted: dict[str, Any] = {"counters_ptr": None, "PDL": False}
     cases = []
     for width, order in ((32, "index"), (256, "mixed"), (1024, "large_first"), (1024, "")):
         constants = {"ORDER": order, "HEIGHTS": HEIGHTS, "E_POW2": width}
@@ -376,7 +377,7 @@ def aot_cases() -> list[Any]:
                 name=f"sorting/small{count}-{tag}",
                 fn=sort_small_kernel,
                 signature={"ids_ptr": "*i32", **pointers, **sizes},
-                constexprs={**constants, **SMALL, "COUNT": count, "counters_ptr": None},
+                constexprs={**constants, **SMALL, "COUNT": count, **uncounted},
                 options=WIDE,
                 quick=width == 256 and count == 512,
             )
