@@ -41,8 +41,14 @@ SPEEDS = (0.03, 0.1, 0.3, 0.5)
 FORGET = 0.998
 """Of what `trend` has learned, kept from one step to the next."""
 RIDGE_TREND = 3.0
+LEAST = 1e-9
+"""A mean load up to this counts as none and is no scale: numbers over it would be infinite."""
 RATE, SHARE = 3.0, 0.01
 """Of `mixed`: how fast errors change the weights; the part dealt out evenly at each step."""
+
+
+def _scale(mean: float) -> float:
+    return float(mean) if mean > LEAST else 1.0
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ def _predict_trend(state: Trend, context_C: Array) -> Array:
 def _update_trend(state: Trend, values_N: Array, context_C: Array) -> Trend:
     if not _usable(values_N):
         return state
-    size = float(np.abs(values_N).mean()) or 1.0
+    size = _scale(np.abs(values_N).mean())
     if not state.seen:
         levels = np.tile(values_N, (len(SPEEDS), 1))
         return replace(
@@ -190,7 +196,7 @@ class Linked:
 def _deviation(state: Linked, context_C: Array) -> Array:
     if not state.seen or not len(state.level_C):
         return np.zeros_like(state.level_C)
-    scale = float(state.level_C.mean()) or 1.0
+    scale = _scale(state.level_C.mean())
     return np.nan_to_num((context_C - state.level_C) / scale, posinf=0.0, neginf=0.0)
 
 
@@ -282,8 +288,7 @@ def mixed(members: Sequence[Predictor], *, name: str = "mixed") -> Predictor:
         if not _usable(values_N):
             return state
         loss_M = np.abs(guesses(state, context_C) - values_N).sum(axis=1)
-        with np.errstate(over="ignore"):  # beside almost no load any error is infinite
-            loss_M = loss_M / (np.abs(values_N).sum() or 1.0)
+        loss_M = loss_M / _scale(np.abs(values_N).sum())
         loss_M = np.minimum(np.nan_to_num(loss_M, nan=1e3, posinf=1e3), 1e3)
         usual = float(np.median(loss_M))
         scale = state.scale + 0.02 * (usual - state.scale) if state.scale else usual
