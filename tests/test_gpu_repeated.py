@@ -110,7 +110,7 @@ def test_gradients_compilers_and_profilers_see_the_operator() -> None:
         lambda x: moe(x * 1, ids, share, weights, SPEC) + 0, fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(whole(hidden), plain)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         moe(hidden, ids, share, weights, SPEC)
     assert any(event.name == "moesaic::experts" for event in profile.events())
 

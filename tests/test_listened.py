@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def inside_vmap() -> Iterator[None]:
 LISTENERS = {
     "fake tensors": FakeTensorMode,
     "a function mode": BaseTorchFunctionMode,
-    "a profiler": torch.profiler.profile,
+    "a profiler": partial(torch.profiler.profile, acc_events=True),
     "vmap": inside_vmap,
 }
 

@@ -66,17 +66,20 @@ def choose(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) ->
 
 @lru_cache(maxsize=4096)
 def choose_layer(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) -> LayerConfig:
-    """`choose`, but both products in one launch where the launches between show.
+    """`choose`, but both products in one launch where few rows make the launches between show.
 
-    A single token is then one launch, sum included. Some narrow experts with few rows gain about
-    three microseconds; wider ones were not measured.
+    Up to about sixteen rows an expert that saves some three microseconds. A single token is then
+    one launch, sum included, with a ring as short as its tiles are few: programs that run ahead
+    take bandwidth from those that all wait for. Experts as wide as Mixtral's keep two launches, for
+    a column of their down-projection is too long for one program (169 us a token against 181).
     """
     if tokens == 1:
-        tile = HopperConfig("pair", 16, 64, 6, ctas_per_sm=2)
-        return LayerConfig(tile, tile)
-    rows_per_expert = tokens * top_k / experts
-    if up_rows <= 2048 and rows_per_expert <= 20:
-        few = rows_per_expert <= 2
+        tiles = top_k * up_rows // 64
+        if tiles < 6 * num_sms:
+            tile = HopperConfig("pair", 16, 64, 5 if tiles <= 2 * num_sms else 8, ctas_per_sm=2)
+            return LayerConfig(tile, tile)
+    elif up_rows < 8192 and tokens * top_k / experts <= 20:
+        few = tokens * top_k / experts <= 2
         tile = HopperConfig("pair", 16 if few else 32, 128, 10 if few else 8)
         return LayerConfig(tile, tile)
     return choose(tokens, top_k, experts, up_rows, num_sms)
