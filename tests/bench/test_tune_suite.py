@@ -32,6 +32,7 @@ class InventedLab:
         problem = grid.problem_for(wanted.model, tokens, "bfloat16", 90, "h200")
         real: Any = HopperLab(wanted.model, problem, None, 132)  # type: ignore[arg-type]
         self.combined, self.row, self.more = real.combined, real.row, real.more
+        self.launches = real.launches
         self.heuristic, self.slow = real.heuristic, slow
 
     def part_s(self, part: str, group: Any, tile: Any, best_s: float) -> float:

@@ -84,6 +84,7 @@ class InventedLab:
         self.real = kind(wanted.model, problem, None, 132)
         self.impl, self.whole = impl, whole
         self.combined, self.row = self.real.combined, self.real.row
+        self.launches = self.real.launches
         self.heuristic, self.more = self.real.heuristic, self.real.more
 
     def part_s(self, part: str, group: Any, cut: Any, best_s: float) -> float:
@@ -211,6 +212,14 @@ def test_a_layer_slower_than_the_heuristic_is_not_chosen() -> None:
     lab = InventedLab(request(), "hopper", 64, lambda c: 1e-5 if c == heuristic else 2e-5)
     result = tune_cell(space_of(request(), "hopper", 64), lab, 64, lambda: None)  # type: ignore[arg-type]
     assert result.row == lab.row(heuristic) and result.ratio == 1.0 and result.kept
+
+
+def test_a_single_token_takes_a_launch_less_where_it_costs_little() -> None:
+    for tokens, slower, taken in ((1, 1.02, 1), (1, 1.05, 2), (16, 1.02, 2)):
+        lab = InventedLab(request(tokens=(tokens,)), "hopper", tokens, lambda c, s=slower: (
+            2e-5 * s if c.up.kernel == "pair" else 2e-5))  # fmt: skip
+        result = tune_cell(space_of(request(), "hopper", tokens), lab, tokens, lambda: None)  # type: ignore[arg-type]
+        assert (1 if result.row["up"]["kernel"] == "pair" else 2) == taken, (tokens, slower)
 
 
 def test_ranks() -> None:

@@ -126,6 +126,10 @@ class TritonLab:
         fits = p.layers == 3 and fused_stages(p.hidden, p.intermediate, 2, p.arch)
         return [config._replace(fused=True)] if fits else []
 
+    def launches(self, config: Config) -> int:
+        """One a product, or one for all."""
+        return 1 if config.fused else self.problem.layers
+
     def row(self, config: Config) -> dict[str, Any]:
         """The table's row."""
         return config_to_json(config)
@@ -212,6 +216,10 @@ class HopperLab:
         """Both products in one launch, where rows are few."""
         pairs = map(hopper_config, pairs_of(config.up.bm))
         return [config._replace(up=pair, down=pair) for pair in pairs]
+
+    def launches(self, config: LayerConfig) -> int:
+        """Two, or one for both."""
+        return 1 if config.up.kernel == "pair" else 2
 
     def row(self, config: LayerConfig) -> dict[str, Any]:
         """The table's row."""
