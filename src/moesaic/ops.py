@@ -1,10 +1,9 @@
 """One registered torch op per contract: `moesaic::route`, `::experts`, `::experts_backward`.
 
-`route_hidden` is the router from hidden states, its product in the same launch where the tensor
-cores can run it. `route_counted` and `experts_counted` do the same as `route` and `experts` and add
-what happened to counters (3, E) int32: line 0 the router's choices, line 1 the rows computed, line
-2 the tiles of the task map (on a GPU). They are ops of their own, so that the others stay free of
-side effects.
+`route_hidden` is the router from hidden states, its product by torch. `route_counted` and
+`experts_counted` do the same as `route` and `experts` and add what happened to counters (3, E)
+int32: line 0 the router's choices, line 1 the rows computed, line 2 the tiles of the task map (on a
+GPU). They are ops of their own, so that the others stay free of side effects.
 
 Importing this module needs torch alone; the kernels (and Triton) are imported when an op first
 runs on a device. Specs cross the boundary as strings (`ExpertSpec.key()`), because op schemas know
@@ -175,28 +174,8 @@ def _route_hidden_cuda(
     fp32: bool,
     as_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .kernels.router import refusal, route_hidden
-
-    if refusal(hidden, weight) is not None:
-        return _route_composed(
-            _route_cuda, hidden, weight, linear_bias, bias, spec, fp32, as_logits
-        )
-    r = RouterSpec.from_key(spec)
-    dtype = _logits_dtype(hidden, fp32)
-    return route_hidden(
-        hidden,
-        weight,
-        linear_bias,
-        bias,
-        top_k=r.top_k,
-        scoring=r.scoring,
-        renormalize=r.renormalize,
-        n_group=r.n_group,
-        topk_group=r.topk_group,
-        scale=r.scale,
-        logits_dtype=dtype,
-        weights_dtype=dtype if as_logits else torch.float32,
-    )
+    # `kernels.router` does all of it in one launch; in whole models it has not been faster.
+    return _route_composed(_route_cuda, hidden, weight, linear_bias, bias, spec, fp32, as_logits)
 
 
 def _route_hidden_fake(

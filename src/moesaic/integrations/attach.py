@@ -206,9 +206,9 @@ def attach(
     Args:
         model: a transformers model, or a module that holds one.
         impl: see `moesaic.moe`.
-        fuse_routers: replace routers by one launch, and blocks of a router, experts and shared
-            expert by one piece of code: "auto" on CUDA devices, "always" or "never". Only those
-            that give the same answers as before are replaced, see `routers` and `blocks`.
+        fuse_routers: replace routers by one product and one launch, and blocks of a router, experts
+            and shared expert by one piece of code: "auto" on CUDA devices, "always" or "never".
+            Only those that give the same answers as before are replaced, see `routers`, `blocks`.
         fallback: the experts implementation of layers that moesaic cannot run, such as
             "grouped_mm"; None: such a layer is an error.
         mesh: the ranks over which the experts are spread, each rank running its own batch; a

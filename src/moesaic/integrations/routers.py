@@ -41,14 +41,14 @@ class RouterPlan:
 
 
 def fused_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A router's `forward`, in one launch where it can be: logits (T, E), weights, ids (T, K)."""
+    """A router's `forward` by one product and one launch: logits (T, E), weights, ids (T, K)."""
     plan: RouterPlan = getattr(self, PLAN)
     weight: Tensor = self.get_parameter("weight")
     bias = getattr(self, "bias", None)
     hidden_TH = hidden_states.reshape(-1, weight.shape[1])
     correction = getattr(self, BIAS, None) if plan.spec.scoring == "sigmoid" else None
     correction = None if correction is None else correction.float()
-    if _in_one_launch(hidden_TH, weight):
+    if _as_one_op(hidden_TH, weight):
         logits_TE, ids_TK, weights_TK = route_hidden_op(
             hidden_TH, weight, bias, correction, plan.spec.key(), plan.fp32, plan.as_logits
         )
@@ -62,8 +62,8 @@ def fused_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tenso
     return logits_TE, routing.topk_weights_TK.to(dtype), routing.topk_ids_TK
 
 
-def _in_one_launch(hidden_TH: Tensor, weight: Tensor) -> bool:
-    """Whether the product may be part of the launch: 16-bit numbers, no gradients, no autocast."""
+def _as_one_op(hidden_TH: Tensor, weight: Tensor) -> bool:
+    """Whether one op may do it: 16-bit numbers, no gradients, no autocast."""
     if hidden_TH.dtype != weight.dtype or hidden_TH.dtype not in HALF:
         return False
     if torch.is_grad_enabled() and (hidden_TH.requires_grad or weight.requires_grad):
