@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .aot import AotCase
+from .device import registers
 from .routing import plan_route
 from .routing_ref import route_ref
 from .routing_triton import experts_of, write_routes
@@ -244,10 +245,11 @@ def plan_router(
             rows = 1 if tokens == 1 else max(1, min(block_t, 2048 // columns))
             tile = {"BLOCK_T": block_t, "BLOCK_E": block_e, "ROWS": rows, "SPREAD": True}
             return blocks * parts, blocks, plan | TILE | tile | {"num_warps": 4, "num_stages": 3}
-    rows = max(1, min(64, 4096 // columns))
+    rows = max(1, min(64, 2048 // columns))
     block_e = min(128, max(16, triton.next_power_of_2(experts)))
     tile = {"BLOCK_T": 64, "BLOCK_E": block_e, "ROWS": rows, "SPREAD": False, "BLOCK_H": 64}
-    return blocks, blocks, plan | TILE | tile | {"num_warps": 8, "num_stages": 3}
+    options = {"num_warps": 8, "num_stages": 3, **registers(224, (3, 7))}
+    return blocks, blocks, plan | TILE | tile | options
 
 
 class Tickets:
@@ -380,7 +382,8 @@ def _aot_case(name: str, tokens: int, experts: int, hidden: int, **how: Any) -> 
     rule: dict[str, Any] = {"scoring": "softmax", "renormalize": True, "n_group": 1}
     logits = how.pop("logits", "bf16")
     _, _, plan = plan_router(tokens, experts, hidden, **(rule | {"topk_group": 1} | how))
-    options = {k: plan.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion")}
+    known = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+    options = {k: plan.pop(k) for k in known if k in plan}
     signature = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "logits_ptr": f"*{logits}"}
     signature |= {"ids_ptr": "*i32", "weights_ptr": f"*{logits}", "tokens": "i32", "scale": "fp32"}
     spread = plan["SPREAD"]
