@@ -217,3 +217,50 @@ def test_parameters_are_laid_out_as_triton_compiles_them() -> None:
         boxes, refusal = told.stdout.splitlines()
         assert boxes == "[(9, 2, 64, 16), (9, 3, 64, 64, 1), (9, 4, 64, 16, 1, 1)]"
         assert "the kernel has" in refusal
+
+
+def test_counters_left_at_an_address_by_another_shape_are_nobodys(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [torch.empty(256, dtype=torch.int32) for _ in range(2)]
+    found = iter(held)
+    monkeypatch.setattr(plans, "given", lambda device, address: next(found, None))
+
+    def through_two(x: torch.Tensor) -> torch.Tensor:
+        spare, out = torch.empty(16), twice(x)
+        return out if spare.numel() else spare
+
+    x = torch.randn(8)
+    for _ in range(2):
+        assert torch.equal(call(x, through_two), x * 10)
+    assert plans.told() == {"the first of its shapes": 1, "raw": 1}
+    assert plans._threads.plans["a", x.shape]._zeros_at is None
+
+
+def test_counters_that_a_launch_uses_follow_its_scratch(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets: dict[int, torch.Tensor] = {}
+    free = list(torch.zeros(4, 8).unbind(0))
+
+    def zeroed(_: object, address: int) -> torch.Tensor:
+        return sets[address] if address in sets else sets.setdefault(address, free.pop())
+
+    monkeypatch.setattr(plans, "given", lambda _, address: sets.get(address))
+    monkeypatch.setattr(plans, "zeroed", zeroed)
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        between, out = torch.empty(16), torch.empty_like(x)
+        launching.launch(KERNEL, 1, x, zeroed(None, between.data_ptr()), 8, 1.0)
+        launching.launch(KERNEL, 1, x, between, 8, 1.0)
+        launching.launch(KERNEL, 1, x, out, 8, 10.0)
+        return out
+
+    for stream in (1, 2):
+        fake.stream = stream
+        for _ in range(2):
+            x = torch.randn(8)
+            assert torch.equal(call(x, counted), x * 10)
+    outputs = [tuple(fake.outputs[i : i + 2]) for i in range(0, len(fake.outputs), 3)]
+    assert all(sets[arena].data_ptr() == counters for counters, arena in outputs)
+    assert len(set(outputs)) == 2

@@ -73,6 +73,7 @@ class LayerPlan:
         self.device = out.device
         self._index = out.device.index
         self._zeros_at: int | None = None
+        self._pointers = _pointers(recording)
         self.arena_bytes = self._lay_out(recording.scratch, out, len(inputs) + 1)
         self._cell_at: dict[tuple[int, int], int] = {}
         self._cells = (ctypes.c_uint64 * 64)()
@@ -88,6 +89,7 @@ class LayerPlan:
         self._bases: tuple[int, ...] | None = None
         self._stream: int | None = None
         self._ranges.clear()
+        self._pointers.clear()
 
     def _claim(self, tensor: Tensor, base: int, offset: int) -> None:
         start = tensor.data_ptr()
@@ -109,7 +111,8 @@ class LayerPlan:
     def _claim_zeros(self, tensor: Tensor, base: int, offset: int) -> None:
         """Counters that belong to this piece of scratch belong to the arena from now on."""
         counters = given(tensor.device, tensor.data_ptr())
-        if counters is not None:
+        # A call before may have had its counters at this address: these launches know none of them.
+        if counters is not None and counters.data_ptr() in self._pointers:
             if self._zeros_at is not None:
                 raise Unsupported("several sets of counters")
             self._claim(counters, base, 0)
@@ -201,6 +204,12 @@ class LayerPlan:
             if code:
                 check(code)
         return out
+
+
+def _pointers(recording: Recording) -> set[int]:
+    """The addresses of all tensors that launches were given."""
+    values = (value for launch in recording.launches for value in launch.values.values())
+    return {value.data_ptr() for value in values if isinstance(value, Tensor)}
 
 
 def _hooked() -> bool:
