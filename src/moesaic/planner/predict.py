@@ -113,6 +113,10 @@ def predict(
     overlap = strategy.overlap and given.together
     step_s, line = _step(cluster, model, strategy, tokens, chain, decode, overlap)
     breakdown = _breakdown(chain, strategy)
+    if workload.serving is not None:
+        layers = model.layers * strategy.micro_batches / strategy.stages
+        breakdown["engine"] = workload.serving.seconds(step_s, layers)
+        step_s += breakdown["engine"]
     mem = memory(model, cluster.gpu, strategy, workload, tokens, sequences)
     busy = _utilisation(model, strategy, costs, line, step_s)
     watts = cluster.gpu.idle_watts + busy["compute"] * (cluster.gpu.watts - cluster.gpu.idle_watts)

@@ -25,26 +25,24 @@ from ..parallel.placement import contiguous
 from .cluster import load_cluster
 from .costs import exchange_s
 from .documents import Block, parse
+from .engines import FP8_WIRE, known_model, served
 from .exchange import table_from
 from .forecast import foretold_rows
 from .kernels import ROOFLINE, KernelTable, expected_active, expert_layer_s, roofline_s
-from .model import Model, load_model
+from .model import Model
 from .operations import blind_rows
 from .own import Row, own_rows
 from .predict import predict
 from .routing import sample_counts
 from .strategies import Strategy
-from .workload import Workload
+from .workload import Serving, Workload
 
-# A number in fp8 with its share of the scales and of a row's header: 7408 bytes for 7168 numbers.
-FP8_WIRE = 7408 / 7168
 PAGE = Path("docs/validation.md")
 
 
-def deepseek(name: str = "deepseek_v3") -> Model:
-    """DeepSeek-V3, or another of this package's models, from its dimensions."""
-    path = files("moesaic.planner").joinpath(f"models/{name}.json")
-    return load_model(Path(str(path)))
+def deepseek() -> Model:
+    """DeepSeek-V3, from its dimensions."""
+    return known_model("deepseek_v3")
 
 
 def low_latency(block: Block, *, normal: bool) -> list[Row]:
@@ -134,7 +132,7 @@ def whole_nodes(block: Block, experts: KernelTable) -> Row:
         experts: measured times of a prefill's experts; decode takes the roofline.
     """
     source, shown = block.text("source"), block.boolean("shown", False)
-    model, blind = block.text("model", "deepseek_v3"), block.boolean("blind", False)
+    model, engine = block.text("model", "deepseek_v3"), block.boolean("served", False)
     overlap = block.boolean("overlap", True)
     phase, preset = block.text("phase"), block.text("preset")
     ep, more = block.integer("ep"), block.integer("replicas", low=0)
@@ -145,6 +143,7 @@ def whole_nodes(block: Block, experts: KernelTable) -> Row:
         prompt=block.integer("prompt", 1), forwarded=prefill,
         engine="node-sums" if prefill else "moesaic", exchange_sms=24 if prefill else 0,
         prefill_tokens=block.integer("prefill_tokens", 16384),
+        serving=Serving() if engine else None,
     )  # fmt: skip
     published = block.number("tokens_per_s")
     cluster = load_cluster(f"{preset}x{ep // 8}")
@@ -155,15 +154,16 @@ def whole_nodes(block: Block, experts: KernelTable) -> Row:
         strategy = Strategy(family="tp-pp", ranks=tp, tp=tp)
     block.done()
     table = experts if prefill else ROOFLINE
-    found = predict(deepseek(model), cluster, workload, strategy, table=table)
+    found = predict(known_model(model), cluster, workload, strategy, table=table)
     load = f"prompts of {workload.prompt}" if prefill else (
         f"{workload.sequences} sequences a GPU, {workload.context} tokens of context"
     )  # fmt: skip
     shape = f"TP{tp}" if tp > 1 else f"EP{ep}"
     name = f"{model}, {phase} {shape} on {preset}, {load}, {workload.routing}"
-    kind_ = "end to end, blind" if blind else "end to end"
-    return Row(f"{kind_} (tokens/s of a node)", name, source, published, found.per_node,
-               "shown" if shown else "counted")  # fmt: skip
+    # What an engine adds was chosen from the figures of engines.
+    status = "shown" if shown else "fitted" if engine else "counted"
+    return Row("end to end, known before (tokens/s of a node)", name, source, published,
+               found.per_node, status)  # fmt: skip
 
 
 def other_tools(block: Block) -> Row:
@@ -197,6 +197,7 @@ def all_rows(results: Path, predictions: Path = PREDICTIONS) -> list[Row]:
     rows += all_to_all(public.blocks("all_to_all"))
     table = prefill_table(public.blocks("context_experts"))
     rows += [whole_nodes(block, table) for block in public.blocks("nodes")]
+    rows += [served(block, table) for block in public.blocks("serving")]
     rows += blind_rows(predictions / "public")
     rows += [other_tools(block) for block in public.blocks("estimates")]
     public.done()
@@ -220,7 +221,8 @@ GOALS: tuple[tuple[tuple[str, ...], str, float, float | None], ...] = (
     ((f"{BLIND}, round 1",), "- of these, predicted blind, round 1", 0.10, None),
     ((f"{BLIND}, round 2",), "- of these, predicted blind, round 2", 0.10, None),
     (("end to end",), "Published end to end", 0.20, None),
-    (("end to end, blind",), "- of these, read after the last change of a parameter", 0.20, None),
+    (("end to end, known",), "- of these, known when the parameters were last changed", 0.20, None),
+    (("end to end, blind",), "- of these, read after that, round 2", 0.20, None),
 )
 
 
@@ -286,14 +288,23 @@ with their sources in `public.yaml` and `operations.json`, all in `src/moesaic/p
    card, committed before their figures were read; nothing was changed after. Its worst rows are
    vLLM's small eight-bit products, whose figures of 80 to 90 us whatever the size are a host's
    time, not a kernel's. They count.
-4. Blind, end to end: six figures were read after that, with every condition that their source
-   gives; what none gives, such as the skew of the routing, was taken as in the rows before. The
-   first five were 26.4 % off in the median. Then placements were planned from the past, to meet
-   other draws, where they had been planned from the very counts they met; no parameter changed. The
-   goal is missed: four of the six are 21 to 38 % too fast, for what a serving engine adds
-   (scheduling, sampling, transfers of caches, gaps between launches) is not modelled, and the H20
-   is 38 % too slow: its kernels must reach a larger share of its small peak than the shares of the
-   other cards, from which its preset was made.
+4. Blind, end to end, round 1: six figures were read after that, with every condition that their
+   source gives; what none gives, such as the skew of the routing, was taken as in the rows before.
+   They were 29.0 % off in the median, the goal of 20 % missed: four were 21 to 38 % too fast, for
+   want of what a serving engine adds, the H20 38 % too slow. (The first five were 26.4 % off. Then
+   placements were planned from the past, to meet other draws, where they had been planned from the
+   very counts they met; no parameter changed.)
+5. From these 13 rows `Serving` (`workload.py`) was chosen: a constant a step and a layer, and a
+   share, the same for every engine; and larger shares of an H20's peak. So all figures of engines
+   among them are now marked as fitted. The exchange was left: it is within 6.6 % of DeepEP's own
+   tables. This project's own rows have no engine and kept their predictions. The engine, and how
+   requests at once become steps (`engines.py`), were committed before any figure of round 2 was
+   looked for.
+6. Blind, end to end, round 2: figures found after that, in the order found, none left out for its
+   error, no parameter changed. Taken were sources that give card and number, model with full
+   attention and weights of 8 or 16 bits, how attention and experts are cut, requests at once (at
+   least one a GPU, all at once where no limit is given), lengths, and no speculative decoding, no
+   hits of a prefix cache and no limit on the rate of arrival.
 """
 
 

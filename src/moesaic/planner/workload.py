@@ -59,6 +59,25 @@ class Replan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What a serving engine adds to a step of kernels; docs/validation.md says from which rows.
+
+    Args:
+        step_s: of every step, for scheduling and sampling.
+        layer_s: of every layer of a micro-batch, for small kernels and gaps between launches.
+        share: of all that, for GPUs that wait for others' requests, and for caches that move.
+    """
+
+    step_s: float = 1e-3
+    layer_s: float = 50e-6
+    share: float = 0.12
+
+    def seconds(self, step_s: float, layers: float) -> float:
+        """What is added to a step of so many layers, counted once a micro-batch."""
+        return (step_s + self.step_s + layers * self.layer_s) * (1 + self.share) - step_s
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """One workload.
 
@@ -79,6 +98,7 @@ class Workload:
         policy: of the runtime, which divides the SMs between compute and an overlapped exchange;
             None: the exchange takes `exchange_sms`.
         replan: how often a placement is made anew; None: once.
+        serving: what a serving engine adds; None: nothing, as in this project's own runtime.
         keep_cache: whether a prefill keeps the cache of its whole batch, or of one micro-batch.
         tpot_ms, ttft_ms: limits a recommendation must keep.
     """
@@ -100,6 +120,7 @@ class Workload:
     exchange_sms: int = 0
     policy: str | None = None
     replan: Replan | None = None
+    serving: Serving | None = None
     keep_cache: bool = True
     tpot_ms: float | None = None
     ttft_ms: float | None = None
@@ -156,6 +177,7 @@ def workload_from(block: Block, folder: Path, *, num_experts: int, layers: int) 
         exchange_sms=block.integer("exchange_sms", base.exchange_sms, low=0, high=128),
         policy=_policy(block),
         replan=_replan(block.block("replan"), block, trace),
+        serving=_serving(block.block("serving")),
         tpot_ms=block.number("tpot_ms", None, above=True),
         ttft_ms=block.number("ttft_ms", None, above=True),
         arrival=_arrival(block.block("arrival"), folder),
@@ -214,6 +236,19 @@ def _replan(block: Block | None, outer: Block, trace: Counts | None) -> Replan |
     way = block.text("foresee", Replan(every=1).foresee, among=PREDICTORS)
     block.done()
     return Replan(every=every, foresee=way)
+
+
+def _serving(block: Block | None) -> Serving | None:
+    if block is None:
+        return None
+    base = Serving()
+    found = Serving(
+        step_s=block.number("step_ms", base.step_s * 1e3, low=0.0) * 1e-3,
+        layer_s=block.number("layer_us", base.layer_s * 1e6, low=0.0) * 1e-6,
+        share=block.number("share", base.share, low=0.0),
+    )
+    block.done()
+    return found
 
 
 def _arrival(block: Block | None, folder: Path) -> Arrival | None:
