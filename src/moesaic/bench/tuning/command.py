@@ -98,7 +98,7 @@ def refusals(request: Request, impls: Sequence[str]) -> dict[str, str]:
             plain=not (spec.transposed or spec.interleaved or (spec.gated and spec.bias)),
         )
         if spec.layers == 3 or spec.bias:
-            why = why or "tiles of three-layer and of ungated biased experts come from a model"
+            why = why or "tiles of three-layer and of ungated biased experts come from fixed rules"
         if why:
             found["hopper"] = why
     return found

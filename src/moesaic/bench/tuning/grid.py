@@ -18,8 +18,6 @@ from ..workloads import Model
 
 Cut = TypeVar("Cut")
 Group = tuple[int, ...]
-SORTED = ("tall", "wide")
-"""Kernels that take rows copied together."""
 PAPER_MLP = (64, 64, 32)
 PAPER_GEMM = (128, 128, 64)
 
@@ -158,9 +156,8 @@ def tiles_of(bm: int, *, few_rows: bool) -> tuple[Tile, ...]:
     if bm == 128:
         stages = deepest("prefill", 128, 256)
         found.append(Tile("prefill", 128, 256, stages))
-    for kernel in SORTED:
-        if bm >= 128 and bm in ROWS.get(kernel, ()):
-            found.append(Tile(kernel, bm, 128, deepest(kernel, bm, 128)))
+    if bm >= 128 and bm in ROWS["tall"]:
+        found.append(Tile("tall", bm, 128, deepest("tall", bm, 128)))
     return tuple(dict.fromkeys(found))
 
 

@@ -18,7 +18,7 @@ from ...kernels.tune import heuristic as triton_heuristic
 from ...types import ExpertWeights
 from ..workloads import Model
 from .clock import Rotation, SameBits, seconds_of
-from .grid import SORTED, Group, Tile, pairs_of
+from .grid import Group, Tile, pairs_of
 from .routing import time_routing
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def hopper_products(
     from ...kernels.gather import gather_rows
     from ...kernels.hopper.launch import grouped_mm_hopper
 
-    sorts = up.kernel in SORTED
+    sorts = up.kernel == "tall"
 
     def first(hidden: Tensor, order_S: Tensor, tasks: Any, weight: ExpertWeights) -> Tensor:
         act_SI = hidden.new_empty((order_S.numel(), model.intermediate_size))
