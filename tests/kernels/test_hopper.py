@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 from moesaic.kernels.batching import batch_rows, batch_rows_ref
 from moesaic.kernels.gather import gather_rows, gather_rows_ref
+from moesaic.kernels.hopper import experts as layer
 from moesaic.kernels.hopper.experts import LayerConfig, choose, experts_hopper, refusal
 from moesaic.kernels.hopper.launch import (
     HopperConfig,
@@ -70,6 +71,38 @@ def test_refusals_name_the_reason() -> None:
     odd = {"hidden_size": 72, "intermediate_size": 64}
     assert "72" in str(refusal((9, 0), torch.bfloat16, **odd, plain=True))
     assert refusal((9, 0), torch.bfloat16, **sizes, plain=True) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_kernels_are_given_rows_one_after_the_other(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[torch.Tensor] = []
+
+    def launches(*args: torch.Tensor) -> torch.Tensor:
+        given.extend(args[:3])
+        return args[0]
+
+    monkeypatch.setattr(layer, "_launches", launches)
+    monkeypatch.setattr(layer, "planned", lambda key, inputs, constants, call: call())
+    wide = torch.randn(tokens, 3, 64), torch.randint(8, (tokens, 4)), torch.rand(4, tokens)
+    tensors = wide[0][:, 1], wide[1][:, ::2], wide[2][:2].T
+    weights = {"up": torch.zeros(8, 128, 64), "down": torch.zeros(8, 64, 64)}
+    experts_hopper(*tensors, **weights)
+    for got, wanted in zip(given, tensors, strict=True):
+        assert got.is_contiguous() and torch.equal(got, wanted)
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", [1, 6, 300])
+def test_rows_may_lie_apart(tokens: int) -> None:
+    case = draw(tokens, 4, 16, 256, 128)
+    apart = {
+        "hidden": torch.stack([case["hidden"]] * 3, 1)[:, 1],
+        "topk_ids": torch.stack([case["topk_ids"]] * 2, 2)[..., 0],
+        "topk_weights": case["topk_weights"].T.contiguous().T,
+    }
+    assert torch.equal(experts_hopper(**case), experts_hopper(**case | apart))
 
 
 def test_descriptors_pair_gate_and_up_rows() -> None:

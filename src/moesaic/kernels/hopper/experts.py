@@ -161,7 +161,7 @@ def experts_hopper(
     Args:
         hidden: (T, H) bf16 or fp16; H and I multiples of 64.
         topk_ids: (T, K) int32 or int64. topk_weights: (T, K), fp32 or the dtype of `hidden`.
-        up: (E, U, H), U = 2I when `gated`. down: (E, H, I).
+        up: (E, U, H), U = 2I when `gated`. down: (E, H, I). Both contiguous.
         num_sms: SM budget of the products; None: all.
         config: instead of `choose_measured`'s; moves time, never bits.
         counters: (3, E) int32 to which each expert's rows and tiles are added: by the sort, and of
@@ -172,6 +172,10 @@ def experts_hopper(
     tokens, top_k = topk_ids.shape
     if tokens == 0:
         return torch.empty_like(hidden)
+    if key is None:
+        # The kernels and `empty_like` take the rows of all three to lie one after the other.
+        hidden, topk_ids = hidden.contiguous(), topk_ids.contiguous()
+        topk_weights = topk_weights.contiguous()
     inputs: tuple[Tensor, ...] = (hidden, topk_ids, topk_weights, up, down)
     if counters is not None:
         inputs = (*inputs, counters)
