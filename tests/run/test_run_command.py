@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import os
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,8 @@ def test_the_page_needs_nothing_else_and_escapes(
     assert "<b>&" not in page
     assert "&lt;b&gt;&amp;.txt" in page
     assert page.count('src="data:image/png;base64,') == page.count("<img") == 2
-    assert "http" not in page
+    # Not in the pictures, whose letters come by chance.
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
     assert "<script" not in page
     picture([str(run), str(tmp_path / "run.png")])
     for png in (tmp_path / "run.png", run / "heatmap.png"):
