@@ -75,6 +75,10 @@ def test_a_whole_run_makes_lines_targets_and_the_table(tmp_path: Path) -> None:
     assert values["highest untuned ÷ tuned, held-out models"] == (pytest.approx(1.05), True)
     assert values["cells within 10 %, the six models"] == (54.0, True)
     assert values["candidates with other bits"][1] is False
+    probed = [x | {"by": "a probe"} for x in lines]
+    told = {t.name: (t.value, t.met) for t in tune.summarize(probed)}
+    assert told["highest untuned ÷ tuned, the six models"] == (None, False)
+    assert told["cells within 10 %, the six models"] == (0.0, False)
     table = tune.table_of(lines, "h200")
     assert len(table) == 10 and all(
         layer_problem(row) is None for rows in table.values() for row in rows.values()
