@@ -244,7 +244,8 @@ def plan_router(
         if blocks * parts <= most and blocks <= MAX_BLOCKS:
             rows = 1 if tokens == 1 else max(1, min(block_t, 2048 // columns))
             tile = {"BLOCK_T": block_t, "BLOCK_E": block_e, "ROWS": rows, "SPREAD": True}
-            return blocks * parts, blocks, plan | TILE | tile | {"num_warps": 4, "num_stages": 3}
+            options = {"num_warps": 4, "num_stages": 3, **registers(255, (3, 8))}
+            return blocks * parts, blocks, plan | TILE | tile | options
     rows = max(1, min(64, 2048 // columns))
     block_e = min(128, max(16, triton.next_power_of_2(experts)))
     tile = {"BLOCK_T": 64, "BLOCK_E": block_e, "ROWS": rows, "SPREAD": False, "BLOCK_H": 64}
