@@ -14,6 +14,7 @@ from hf_families import families, tiny_model
 from torch import nn
 
 import moesaic
+from moesaic.integrations import routers
 from moesaic.integrations import transformers as adapter
 from moesaic.integrations.attach import LayerState
 from moesaic.integrations.layouts import UnsupportedExperts, is_experts
@@ -220,6 +221,26 @@ def test_a_router_of_another_rule_is_not_recognised() -> None:
 
     router.__class__ = Squared
     assert recognise(router) == "it follows no rule of RouterSpec"
+
+
+def test_a_router_whose_bias_alone_is_trained_is_not_one_op(monkeypatch: Any) -> None:
+    model = tiny_model("gpt_oss").bfloat16().requires_grad_(False)
+    moesaic.attach(model, fuse_routers="always")
+    calls: list[int] = []
+    real = routers.route_hidden_op
+    monkeypatch.setattr(routers, "route_hidden_op", lambda *a: (calls.append(1), real(*a))[1])
+    router = next(m for m in model.modules() if routers.PLAN in vars(m))
+    hidden_TH = torch.randn(5, router.weight.shape[1]).bfloat16()
+    router(hidden_TH)
+    assert calls == [1]
+    router.bias.requires_grad_(True)
+    grads = []
+    for forward in (router, lambda x: type(router).forward(router, x)):
+        router.bias.grad = None
+        forward(hidden_TH)[1].float().square().sum().backward()
+        grads.append(router.bias.grad)
+    assert calls == [1] and torch.allclose(grads[0], grads[1], rtol=0.02, atol=1e-3)
+    assert grads[0].abs().sum() > 0
 
 
 def test_detach_refuses_when_a_router_was_wrapped_since() -> None:

@@ -90,6 +90,9 @@ REASONS: dict[str, Callable[[Any], Any]] = {
     "hook everywhere": lambda b: nn.modules.module.register_module_forward_hook(lambda *_: None),
     "replaced forward": lambda b: setattr(b.shared_experts, "forward", b.shared_experts.forward),
     "gradients": lambda b: b.experts.requires_grad_(True),
+    "gradients of the router's bias": lambda b: b.gate.register_parameter(
+        "bias", nn.Parameter(torch.zeros(8))
+    ),
     "training": lambda b: b.train(),
     "counters": lambda b: b.experts.register_buffer(
         "counters", torch.zeros(3, 8, dtype=torch.int32)

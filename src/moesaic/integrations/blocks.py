@@ -183,7 +183,9 @@ def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, 
     for tensor, shape in zip(weights, plan.shapes, strict=True):
         if tensor.shape != shape or tensor.dtype != hidden_TH.dtype:
             return None
-    tensors = (hidden_TH, weight, *weights, *shared)
+    router_bias = router._parameters.get("bias")
+    leaves = () if router_bias is None else (router_bias,)
+    tensors = (hidden_TH, weight, *leaves, *weights, *shared)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return None
     if torch.is_autocast_enabled(hidden_TH.device.type):
@@ -194,7 +196,7 @@ def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, 
     correction = router._buffers.get(BIAS) if rule.spec.scoring == "sigmoid" else None
     correction = None if correction is None else correction.float()
     return (
-        weight, router._parameters.get("bias"), correction, params, shared, rule.spec.key(),
+        weight, router_bias, correction, params, shared, rule.spec.key(),
         rule.fp32, rule.as_logits, plan.spec.key(), plan.impl,
     )  # fmt: skip
 

@@ -48,7 +48,7 @@ def fused_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tenso
     hidden_TH = hidden_states.reshape(-1, weight.shape[1])
     correction = getattr(self, BIAS, None) if plan.spec.scoring == "sigmoid" else None
     correction = None if correction is None else correction.float()
-    if _as_one_op(hidden_TH, weight):
+    if _as_one_op(hidden_TH, weight, bias):
         logits_TE, ids_TK, weights_TK = route_hidden_op(
             hidden_TH, weight, bias, correction, plan.spec.key(), plan.fp32, plan.as_logits
         )
@@ -62,11 +62,12 @@ def fused_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tenso
     return logits_TE, routing.topk_weights_TK.to(dtype), routing.topk_ids_TK
 
 
-def _as_one_op(hidden_TH: Tensor, weight: Tensor) -> bool:
+def _as_one_op(hidden_TH: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether one op may do it: 16-bit numbers, no gradients, no autocast."""
     if hidden_TH.dtype != weight.dtype or hidden_TH.dtype not in HALF:
         return False
-    if torch.is_grad_enabled() and (hidden_TH.requires_grad or weight.requires_grad):
+    leaves = (hidden_TH, weight) if bias is None else (hidden_TH, weight, bias)
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
         return False
     return not torch.is_autocast_enabled(hidden_TH.device.type)
 
