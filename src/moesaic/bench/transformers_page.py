@@ -14,25 +14,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cost import expert_flops, layer_bytes
-from ..types import ExpertSpec
+from ..cost import H200_READ_BYTES_PER_S, expert_flops, layer_bytes
 from .report import Sheet, markdown, section, short
 from .results import Line, Target
 from .suites.transformers import GOAL, GOALS, MOE, OURS, REST, TUNED, WITHOUT, best_ways, cells
+from .workloads import MODELS
 
-READ, RATE = 4.5e12, 770e12
-SPECS = {
-    "Qwen3-30B-A3B": (ExpertSpec(num_experts=128, hidden_size=2048, intermediate_size=768), 8),
-    "Mixtral-8x7B": (ExpertSpec(num_experts=8, hidden_size=4096, intermediate_size=14336), 2),
-}
+RATE = 770e12
 
 
 def floor_us(model: str, tokens: int) -> float:
     """Microseconds under which no MoE layer of this size goes, at random routing."""
-    spec, top_k = SPECS[model]
+    spec, top_k = MODELS[model].spec(), MODELS[model].top_k
     experts = spec.num_experts
     active = experts * (1 - (1 - top_k / experts) ** tokens)
-    read = layer_bytes(spec, tokens, round(active), 2) / READ
+    read = layer_bytes(spec, tokens, round(active), 2) / H200_READ_BYTES_PER_S
     return max(read, expert_flops(spec, tokens * top_k) / RATE) * 1e6
 
 
