@@ -87,6 +87,7 @@ REASONS: dict[str, Callable[[Any], Any]] = {
     "hook on the experts": _hook(lambda b: b.experts),
     "hook on the shared expert": _hook(lambda b: b.shared_experts),
     "hook inside the shared expert": _hook(lambda b: b.shared_experts.up_proj),
+    "hook on the activation": _hook(lambda b: b.shared_experts.act_fn),
     "hook everywhere": lambda b: nn.modules.module.register_module_forward_hook(lambda *_: None),
     "replaced forward": lambda b: setattr(b.shared_experts, "forward", b.shared_experts.forward),
     "gradients": lambda b: b.experts.requires_grad_(True),

@@ -146,12 +146,23 @@ def _weight(linear: nn.Module | None) -> Tensor | None:
     return None if "forward" in vars(linear) else linear._parameters["weight"]
 
 
+def _silu(shared: nn.Module) -> bool:
+    """Whether the activation of a shared expert is silu, and calling it would do nothing else."""
+    act = shared._modules.get("act_fn") or vars(shared).get("act_fn")
+    if not isinstance(act, nn.Module):
+        return act is F.silu
+    known = ACTIVATIONS.get(type(act).__name__) == "silu"
+    return known and _untouched(act) and "forward" not in vars(act)
+
+
 def _shared_weights(block: nn.Module, parts: Parts) -> list[Tensor] | None:
     """Weights of the shared expert and its gate; None where something else is there now."""
     if parts.shared is None:
         return []
     shared = block._modules[parts.shared]
     if shared is None or not _untouched(shared) or "forward" in vars(shared):
+        return None
+    if not _silu(shared):
         return None
     found = [_weight(shared._modules.get(name)) for name in PROJECTIONS]
     if parts.shared_gate is not None:
