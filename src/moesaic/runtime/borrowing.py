@@ -186,6 +186,7 @@ class BorrowingLayer:
 
     def capture(self) -> None:
         """A graph of every piece on the stream of its seat, and the events between them."""
+        self._graphs = []
         for piece, seat in self._pieces():
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
