@@ -119,6 +119,21 @@ def test_whoever_watches_a_part_has_it_called(reason: str, calls: list[int]) -> 
         assert block.experts.counters[1].sum() == 12
 
 
+def test_a_block_runs_the_implementation_that_its_layer_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    named: list[str] = []
+    real = blocks.experts_op
+    monkeypatch.setattr(blocks, "experts_op", lambda *a: (named.append(a[-1]), real(*a))[1])
+    model, _ = attached("deepseek_v3")
+    block = block_of(model)
+    x_BNH = torch.randn(2, 3, model.config.hidden_size)
+    want = block(x_BNH)
+    block.experts._moesaic.impl = "reference"
+    torch.testing.assert_close(block(x_BNH), want)
+    assert named == ["auto", "reference"]
+
+
 def test_a_compiled_block_is_one_op() -> None:
     found: list[str] = []
 

@@ -186,7 +186,7 @@ def _fuse_blocks(model: nn.Module, layers: list[LayerState]) -> None:
         parts = seen[facts]
         layer.block = parts if isinstance(parts, str) else "fused"
         if not isinstance(parts, str):
-            setattr(block, BLOCK, plan_block(parts, layer.spec, layer.impl))
+            setattr(block, BLOCK, plan_block(parts, layer.spec))
             block.forward = types.MethodType(fused_block, block)
 
 

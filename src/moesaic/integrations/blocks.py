@@ -63,7 +63,6 @@ class BlockPlan:
     spec: ExpertSpec
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    impl: str
 
 
 @lru_cache(maxsize=64)
@@ -181,8 +180,9 @@ def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, 
     if getattr(vars(router).get("forward"), "__func__", None) is not fused_forward:
         return None
     state = vars(experts).get("_moesaic")
-    busy = state is None or state.observe is not None or state.spread is not None
-    if busy or "counters" in experts._buffers or "counters" in vars(experts):
+    if state is None or state.observe is not None or state.spread is not None:
+        return None
+    if "counters" in experts._buffers or "counters" in vars(experts):
         return None
     shared = _shared_weights(block, plan.parts)
     held = experts._parameters
@@ -208,7 +208,7 @@ def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, 
     correction = None if correction is None else correction.float()
     return (
         weight, router_bias, correction, params, shared, rule.spec.key(),
-        rule.fp32, rule.as_logits, plan.spec.key(), plan.impl,
+        rule.fp32, rule.as_logits, plan.spec.key(), state.impl,
     )  # fmt: skip
 
 
@@ -359,10 +359,10 @@ def _run_stands(
     return None
 
 
-def plan_block(parts: Parts, spec: ExpertSpec, impl: str) -> BlockPlan:
+def plan_block(parts: Parts, spec: ExpertSpec) -> BlockPlan:
     """The plan of a recognised block."""
     shapes, named = spec.weight_shapes(), parameter_names(spec)
     return BlockPlan(
         parts, spec, tuple(named.get(name, "") for name in WEIGHT_NAMES),
-        tuple(tuple(shapes[name]) for name in WEIGHT_NAMES if name in shapes), impl,
+        tuple(tuple(shapes[name]) for name in WEIGHT_NAMES if name in shapes),
     )  # fmt: skip
