@@ -4,6 +4,7 @@
 
 A figure's engine prefills and decodes on the same GPUs: in the time in which C requests come and go
 it does `output` decode steps of C sequences and the prefill of C prompts, one after the other.
+Of a `burst`, all requests that there are count as at once.
 Everything that a source does not give is the same for all rows: routing ``lognormal:0.4``, chunks
 of 8192 tokens, no overlap of micro-batches, 16-bit products on the roofline.
 """
@@ -83,7 +84,7 @@ def served(block: Block, experts: KernelTable) -> Row:
     requests, prompt = block.integer("requests"), block.integer("input")
     output = block.integer("output")
     what = block.text("figure", among=FIGURES)
-    published = block.number("value", above=True)
+    published, burst = block.number("value", above=True), block.boolean("burst", False)
     block.done()
     model = replace(known_model(name), dtype=dtype)
     table = experts if dtype == "fp8" and model.shared_experts else ROOFLINE
@@ -91,5 +92,6 @@ def served(block: Block, experts: KernelTable) -> Row:
                     output=output, table=table)  # fmt: skip
     shape = f"TP{tp}" + (f" EP{ep}" if ep > 1 else "")
     load = f"{requests} requests at once of {prompt} + {output}"
-    return Row("end to end, blind, round 2", f"{name} {dtype}, {what}, {gpus} {preset}, {shape}, "
-               f"{load}", source, published, found[what])  # fmt: skip
+    kind = "all requests in a burst" if burst else "requests at once given"
+    where = f"{name} {dtype}, {what}, {gpus} {preset}, {shape}, {load}"
+    return Row(f"end to end, blind, round 2: {kind}", where, source, published, found[what])
