@@ -134,6 +134,16 @@ def test_a_block_runs_the_implementation_that_its_layer_names(
     assert named == ["auto", "reference"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_are_checked_when_asked(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = attached("qwen3_moe", dtype)
+    x_BNH = torch.full((2, 3, model.config.hidden_size), torch.nan, dtype=dtype)
+    block_of(model)(x_BNH)
+    monkeypatch.setenv("MOESAIC_CHECK", "1")
+    with pytest.raises(ValueError, match=r"(?i)nan"):
+        block_of(model)(x_BNH)
+
+
 def test_a_compiled_block_is_one_op() -> None:
     found: list[str] = []
 

@@ -28,6 +28,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..nn import parameter_names
 from ..ops import WEIGHT_NAMES, experts_op, route_hidden_op
 from ..types import ExpertSpec
+from ..validate import values_wanted
 from .layouts import ACTIVATIONS
 from .routers import BIAS, PLAN, RouterPlan, fused_forward
 
@@ -215,11 +216,12 @@ def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, 
 def fused_block(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """A block's `forward` from op to op: hidden states in, hidden states out, of any shape (.., H).
 
-    With hooks, gradients, counters or an observer: the block's own forward.
+    With hooks, gradients, counters, an observer or values to check: the block's own forward.
     """
     plan: BlockPlan = vars(self)[BLOCK]
     hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-    inputs = _inputs(self, plan, hidden_TH)
+    checked = not torch.compiler.is_compiling() and values_wanted()
+    inputs = None if checked else _inputs(self, plan, hidden_TH)
     if inputs is None:
         own: Tensor = type(self).forward(self, hidden_states)
         return own

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ..functional import route
 from ..ops import route_hidden_op
 from ..types import RouterSpec
+from ..validate import values_wanted
 
 PLAN = "_moesaic_router"
 TOKENS = 64
@@ -63,7 +64,9 @@ def fused_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tenso
 
 
 def _as_one_op(hidden_TH: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether one op may do it: 16-bit numbers, no gradients, no autocast."""
+    """Whether one op may do it: 16-bit numbers, no gradients, no autocast, no values to check."""
+    if not torch.compiler.is_compiling() and values_wanted():
+        return False
     if hidden_TH.dtype != weight.dtype or hidden_TH.dtype not in HALF:
         return False
     leaves = (hidden_TH, weight) if bias is None else (hidden_TH, weight, bias)
