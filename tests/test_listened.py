@@ -79,3 +79,45 @@ def test_a_call_like_an_earlier_one_reaches_its_kernels(monkeypatch: pytest.Monk
     told = calls[0].arguments
     assert told["up"] is weights.up and told["down"] is weights.down
     assert told["activation"] == "gelu" and told["key"] is functional._known[spec.key(), True][1]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says it is on the GPU with the number 0."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+    def get_device(self) -> int:
+        return 0
+
+
+def test_what_a_repeated_call_may_not_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moesaic import functional
+
+    current = [0]
+    monkeypatch.setattr(functional, "PLAIN", (OnGpu,))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+
+    def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype).as_subclass(OnGpu)
+
+    tensors = on_gpu(3, 8), on_gpu(3, 2, dtype=torch.int32), on_gpu(3, 2)
+    up, down = on_gpu(4, 32, 8), on_gpu(4, 8, 16)
+    spec = ExpertSpec(num_experts=4, hidden_size=8, intermediate_size=16)
+
+    def key(given: tuple[torch.Tensor, ...] = tensors, **more: torch.Tensor) -> object:
+        weights = ExpertWeights(up=up, down=down, **more)
+        return functional._repeatable((*given, up, down), weights, spec, "auto", None, None)
+
+    assert key() is not None and key() == key()
+    assert key((tensors[0], tensors[1].long(), tensors[2])) != key()
+    for name in ("mid", "mid_bias", "up_bias", "down_bias"):
+        assert key(**{name: up}) is None
+    assert key((tensors[0][:, ::2], *tensors[1:])) is None
+    assert key((torch.zeros(3, 8), *tensors[1:])) is None
+    current[0] = 1
+    assert key() is None
+    current[0] = 0
+    up.requires_grad_(True)
+    assert key() is None
+    with torch.no_grad():
+        assert key() is not None

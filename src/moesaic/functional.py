@@ -218,6 +218,8 @@ def _repeatable(
         return None
     if weights.mid is not None or weights.up_bias is not None or weights.down_bias is not None:
         return None
+    if weights.mid_bias is not None:
+        return None
     if counters is not None:
         tensors = (*tensors, counters)
     grad = torch.is_grad_enabled()
