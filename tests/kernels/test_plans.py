@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("triton")
 from moesaic.kernels import launching
-from moesaic.kernels.hopper import plans, raw
+from moesaic.kernels.hopper import plans, raw, single
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 SIZES = {"*fp32": 8, "i32": 4, "fp32": 4}
@@ -140,6 +140,28 @@ def test_scratch_belongs_to_a_stream_or_to_a_graph(
     plan._kept.clear()
     scratch(77)
     assert not plan._kept and len(held) == 4
+
+
+def test_what_a_capture_makes_first_is_kept_by_nobody(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cpu")
+    monkeypatch.setattr(single, "_capturing", lambda _: fake.capturing)
+    monkeypatch.setattr(single, "_made", {})
+    fake.capturing = True
+    x = torch.randn(8)
+    assert torch.equal(call(x), x * 10) and not plans._threads.plans
+    captured = single.constants(3, device)
+    fake.capturing = False
+    kept = single.constants(3, device)
+    assert not {id(tensor) for tensor in captured} & {id(tensor) for tensor in kept}
+    fake.capturing = True
+    assert all(a is b for a, b in zip(kept, single.constants(3, device), strict=True))
+    fake.capturing = False
+    assert [tensor.tolist() for tensor in captured] == [[0, 1, 2], [1, 2, 3], [3, 3], [1, 1, 1]]
+    for _ in range(2):
+        assert torch.equal(call(x), x * 10)
+    assert plans.told()["raw"] == 1
 
 
 def test_constants_stay_and_unknown_memory_is_refused(fake: FakeDriver) -> None:

@@ -224,7 +224,7 @@ def planned(
     constants: Callable[[], Sequence[Tensor]],
     call: Callable[[], Tensor],
 ) -> Tensor:
-    """`call()`, or the same launches by the plan of `key`; the first call of a key makes the plan.
+    """`call()`, or the same launches by the plan of `key`; the first outside captures makes it.
 
     Args:
         key: everything that decides what `call` launches, shapes, dtypes and layouts of `inputs`
@@ -245,6 +245,10 @@ def planned(
         return call()
     if plan is not None:
         _told[plan if isinstance(plan, str) else "a launch hook is installed"] += 1
+        return call()
+    if torch._C._cuda_isCurrentStreamCapturing():
+        # Constants made now would have no values before the graph has run.
+        _told["the first of its shapes, in a capture"] += 1
         return call()
     return _first(plans, key, inputs, constants, call)
 

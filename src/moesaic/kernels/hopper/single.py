@@ -5,29 +5,32 @@ K top-k
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from ..taskmap import TaskMap
 
-
-@lru_cache(maxsize=64)
-def _every_slot(top_k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Constants of a map with one row per task: slot numbers from 0, from 1, and the totals."""
-    slots = torch.arange(top_k + 1, dtype=torch.int32, device=device)
-    return slots[:-1], slots[1:].clone(), torch.full((2,), top_k, dtype=torch.int32, device=device)
+_made: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
 
 
-@lru_cache(maxsize=64)
-def _ones(top_k: int, device: torch.device) -> Tensor:
-    return torch.ones(top_k, dtype=torch.int32, device=device)
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def constants(top_k: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The tensors of `one_token` that are the same for every token."""
-    return (*_every_slot(top_k, device), _ones(top_k, device))
+    """What is the same for every token: slot numbers from 0, from 1, the totals, ones.
+
+    A capture that finds none makes its own, for they have no values before its graph has run.
+    """
+    found = _made.get((top_k, device))
+    if found is None:
+        slots = torch.arange(top_k + 1, dtype=torch.int32, device=device)
+        total = torch.full((2,), top_k, dtype=torch.int32, device=device)
+        ones = torch.ones(top_k, dtype=torch.int32, device=device)
+        found = slots[:-1], slots[1:].clone(), total, ones
+        if not _capturing(device):
+            _made[top_k, device] = found
+    return found
 
 
 def one_token(topk_ids: Tensor, *, as_given: bool = False) -> tuple[Tensor, TaskMap]:
@@ -36,8 +39,7 @@ def one_token(topk_ids: Tensor, *, as_given: bool = False) -> tuple[Tensor, Task
     `as_given`: int64 ids stay int64, for a launch that takes both.
     """
     top_k, device = topk_ids.shape[1], topk_ids.device
-    start, end, total = _every_slot(top_k, device)
-    ones = _ones(top_k, device)
+    start, end, total, ones = constants(top_k, device)
     ids = topk_ids.view(-1)
     if ids.dtype != torch.int32 and not as_given:
         ids = ids.to(torch.int32)
