@@ -212,8 +212,14 @@ def test_a_launch_hook_hears_every_launch(
 ) -> None:
     x = torch.randn(8)
     call(x)
-    monkeypatch.setattr(plans.knobs.runtime.launch_enter_hook, "calls", [print])
+    with monkeypatch.context() as patch:
+        patch.setattr(plans.knobs.runtime.launch_enter_hook, "calls", [print])
+        assert torch.equal(call(x), x * 10) and not fake.launches
+    runtime = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=print)
+    monkeypatch.setattr(plans, "knobs", SimpleNamespace(runtime=runtime))
     assert torch.equal(call(x), x * 10) and not fake.launches
+    runtime.launch_exit_hook = None
+    assert torch.equal(call(x), x * 10) and len(fake.launches) == 2
 
 
 def test_the_driver_reports_a_failed_launch(fake: FakeDriver) -> None:
