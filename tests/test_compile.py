@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from moesaic import ops
 from moesaic.functional import moe, route
 from moesaic.types import ExpertSpec, ExpertWeights, RouterSpec
 
@@ -23,3 +25,15 @@ def test_route_and_moe_compile_whole() -> None:
     for spec in (silu, gelu, silu):
         assert torch.equal(whole(hidden, spec), layer(hidden, spec))
     assert not torch.equal(layer(hidden, silu), layer(hidden, gelu))
+
+
+def test_a_gpu_op_refuses_weights_that_lie_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled caller checks nothing, and the kernels read weights as one piece."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    spec = ExpertSpec(num_experts=2, hidden_size=8, intermediate_size=8, gated=False)
+    up, down = torch.randn(2, 8, 8), torch.randn(2, 8, 8)
+    tokens = (torch.randn(3, 8), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1))
+    rest = (None, None, None, None, spec.key(), "reference")
+    ops._experts_cuda(*tokens, up, down, *rest)
+    with pytest.raises(ValueError, match="down must be contiguous"):
+        ops._experts_cuda(*tokens, up, down.transpose(1, 2), *rest)

@@ -25,6 +25,7 @@ from .dispatch import choose_impl
 from .packing import PackedWeights
 from .reference import moe_reference
 from .types import ExpertSpec, ExpertWeights, RouterSpec
+from .validate import check_contiguous
 
 WEIGHT_NAMES = ("up", "down", "up_bias", "down_bias", "mid", "mid_bias")
 
@@ -289,6 +290,7 @@ def _experts_cuda(
                 impl, counters, num_sms=num_sms,
             )  # fmt: skip
     weights = ExpertWeights(up, down, up_bias, down_bias, mid, mid_bias)
+    check_contiguous(weights)  # a compiled caller has checked nothing
     impl = choose_impl(impl, hidden.device, hidden.dtype, s)
     if impl == "reference":
         _refuse_budget(num_sms, impl)

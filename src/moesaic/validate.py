@@ -146,6 +146,16 @@ def check_weights(weights: ExpertWeights, spec: ExpertSpec, hidden_TH: Tensor) -
         tensor = present[name]
         _shape(name, tensor, shape, "see ExpertSpec.weight_shapes()")
         check_same(name, tensor, hidden_TH)
+    check_contiguous(weights)
+
+
+def check_contiguous(weights: ExpertWeights) -> None:
+    """Check that each weight lies in one piece, as the kernels read it.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name, tensor in weights.named().items():
         if not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, got strides {tensor.stride()}; "
