@@ -81,8 +81,11 @@ class BorrowingLayer:
     """One layer on fixed inputs whose products borrow SMs; `capture` once, then `launch`.
 
     Args:
-        hidden_TH, topk_ids_TK, topk_weights_TK: as in `moe`; read anew by every launch.
-        weights, spec: of the layer; two-layer experts without biases, on Hopper.
+        hidden_TH: as in `moe`; read anew by every launch, like the next two.
+        topk_ids_TK: as in `moe`.
+        topk_weights_TK: as in `moe`.
+        weights: of the layer, on Hopper.
+        spec: two-layer experts without biases.
         grounds: where it runs.
 
     Raises:
