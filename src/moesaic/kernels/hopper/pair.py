@@ -189,15 +189,16 @@ def pair_mm_hopper_ref(
 
 
 def aot_cases() -> list[AotCase]:
-    """The tiles that `experts.choose` picks, of one token and of more."""
+    """The tiles that `experts.choose_layer` picks, of one token and of more, and a taller one."""
     cases = []
-    for one, bm, bn, stages in ((True, 16, 64, 9), (False, 16, 128, 9), (False, 64, 128, 8)):
+    many = ((False, 16, 128, 10), (False, 32, 128, 8), (False, 64, 128, 8))
+    for one, bm, bn, stages in ((True, 16, 64, 5), (True, 16, 64, 8), *many):
         config = HopperConfig("pair", bm, bn, stages)
         box = (1, bn // 16, 2, 8, 64)
         described = f"tensordesc<bf16[1, {bn // 16}, 2, 8, 64],{_layout(box, torch.bfloat16)!r}>"
         pointers = ("tile_end_ptr", "task_ptr", "row_start_ptr", "rows_ptr")
         case = AotCase(
-            name=f"hopper/pair-{bm}x{bn}-{'one' if one else 'many'}",
+            name=f"hopper/pair-{bm}x{bn}x{stages}-{'one' if one else 'many'}",
             fn=pair_kernel,
             signature={
                 "x": "*bf16", "order_ptr": "*i32", "up_desc": described, "down_desc": described,
