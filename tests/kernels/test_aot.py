@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.kernels.aot import AotCase, problems, typed_signature
+from moesaic.kernels.aot import AotCase, all_cases, gluon_works, problems, typed_signature
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +95,30 @@ def test_signature_names_every_parameter_once() -> None:
     for wrong in ({"BLOCK": 1, "n": 2}, {}, {"BLOCK": 1, "typo": 2}):
         with pytest.raises(ValueError, match="once; unknown"):
             typed_signature(AotCase(name="x", fn=Fn, **(good | {"constexprs": wrong})))
+
+
+def _may_turn_constant(cases: list[AotCase]) -> set[str]:
+    """Integers of Gluon kernels that Triton makes a constant where they are 1.
+
+    Such a constant has no place in what partitions share. Multiples of 16 are never 1.
+    """
+    return {
+        f"{case.fn.__name__}: {parameter.name}"
+        for case in cases
+        if case.gluon
+        for parameter in case.fn.params
+        if case.signature.get(parameter.name) in ("i32", "i64")
+        if parameter.name not in case.aligned and not parameter.do_not_specialize
+    }
+
+
+@pytest.mark.skipif(not gluon_works(), reason="no Gluon kernels for this Triton")
+def test_no_integer_of_a_gluon_kernel_turns_constant_where_it_is_one() -> None:
+    cases = [case for case in all_cases().values() if case.gluon]
+    assert len({case.fn.__name__ for case in cases}) >= 4
+    assert _may_turn_constant(cases) == set()
+    unaware = dataclasses.replace(cases[0], aligned=())
+    assert _may_turn_constant([unaware]) != set()
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ TILES = [
 ]
 ARITHMETIC: dict[str, dict[str, Any]] = {
     "silu": {},
-    "gpt-oss": {"limit": 0.4, "alpha": 1.702, "up_offset": 1.0},
+    "gpt-oss": {"limit": 0.4, "alpha": 1.702, "up_offset": 1},
     "relu2": {"gated": False, "activation": "relu2"},
 }
 

@@ -63,7 +63,7 @@ def _multiply(p, work):
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_tiles", "top_k"])
+@gluon.jit(do_not_specialize=["experts", "n_tiles", "top_k"])
 def decode_kernel(
     x, order_ptr, w_desc, out_desc,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, ticket_ptr,

@@ -116,7 +116,7 @@ def _consume_high(p, work):
     _consume(p, work, 1)
 
 
-@gluon.jit(do_not_specialize=["n_tiles", "top_k"])
+@gluon.jit(do_not_specialize=["experts", "n_tiles", "top_k"])
 def prefill_kernel(
     x, order_ptr, w_desc, out_desc,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, total_ptr, ticket_ptr,
