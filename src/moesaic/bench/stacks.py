@@ -3,8 +3,9 @@
     T tokens · L layers
 
 A *stack* is L layers of a model, each with weights of its own, the output of one being the input of
-the next. Its inputs and routings are drawn afresh for each of `turns` graphs, which are replayed in
-turn. Every graph holds the persistent launches to the SMs of its seat.
+the next: their experts alone, or whole decoder layers where a tenant has `heads`. Its inputs and
+routings are drawn afresh for each of `turns` graphs, which are replayed in turn. Every graph holds
+the persistent launches to the SMs of its seat.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ from torch import Tensor
 from ..runtime.seats import Seat, SeatedWork
 from ..runtime.sliced import run_budgeted
 from ..types import ExpertWeights
+from .whole_layers import Heads, WholeLayer
 from .workloads import Inputs, Model, make_inputs, make_weights
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """What a tenant runs: a model's layers on so many tokens; `turns` different inputs."""
+    """What a tenant runs: a model's layers on so many tokens; `turns` different inputs.
+
+    `heads`: of the attention of whole layers; None: the experts alone, routed at random.
+    """
 
     model: Model
     tokens: int
     layers: int
     turns: int
+    heads: Heads | None = None
 
 
 @dataclass
@@ -62,11 +68,21 @@ class Stack:
             ]
             for _ in range(tenant.turns)
         ]
+        self.whole: list[WholeLayer] = [
+            WholeLayer(tenant.model, tenant.heads, tenant.tokens, weights, dtype, generator)
+            for weights in self.weights
+            if tenant.heads
+        ]
         self.work: SeatedWork[Replays] = SeatedWork(tenant.model.name, self._capture)
 
     def forward(self, turn: int, num_sms: int | None) -> Tensor:
         """The output (T, H) of all layers on the inputs of a turn."""
         hidden_TH = self.inputs[turn][0].hidden_TH
+        if self.whole:
+            with torch.no_grad():
+                for layer in self.whole:
+                    hidden_TH = layer(hidden_TH, num_sms)
+            return hidden_TH
         for weights, inputs in zip(self.weights, self.inputs[turn], strict=True):
             hidden_TH = run_budgeted(
                 hidden_TH, inputs.topk_ids_TK, inputs.topk_weights_TK, weights, self.spec,
