@@ -3,7 +3,7 @@
     T tokens · E experts · K top-k
 
 One process runs under the profiler (`profile`), which is switched on around each case only. A case
-begins with a launch of torch's spin kernel, the marker at which `suites.bytes.split` cuts. Before
+begins with a launch of torch's spin kernel, the marker at which `ncu.split` cuts. Before
 it the last-level cache is filled with clean lines of another buffer, so that nothing a case reads
 is there already and none of the evictions are its fault.
 
@@ -12,8 +12,10 @@ Every case is checked against the reference before it is counted.
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,11 +27,12 @@ from torch import Tensor
 from ..functional import route
 from ..kernels.routing_ref import route_ref
 from ..types import RouterSpec
+from . import ncu
 from .baselines import BASELINES, prepare
 from .layers import ERROR_BOUNDS, Candidate, Machine, load, make_work, ours
 from .results import Line, make_line, write_atomic
 from .suite import Cell
-from .suites.bytes import EXPERTS, FUSED, METRICS, ROUTERS, UNFUSED, parse_csv, split
+from .suites.bytes import EXPERTS, FUSED, METRICS, ROUTERS, UNFUSED
 from .timing import check_device, reason
 from .workloads import MODELS, Model
 
@@ -42,6 +45,9 @@ class Case:
     impl: str
     call: Callable[[], Any]
     err: float
+
+
+MakeCases = Callable[[Cell, torch.device, int], Iterator[Case]]
 
 
 def unfused_route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,21 +132,34 @@ def label(case: Case) -> dict[str, Any]:
     return values | {"dtype": case.cell.dtype, "impl": case.impl, "err": err, "wrong": wrong}
 
 
-def profile(cells: Sequence[Cell], out: Path, *, seed: int = 0) -> None:
+def cases(cell: Cell, device: torch.device, seed: int) -> Iterator[Case]:
+    """The cases of one cell of suite `bytes`."""
+    make = routing_cases if cell.model in ROUTERS else expert_cases
+    return make(cell, device, seed)
+
+
+def profile(
+    cells: Sequence[Cell], out: Path, make: MakeCases, *, seed: int = 0, budget_s: float = 1e9
+) -> None:
     """Run every case once between a marker and the profiler's stop; write the labels to `out`.
 
-    A case that raises is labelled with its error and the others go on.
+    A case that raises is labelled with its error and the others go on; a cell that `budget_s` does
+    not reach is named on stdout.
 
     Raises:
         DeviceLost: the GPU answers no more; the labels so far are written.
     """
-    device = torch.device("cuda")
+    device, began = torch.device("cuda"), time.perf_counter()
     clean = torch.ones(2**28, device=device)
     labels: list[dict[str, Any]] = []
     try:
         for cell in cells:
-            make = routing_cases if cell.model in ROUTERS else expert_cases
+            if time.perf_counter() - began > budget_s:
+                print(f"out of time: {cell.model} {cell.tokens} {cell.routing}", flush=True)
+                continue
             profile_cell(cell, partial(make, cell, device, seed), labels, clean)
+            gc.collect()
+            torch.cuda.empty_cache()
     finally:
         write_atomic(out, json.dumps(labels))
 
@@ -184,37 +203,35 @@ def count_one(case: Case, labels: list[dict[str, Any]]) -> None:
         torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
 
 
-def ncu_command(python: str, script: str, labels: Path, log: Path) -> list[str]:
-    """The profiler's command line around `script --child labels`."""
-    return [
-        "ncu", "--metrics", ",".join(METRICS), "--clock-control", "none", "--cache-control", "none",
-        "--profile-from-start", "off", "--print-units", "base", "--csv", "--log-file", str(log),
-        python, script, "--child", str(labels),
-    ]  # fmt: skip
-
-
-def lines_from(text: str, labels: Sequence[dict[str, Any]], stamped: Line) -> list[Line]:
-    """Lines of suite `bytes` from ncu's CSV and the labels of the profiled process.
+def counted(
+    text: str, labels: Sequence[dict[str, Any]], metrics: Mapping[str, ncu.Units]
+) -> list[tuple[dict[str, Any], list[ncu.Launch]]]:
+    """Every label with its launches from ncu's CSV: none for one that got no marker.
 
     Raises:
         ValueError: there are not as many marked parts as labels that were marked.
     """
     marked = [x for x in labels if x.get("marked", True)]
-    parts = split(parse_csv(text))
+    parts = ncu.split(ncu.parse_csv(text, metrics))
     if len(parts) != len(marked):
         raise ValueError(f"ncu saw {len(parts)} marked cases, the program ran {len(marked)}")
-    fixed = stamped | {"suite": "bytes", "clock": "counters", "mode": "eager"}
-    lines = [
-        make_line(fixed, **{k: v for k, v in x.items() if k != "marked"})
+    left = iter(parts)
+    return [
+        ({k: v for k, v in x.items() if k != "marked"}, next(left) if x.get("marked", True) else [])
         for x in labels
-        if not x.get("marked", True)
     ]
-    for known, kernels in zip(marked, parts, strict=True):
-        counted = {
-            "bytes_read": sum(k.read for k in kernels),
-            "bytes_written": sum(k.written for k in kernels),
-            "launches": len(kernels),
+
+
+def lines_from(text: str, labels: Sequence[dict[str, Any]], stamped: Line) -> list[Line]:
+    """Lines of suite `bytes`, one per case, from ncu's CSV and the labels of the process."""
+    fixed = stamped | {"suite": "bytes", "clock": "counters", "mode": "eager"}
+    lines = []
+    for known, launches in counted(text, labels, METRICS):
+        summed = {
+            "bytes_read": sum(x.values["dram__bytes_read.sum"] for x in launches),
+            "bytes_written": sum(x.values["dram__bytes_write.sum"] for x in launches),
+            "launches": len(launches),
             "samples": 1,
         }
-        lines.append(make_line(fixed, **known, **counted))
+        lines.append(make_line(fixed, **known, **(summed if launches else {})))
     return lines

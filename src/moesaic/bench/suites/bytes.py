@@ -4,94 +4,31 @@
 
 `routing`: softmax, top-k and counts of logits (T, E) in one launch against `softmax`, `topk` and a
 count. `expert-mlp`: the three-layer ReLU expert layer against sort, gather, loop over experts and
-scatter, each step a launch. `benchmarks/ncu_bytes.py` runs both under ncu and records; the numbers
-of the expert-slicing paper stand beside: 3 times fewer bytes, 40 % fewer bytes.
+scatter, each step a launch. `benchmarks/ncu_counters.py --suite bytes` runs both under ncu and
+records; the numbers of the expert-slicing paper stand beside: 3 times fewer bytes, 40 % fewer bytes.
 
-The profiled program separates its cases by launches of torch's spin kernel; `split` cuts ncu's CSV
-there. Caches are left alone (`--cache-control none`), as they are in use.
+The profiled program separates its cases by launches of torch's spin kernel, at which
+`ncu.split` cuts. Caches are left alone (`--cache-control none`), as they are in use.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+from ..ncu import BYTES
 from ..results import Line, Target, at_least, at_most, geomean
 from ..suite import Cell, Context, Suite
 
-METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
-MARKER = "spin_kernel"
-UNITS = {"byte": 1, "Kbyte": 10**3, "Mbyte": 10**6, "Gbyte": 10**9, "Tbyte": 10**12}
+METRICS = {"dram__bytes_read.sum": BYTES, "dram__bytes_write.sum": BYTES}
 PAPER = {"routing": 3.0, "expert-mlp": 1 / 0.6}
 FUSED, UNFUSED = "moesaic", "torch-unfused"
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One profiled launch: its name and the DRAM bytes it read and wrote."""
-
-    name: str
-    read: float
-    written: float
-
-
-def parse_number(text: str, unit: str) -> float:
-    """A value of ncu's CSV in bytes.
-
-    Raises:
-        ValueError: the unit is not one of bytes, or the value is none (`n/a`).
-    """
-    if unit not in UNITS:
-        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
-    return float(text.replace(",", "")) * UNITS[unit]
-
-
-def parse_csv(text: str) -> list[Kernel]:
-    """The launches of `ncu --csv` output in launch order; lines that are not CSV are skipped.
-
-    Raises:
-        ValueError: no table is found, or a launch lacks one of the metrics.
-    """
-    rows = [row for row in text.splitlines() if row.startswith('"')]
-    if not rows or '"Metric Name"' not in rows[0]:
-        ends = " ".join(text.split()[-30:])
-        raise ValueError(f"no ncu table with a 'Metric Name' column; it ends: {ends}")
-    names: dict[int, str] = {}
-    found: dict[int, dict[str, float]] = {}
-    for row in csv.DictReader(io.StringIO("\n".join(rows))):
-        if row["Metric Name"] in METRICS:
-            launch = int(row["ID"])
-            names[launch] = row["Kernel Name"]
-            value = parse_number(row["Metric Value"], row["Metric Unit"])
-            found.setdefault(launch, {})[row["Metric Name"]] = value
-    kernels = []
-    for launch in sorted(found):
-        missing = [m for m in METRICS if m not in found[launch]]
-        if missing:
-            raise ValueError(f"launch {launch} ({names[launch]}) lacks {', '.join(missing)}")
-        kernels.append(Kernel(names[launch], *(found[launch][m] for m in METRICS)))
-    return kernels
-
-
-def split(kernels: Iterable[Kernel]) -> list[list[Kernel]]:
-    """The launches between markers: one list per marker, of those that follow it."""
-    parts: list[list[Kernel]] = []
-    for kernel in kernels:
-        if MARKER in kernel.name:
-            parts.append([])
-        elif parts:
-            parts[-1].append(kernel)
-    return parts
-
 
 ROUTERS = {"routing-8-top2": (8, 2), "routing-64-top8": (64, 8), "routing-256-top8": (256, 8)}
 EXPERTS = {f"expert-mlp-{size}": f"paper-{size}" for size in ("small", "medium", "large")}
 
 
 def cells() -> list[Cell]:
-    """What `benchmarks/ncu_bytes.py` profiles: routers by (E, K), the paper's expert sizes."""
+    """What `benchmarks/ncu_counters.py` profiles: routers by (E, K), the paper's expert sizes."""
     routers = [Cell(name, 262144) for name in ROUTERS]
     return routers + [Cell(name, tokens) for name in EXPERTS for tokens in (64, 1024, 16384)]
 
@@ -102,7 +39,9 @@ def run(wanted: Sequence[Cell], context: Context) -> None:
     Raises:
         RuntimeError: always.
     """
-    raise RuntimeError("suite bytes runs under the profiler; start: python benchmarks/ncu_bytes.py")
+    raise RuntimeError(
+        "suite bytes runs under ncu; start: python benchmarks/ncu_counters.py --suite bytes"
+    )
 
 
 def ratios(lines: Sequence[Line], kind: str) -> list[float]:

@@ -1,0 +1,84 @@
+"""Suites whose numbers are hardware counters: `bytes` and `launches`, by Nsight Compute.
+
+    python benchmarks/ncu_counters.py --suite launches [--out benchmarks/results] [--only MODEL]
+
+Starts itself once more under `ncu` (which must be on the PATH and allowed to read counters), turns
+its CSV into lines of the suite and prints the targets. Clocks and caches are left as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from moesaic.bench import command, counters, launches, ncu, report
+from moesaic.bench.results import Recorder, device_slug, stamp
+from moesaic.bench.suites import bytes as bytes_suite
+from moesaic.bench.suites import launches as launches_suite
+
+SUITES = {
+    "bytes": (bytes_suite, counters.cases, counters.lines_from),
+    "launches": (launches_suite, launches.layer_cases, launches.lines_from),
+}
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=SUITES, required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--only", action="append", default=[], help="a model of the suite")
+    parser.add_argument("--budget-s", type=float, default=1e9, help="start no cell after this")
+    parser.add_argument("--keep", type=Path, help="also keep ncu's CSV here")
+    parser.add_argument("--child", type=Path, help="run the cases, write their labels here")
+    return parser.parse_args()
+
+
+def count(chosen: argparse.Namespace, folder: Path) -> tuple[str, list[dict[str, object]]]:
+    """ncu's log and the labels of one profiled run; whatever ncu left, also after a failure."""
+    labels, log = folder / "labels.json", folder / "ncu.csv"
+    metrics = SUITES[chosen.suite][0].METRICS
+    passed = ["--suite", chosen.suite, "--budget-s", str(chosen.budget_s)]
+    passed += [part for name in chosen.only for part in ("--only", name)]
+    ran = subprocess.run(
+        [*ncu.command(sys.executable, __file__, metrics, labels, log), *passed], check=False
+    )
+    if not log.exists() or not labels.exists():
+        raise RuntimeError(f"ncu ended with {ran.returncode} and left no counters; see above")
+    return log.read_text(encoding="utf-8"), json.loads(labels.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    chosen = options()
+    definition, cases, lines_from = SUITES[chosen.suite]
+    suite = definition.SUITE
+    if chosen.child is not None:
+        cells = command.selected(suite, only=chosen.only)
+        counters.profile(cells, chosen.child, cases, budget_s=chosen.budget_s)
+        return 0
+    if not torch.cuda.is_available() or shutil.which("ncu") is None:
+        print("ncu_counters: needs a CUDA device and ncu on the PATH", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    recorder = Recorder(chosen.out, device_slug(device), suite.name, suite.summarize)
+    with tempfile.TemporaryDirectory() as folder:
+        text, labels = count(chosen, Path(folder))
+    if chosen.keep:
+        chosen.keep.write_text(text, encoding="utf-8")
+    lines = lines_from(text, labels, stamp(device))
+    recorder.record(lines)
+    sheet = report.sheet if suite.section is None else launches_suite.counters_sheet
+    command.show(sheet(lines), suite.about)
+    command.show(report.targets_sheet(recorder.targets()), "Targets")
+    command.last_line({"suite": suite.name, "lines": len(lines), "path": str(recorder.path)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
