@@ -1,8 +1,8 @@
 """More ranks than GPUs, started by torchrun; prints one JSON line of what is not as it should.
 
 Several ranks share a GPU, which NCCL refuses and symmetric memory allows: what more GPUs would do,
-slower. Ranks are cut into groups of two, then stand together, then in twos again; then two of them
-make memory that the others do not know of.
+slower. Ranks are cut into groups of two, then stand together, as two nodes too, then in twos again;
+rows cross in fp8; then two of them make memory that the others do not know of.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from ep_gpu_worker import LAYERS, draw, faults_of, placements
+from ep_gpu_worker import LAYERS, draw, faults_of, narrow_wire, placements, say
 
 from moesaic.bench.ranks import cut_into
 from moesaic.functional import moe
@@ -39,6 +39,8 @@ def spread(group: dist.ProcessGroup, where: str, kind: str, device: torch.device
     capacity = max(1, bound // 3) if kind == "rounds" else bound
     placement = placements(spec.num_experts, ranks)[where]
     options = Options("symmetric", capacity=capacity, num_sms=64, timeout_s=TIMEOUT_S)
+    if kind == "two levels":
+        options = Options("two_level", per_node=ranks // 2, timeout_s=TIMEOUT_S)
     layer = ExpertParallel(
         spec, placement, take_experts(weights, placement, layer=0, rank=rank),
         top_k=top_k, group=group, options=options,
@@ -83,12 +85,14 @@ def main() -> None:
         ("all", world, "contiguous", "whole"),
         ("all, in rounds", world, "contiguous", "rounds"),
         ("all, replicas", world, "replicas", "whole"),
+        ("all, two levels", world, "replicas", "two levels"),
         ("twos again", twos, "backwards", "whole"),
     ):
         told[name] = spread(group, where, kind, device)
         dist.barrier()
-        if rank == 0:
-            print(f"{name}: {told[name]}", file=sys.stderr, flush=True)
+        say(rank, {name: told[name]})
+    told |= narrow_wire(rank, ranks, device, ("two_level", "symmetric"))
+    say(rank, told)
     told["strangers"] = strangers(rank, device)
     gathered: list = [None] * ranks
     dist.all_gather_object(gathered, told)

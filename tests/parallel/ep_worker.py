@@ -62,6 +62,8 @@ CASES = {
     "sabotage": Case(8, 2, (5, 3), backends=("gloo",), sabotage=True),
     "fp8": Case(8, 2, (5, 3), hidden=128, backends=("gloo", "symmetric"),
                 options={"wire": "fp8"}),
+    "fp8_nodes": Case(8, 2, (5, 3, 0, 4), hidden=128, backends=("gloo", "two_level", "symmetric"),
+                      per_node=2, options={"wire": "fp8"}),
 }  # fmt: skip
 
 
@@ -98,7 +100,7 @@ def draw(case: Case, world: int):
 
 def node_bytes(layer, world: int, rank: int, per_node: int) -> int:
     others = [r for r in range(world) if r // per_node != rank // per_node]
-    return layer.exchange.wire.to(others)
+    return layer.exchange.wire.to(others) if hasattr(layer.exchange, "wire") else 0
 
 
 def run(name: str, rank: int, world: int) -> dict:
@@ -131,6 +133,7 @@ def run(name: str, rank: int, world: int) -> dict:
             "equal": torch.equal(got[0], want) and torch.equal(got[1], want),
             "halves": torch.equal(halves, got[0][part]),
             "error": scale,
+            "tokens": len(hidden),
         }
         if case.per_node:
             told["backends"][backend]["node_bytes"] = node_bytes(layer, world, rank, case.per_node)

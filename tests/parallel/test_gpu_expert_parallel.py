@@ -54,7 +54,7 @@ def test_bits_are_those_of_one_gpu(ranks) -> None:
 def test_more_ranks_than_gpus_have_the_bits_of_one(ranks) -> None:
     more = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
     told = json.loads(run(ranks, str(WORKER.with_name("ep_shared_gpu_worker.py")), shared=more))
-    assert len(told) == ranks and len(told[0]) == 6
+    assert len(told) == ranks and len(told[0]) == 8
     faults = [(r, what, f) for r, found in enumerate(told) for what, f in found.items() if f]
     assert faults == []
 

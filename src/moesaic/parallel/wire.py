@@ -40,7 +40,7 @@ def pack_fp8(rows_TH: Tensor) -> Tensor:
     values = (groups / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     packed[:, :hidden] = values.view(tokens, hidden).view(torch.uint8)
     end = hidden + 4 * (hidden // GROUP)
-    packed[:, hidden:end] = scale.view(tokens, -1).contiguous().view(torch.uint8)
+    packed[:, hidden:end] = scale.view(tokens, hidden // GROUP).contiguous().view(torch.uint8)
     return packed
 
 
