@@ -59,12 +59,13 @@ def main() -> None:
         return 0
 
     def parameter(function: int, index: int, offset: int, size: int) -> int:
-        if index < len(sizes):
-            ctypes.c_size_t.from_address(size).value = sizes[index]
-        return int(index >= len(sizes))
+        ctypes.c_size_t.from_address(size).value = sizes[index]
+        return 0
 
     raw.driver = lambda: raw.Driver(lambda *_: 0, lambda *_: 0, encode, parameter)  # type: ignore
-    as_launched = SimpleNamespace(src=kernel.src, metadata=kernel.metadata, function=1)
+    as_launched = SimpleNamespace(
+        src=kernel.src, metadata=kernel.metadata, asm=kernel.asm, function=1
+    )
     record = launching.Launch(case.fn, as_launched, 132, arguments(case.fn.arg_names))
 
     def lay_out() -> raw.RawLaunch:

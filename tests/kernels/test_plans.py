@@ -41,12 +41,14 @@ class Kernel:
         global_scratch_size=0, profile_scratch_size=0,
     )  # fmt: skip
     signature = SIGNATURE
+    parameters = 6
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(x: torch.Tensor, out: torch.Tensor, n: int, factor: float, W: int = 8) -> Any:
             scale(x.data_ptr(), out.data_ptr(), n, factor)
             src = SimpleNamespace(signature=self.signature)
-            return SimpleNamespace(src=src, metadata=self.metadata, function=1)
+            ptx = f".entry scale({'.param ' * self.parameters})"
+            return SimpleNamespace(src=src, metadata=self.metadata, asm={"ptx": ptx}, function=1)
 
         return run
 
@@ -69,8 +71,7 @@ class FakeDriver:
         return 0
 
     def parameter(self, function: int, index: int, offset: int, size: int) -> int:
-        if index >= len(self.sizes):
-            return 1
+        assert index < len(self.sizes), "an error of the driver, which memory checkers report"
         ctypes.c_size_t.from_address(size).value = self.sizes[index]
         return 0
 
@@ -164,7 +165,9 @@ def test_what_a_capture_makes_first_is_kept_by_nobody(
     assert plans.told()["raw"] == 1
 
 
-def test_constants_stay_and_unknown_memory_is_refused(fake: FakeDriver) -> None:
+def test_constants_stay_and_unknown_memory_is_refused(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fixed(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
         launching.launch(KERNEL, 1, given, out, 8, 2.0)
@@ -194,6 +197,11 @@ def test_what_a_plan_cannot_do_goes_the_ordinary_way(fake: FakeDriver) -> None:
     for _ in range(2):
         assert torch.equal(call(memory[:8], key="c"), memory[:8] * 10)
     assert sum("the kernel has" in reason for reason in plans.told()) == 1
+    fake.sizes[2:] = [4, 4, 8, 8, 8]
+    monkeypatch.setattr(Kernel, "parameters", 7)
+    for _ in range(2):
+        assert torch.equal(call(memory[:8], key="d"), memory[:8] * 10)
+    assert sum("the kernel has" in reason for reason in plans.told()) == 2
     assert not fake.launches
 
 
