@@ -165,9 +165,7 @@ def test_what_a_capture_makes_first_is_kept_by_nobody(
     assert plans.told()["raw"] == 1
 
 
-def test_constants_stay_and_unknown_memory_is_refused(
-    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_constants_stay_and_unknown_memory_is_refused(fake: FakeDriver) -> None:
     def fixed(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
         launching.launch(KERNEL, 1, given, out, 8, 2.0)
@@ -180,7 +178,9 @@ def test_constants_stay_and_unknown_memory_is_refused(
         assert plans.told()[told] == 1
 
 
-def test_what_a_plan_cannot_do_goes_the_ordinary_way(fake: FakeDriver) -> None:
+def test_what_a_plan_cannot_do_goes_the_ordinary_way(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory = torch.randn(64)
     call(memory[:8])
     assert torch.equal(call(memory[1:9]), memory[1:9] * 10)
