@@ -41,6 +41,9 @@ torch.library.define(
     "(Tensor hidden, Tensor weight, Tensor? linear_bias, Tensor? bias, str spec, bool fp32, "
     "bool as_logits) -> (Tensor, Tensor, Tensor)",
 )
+torch.library.define(
+    "moesaic::choose", "(Tensor logits, Tensor? bias, str spec, bool as_logits) -> (Tensor, Tensor)"
+)
 _EXPERTS = (
     "(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor up, Tensor down, "
     "Tensor? up_bias, Tensor? down_bias, Tensor? mid, Tensor? mid_bias, str spec, str impl"
@@ -128,6 +131,42 @@ def _route_fake(
         logits.new_empty(shape, dtype=torch.int32),
         logits.new_empty(shape, dtype=torch.float32),
         logits.new_empty((r.num_experts,), dtype=torch.int32),
+    )
+
+
+def _choose_cpu(
+    logits: Tensor, bias: Tensor | None, spec: str, as_logits: bool
+) -> tuple[Tensor, Tensor]:
+    ids, weights, _ = _route_cpu(logits, bias, spec)
+    return ids, weights.to(logits.dtype) if as_logits else weights
+
+
+def _choose_cuda(
+    logits: Tensor, bias: Tensor | None, spec: str, as_logits: bool
+) -> tuple[Tensor, Tensor]:
+    from .kernels.routing import choose_experts
+
+    r = RouterSpec.from_key(spec)
+    return choose_experts(
+        logits,
+        bias,
+        weights_dtype=logits.dtype if as_logits else torch.float32,
+        scale=r.scale,
+        top_k=r.top_k,
+        scoring=r.scoring,
+        renormalize=r.renormalize,
+        n_group=r.n_group,
+        topk_group=r.topk_group,
+    )
+
+
+def _choose_fake(
+    logits: Tensor, bias: Tensor | None, spec: str, as_logits: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], RouterSpec.from_key(spec).top_k)
+    return (
+        logits.new_empty(shape, dtype=torch.int32),
+        logits.new_empty(shape, dtype=logits.dtype if as_logits else torch.float32),
     )
 
 
@@ -373,6 +412,9 @@ for _route_name in ("moesaic::route", "moesaic::route_counted"):
     torch.library.impl(_route_name, "CPU", _route_cpu)
     torch.library.impl(_route_name, "CUDA", _route_cuda)
     torch.library.register_fake(_route_name, _route_fake)
+torch.library.impl("moesaic::choose", "CPU", _choose_cpu)
+torch.library.impl("moesaic::choose", "CUDA", _choose_cuda)
+torch.library.register_fake("moesaic::choose", _choose_fake)
 torch.library.impl("moesaic::route_hidden", "CPU", _route_hidden_cpu)
 torch.library.impl("moesaic::route_hidden", "CUDA", _route_hidden_cuda)
 torch.library.register_fake("moesaic::route_hidden", _route_hidden_fake)
@@ -388,6 +430,7 @@ Routed = tuple[Tensor, Tensor, Tensor]
 route_op: Callable[..., Routed] = torch.ops.moesaic.route.default
 route_counted_op: Callable[..., Routed] = torch.ops.moesaic.route_counted.default
 route_hidden_op: Callable[..., Routed] = torch.ops.moesaic.route_hidden.default
+choose_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.moesaic.choose.default
 experts_op: Callable[..., Tensor] = torch.ops.moesaic.experts.default
 experts_counted_op: Callable[..., Tensor] = torch.ops.moesaic.experts_counted.default
 experts_backward_op: Callable[..., list[Tensor]] = torch.ops.moesaic.experts_backward.default

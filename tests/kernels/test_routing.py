@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-from moesaic.kernels.routing import plan_route, route, route_kernel
+from moesaic.kernels.routing import choose_experts, plan_route, route, route_kernel
 from moesaic.kernels.routing_ref import route_ref
 
 NAN, INF = float("nan"), float("inf")
@@ -195,6 +195,19 @@ def test_empty_batch_and_refusals(kernel_device: torch.device) -> None:
         route(logits.t(), top_k=2, scoring="softmax")
     with pytest.raises(ValueError, match="sigmoid"):
         route(logits, torch.zeros(8, device=kernel_device), top_k=2, scoring="softmax")
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_a_choice_without_counts_is_that_of_route(kernel_device: torch.device, tokens: int) -> None:
+    logits = _distinct_logits(tokens + 1, 96, 3)[1:].to(kernel_device, torch.bfloat16)
+    bias = torch.linspace(0, 0.3, 96, device=kernel_device)
+    rule = {"top_k": 6, "scoring": "sigmoid", "renormalize": True, "n_group": 8, "topk_group": 4}
+    ids, weights, _ = route(logits, bias, scale=2.5, **rule)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = choose_experts(logits, bias, weights_dtype=dtype, scale=2.5, **rule)
+        assert torch.equal(found[0], ids) and torch.equal(found[1], weights.to(dtype))
+    with pytest.raises(ValueError, match="sigmoid"):
+        choose_experts(logits, bias, **rule | {"scoring": "softmax"})
 
 
 def test_plan_keeps_rows_in_a_warp_and_one_launch_alone() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..functional import route
-from ..ops import route_hidden_op
+from ..ops import choose_op
 from ..types import RouterSpec
 from ..validate import values_wanted
 
@@ -49,22 +49,30 @@ def fused_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tenso
     hidden_TH = hidden_states.reshape(-1, weight.shape[1])
     correction = getattr(self, BIAS, None) if plan.spec.scoring == "sigmoid" else None
     correction = None if correction is None else correction.float()
-    if _as_one_op(hidden_TH, weight, bias):
-        logits_TE, ids_TK, weights_TK = route_hidden_op(
-            hidden_TH, weight, bias, correction, plan.spec.key(), plan.fp32, plan.as_logits
-        )
+    logits_TE = router_logits(hidden_TH, weight, bias, plan.fp32)
+    if _without_gradients(hidden_TH, weight, bias):
+        ids_TK, weights_TK = choose_op(logits_TE, correction, plan.spec.key(), plan.as_logits)
         return logits_TE, weights_TK, ids_TK
-    if plan.fp32:
-        hidden_TH, weight = hidden_TH.float(), weight.float()
-        bias = None if bias is None else bias.float()
-    logits_TE = F.linear(hidden_TH, weight, bias)
     routing = route(logits_TE, plan.spec, bias_E=correction)
     dtype = logits_TE.dtype if plan.as_logits else torch.float32
     return logits_TE, routing.topk_weights_TK.to(dtype), routing.topk_ids_TK
 
 
-def _as_one_op(hidden_TH: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether one op may do it: 16-bit numbers, no gradients, no autocast, no values to check."""
+def router_logits(
+    hidden_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, fp32: bool
+) -> Tensor:
+    """The product of a router, (T, E); `fp32`: in fp32, whatever it is given.
+
+    It stands outside the ops, so that a compiler can fuse it with the norm before it.
+    """
+    if fp32:
+        hidden_TH, weight_EH = hidden_TH.float(), weight_EH.float()
+        bias_E = None if bias_E is None else bias_E.float()
+    return F.linear(hidden_TH, weight_EH, bias_E)
+
+
+def _without_gradients(hidden_TH: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the op without gradients may choose: 16 bits, no autocast, no values to check."""
     if not torch.compiler.is_compiling() and values_wanted():
         return False
     if hidden_TH.dtype != weight.dtype or hidden_TH.dtype not in HALF:

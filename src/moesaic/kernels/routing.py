@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .aot import AotCase
 from .routing_ref import route_ref
@@ -55,18 +56,22 @@ def route_kernel(
     BLOCK_T: tl.constexpr,
     ALONE: tl.constexpr,
     counters_ptr=None,
+    PDL: tl.constexpr = False,
 ):
     """BLOCK_T rows at a time, the programs striding over the batch; E = GROUPS * GROUP.
 
     logits_ptr: (T, E) fp32 | fp16 | bf16, rows `row_stride` elements apart. bias_ptr: (E,) fp32 or
-    None. ids_ptr: (T, TOP_K) int32. weights_ptr: (T, TOP_K) fp32. counts_ptr: (E,) int32, zeros,
-    or anything if the one program is ALONE. Column c of a tile is expert
+    None. ids_ptr: (T, TOP_K) int32. weights_ptr: (T, TOP_K) of any float dtype. counts_ptr: (E,)
+    int32, zeros, or anything if the one program is ALONE, or None. Column c of a tile is expert
     ``c // GROUP_PAD * GROUP + c % GROUP_PAD``. counters_ptr: (E,) int32 to which the counts are
     added, or None.
 
     Example: logits [[0, 2, 2, 1], [5, nan, 1, 1]], TOP_K 2, renormalised softmax: ids
     [[1, 2], [0, 2]], weights [[0.5, 0.5], [0.98201, 0.01799]], counts [1, 1, 2, 0].
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     column_E = tl.arange(0, GROUPS_PAD * GROUP_PAD)
     expert_E, real_E = experts_of(column_E, GROUPS, GROUP, GROUPS_PAD, GROUP_PAD)
     seen_TE = tl.zeros([BLOCK_T, GROUPS_PAD * GROUP_PAD], tl.int32)
@@ -99,9 +104,9 @@ def route_kernel(
     count_E = tl.sum(seen_TE, 0)
     if counters_ptr is not None:
         tl.atomic_add(counters_ptr + expert_E, count_E, real_E & (count_E > 0), sem="relaxed")
-    if ALONE:
+    if counts_ptr is not None and ALONE:
         tl.store(counts_ptr + expert_E, count_E, real_E)
-    else:
+    elif counts_ptr is not None:
         tl.atomic_add(counts_ptr + expert_E, count_E, real_E & (count_E > 0), sem="relaxed")
 
 
@@ -169,13 +174,7 @@ def route(
         ValueError: the experts of a row are not contiguous, or a bias without sigmoid scoring.
     """
     tokens, experts = logits_TE.shape
-    if logits_TE.stride(1) != 1 and experts > 1:
-        raise ValueError(
-            f"route needs logits whose last stride is 1, got strides {logits_TE.stride()}: "
-            "call .contiguous() first"
-        )
-    if bias_E is not None and scoring != "sigmoid":
-        raise ValueError(f"route takes a bias with scoring='sigmoid' only, got {scoring!r}")
+    _check(logits_TE, bias_E, scoring)
     ids_TK = logits_TE.new_empty((tokens, top_k), dtype=torch.int32)
     weights_TK = logits_TE.new_empty((tokens, top_k), dtype=torch.float32)
     if not tokens:
@@ -206,15 +205,72 @@ def route(
     return ids_TK, weights_TK, counts_E
 
 
+def choose_experts(
+    logits_TE: Tensor,
+    bias_E: Tensor | None = None,
+    *,
+    weights_dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    **rule: Any,
+) -> tuple[Tensor, Tensor]:
+    """`route` without counts: ids (T, K) int32 and weights (T, K), always one launch.
+
+    On sm_90 and up it starts while the launch before still runs, and waits for it on the device.
+
+    Args:
+        logits_TE, bias_E, scale: as for `route`.
+        weights_dtype: what the weights are rounded to.
+        rule: as for `plan_route`.
+
+    Raises:
+        ValueError: as for `route`.
+    """
+    tokens, experts = logits_TE.shape
+    _check(logits_TE, bias_E, rule["scoring"])
+    ids_TK = logits_TE.new_empty((tokens, rule["top_k"]), dtype=torch.int32)
+    weights_TK = logits_TE.new_empty((tokens, rule["top_k"]), dtype=weights_dtype)
+    if tokens:
+        programs, plan = plan_route(tokens, experts, **rule)
+        pdl = logits_TE.is_cuda and torch.cuda.get_device_capability(logits_TE.device) >= (9, 0)
+        route_kernel[(programs,)](
+            logits_TE,
+            bias_E,
+            ids_TK,
+            weights_TK,
+            None,
+            tokens,
+            logits_TE.stride(0),
+            scale,
+            **plan,
+            **({"PDL": True, "launch_pdl": True} if pdl else {}),
+        )
+    return ids_TK, weights_TK
+
+
+def _check(logits_TE: Tensor, bias_E: Tensor | None, scoring: str) -> None:
+    if logits_TE.stride(1) != 1 and logits_TE.shape[1] > 1:
+        raise ValueError(
+            f"route needs logits whose last stride is 1, got strides {logits_TE.stride()}: "
+            "call .contiguous() first"
+        )
+    if bias_E is not None and scoring != "sigmoid":
+        raise ValueError(f"route takes a bias with scoring='sigmoid' only, got {scoring!r}")
+
+
 def _aot_case(name: str, dtype: str, tokens: int, experts: int, top_k: int, **how: Any) -> AotCase:
-    quick, bias, counted = (how.pop(flag, False) for flag in ("quick", "bias", "counted"))
+    flags = ("quick", "bias", "counted", "pdl")
+    quick, bias, counted, pdl = (how.pop(flag, False) for flag in flags)
     rule: dict[str, Any] = {"scoring": "softmax", "renormalize": True, "n_group": 1}
     rule |= {"topk_group": 1} | how
     _, plan = plan_route(tokens, experts, top_k=top_k, **rule)
     options = {name: plan.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    signature = {"logits_ptr": f"*{dtype}", "ids_ptr": "*i32", "weights_ptr": "*fp32"}
-    signature |= {"counts_ptr": "*i32", "tokens": "i32", "row_stride": "i32", "scale": "fp32"}
-    for pointer, kind, there in (("bias_ptr", "*fp32", bias), ("counters_ptr", "*i32", counted)):
+    weights = dtype if pdl else "fp32"
+    signature = {"logits_ptr": f"*{dtype}", "ids_ptr": "*i32", "weights_ptr": f"*{weights}"}
+    signature |= {"tokens": "i32", "row_stride": "i32", "scale": "fp32"}
+    for pointer, kind, there in (
+        ("bias_ptr", "*fp32", bias), ("counters_ptr", "*i32", counted),
+        ("counts_ptr", "*i32", not pdl),
+    ):  # fmt: skip
         if there:
             signature[pointer] = kind
         else:
@@ -223,8 +279,9 @@ def _aot_case(name: str, dtype: str, tokens: int, experts: int, top_k: int, **ho
         name=f"route/{name}-t{tokens}",
         fn=route_kernel,
         signature=signature,
-        constexprs=plan,
-        options=options,
+        constexprs=plan | {"PDL": pdl},
+        options=options | ({"launch_pdl": True} if pdl else {}),
+        archs=(90, 100) if pdl else (80, 90, 100),
         aligned=("row_stride",) if experts % 16 == 0 else (),
         quick=quick,
     )
@@ -242,6 +299,9 @@ def aot_cases() -> list[AotCase]:
         _aot_case("qwen2", "bf16", 8192, 60, 4, **qwen),
         _aot_case("deepseek-v3", "fp32", 1, 256, 8, quick=True, **deepseek),
         _aot_case("deepseek-v3", "fp32", 8192, 256, 8, quick=True, **deepseek),
+        _aot_case("chosen", "bf16", 1, 128, 8, quick=True, pdl=True),
+        _aot_case("chosen", "bf16", 128, 8, 2, pdl=True),
+        _aot_case("chosen", "fp32", 8192, 256, 8, pdl=True, **deepseek),
         _aot_case("counted", "fp32", 8192, 256, 8, quick=True, counted=True, **deepseek),
         _aot_case("gpt-oss", "bf16", 8192, 128, 4, scoring="topk_softmax"),
         _aot_case("sigmoid", "fp32", 8192, 256, 8, scoring="sigmoid"),
