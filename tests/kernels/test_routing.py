@@ -203,7 +203,9 @@ def test_a_choice_without_counts_is_that_of_route(kernel_device: torch.device, t
     bias = torch.linspace(0, 0.3, 96, device=kernel_device)
     rule = {"top_k": 6, "scoring": "sigmoid", "renormalize": True, "n_group": 8, "topk_group": 4}
     ids, weights, _ = route(logits, bias, scale=2.5, **rule)
-    for dtype in (torch.float32, torch.bfloat16):
+    # The interpreter cuts bf16 off.
+    half = torch.bfloat16 if kernel_device.type == "cuda" else torch.float16
+    for dtype in (torch.float32, half):
         found = choose_experts(logits, bias, weights_dtype=dtype, scale=2.5, **rule)
         assert torch.equal(found[0], ids) and torch.equal(found[1], weights.to(dtype))
     with pytest.raises(ValueError, match="sigmoid"):
