@@ -87,14 +87,16 @@ class InventedLab:
         self.launches = self.real.launches
         self.heuristic, self.more = self.real.heuristic, self.real.more
 
-    def part_s(self, part: str, group: Any, cut: Any, best_s: float) -> float:
+    def part_s(self, part: str, group: Any, cut: Any, best: Any) -> dict[str, float]:
         if self.impl == "triton" and cut.block_k == 256:
             raise Unfit("too deep")
         columns = cut.bn if self.impl == "hopper" else cut.block_n
-        return 1e-5 * (1 + abs(columns - 64) / 64 + group[-1] / 128)
+        seconds = 1e-5 * (1 + abs(columns - 64) / 64 + group[-1] / 128)
+        return {"uniform": seconds, "worst": 2 * seconds}
 
-    def layer_s(self, config: Any) -> float:
-        return self.whole(config)
+    def layer_s(self, config: Any) -> dict[str, float]:
+        found = self.whole(config)
+        return found if isinstance(found, dict) else {"uniform": found / 2, "worst": found * 2}
 
     def routing_s(self) -> dict[int, float]:
         return {1: 2e-6, 2: 1e-6, 4: 3e-6}
@@ -104,7 +106,12 @@ def invented(whole: Callable[[Any], float], **more: Any) -> Tools:
     def make_lab(wanted: Request, impl: str, tokens: int) -> Lab[Any]:
         return InventedLab(wanted, impl, tokens, whole)
 
-    return Tools(make_lab, lambda _, advance, say: advance(), **more)
+    def compile_all(stages: Any, advance: Any, say: Any, done: Any, stop: Any) -> None:
+        for number in range(len(stages)):
+            advance()
+            done(number)
+
+    return Tools(make_lab, compile_all, **more)
 
 
 def by_order(config: Any) -> float:
@@ -165,17 +172,96 @@ def test_an_interrupted_run_keeps_what_it_measured(cache: Path, capsys) -> None:
 
 
 def test_a_run_out_of_time_names_what_is_left_and_a_second_run_adds(cache: Path, capsys) -> None:
-    seconds = iter([0.0, 1.0, 99.0])
-    tools = invented(by_order, clock=lambda: next(seconds))
+    clock = Clock()
+
+    def whole(config: Any) -> float:
+        clock.now += 1.0  # the first cell has at most fourteen whole layers, over three rounds
+        return by_order(config)
+
+    tools = invented(whole, clock=clock)
     assert (
         main("OLMoE", tokens=[16, 1024], impl="hopper", tools=tools, facts=FACTS, budget_s=9) == 0
     )
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["ended"] == "out of time" and told["left"] == [{"impl": "hopper", "tokens": 1024}]
+    assert told["cells"][0]["skipped"] == 0
     again = invented(by_order)
     assert main("OLMoE", tokens=[1024], impl="hopper", tools=again, facts=FACTS) == 0
     (rows,) = json.loads(cache.read_text())["hopper"].values()
     assert list(rows) == ["16", "1024"]
+
+
+class Clock:
+    """Seconds that a test moves on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_time_that_ends_inside_a_cell_keeps_the_best_of_what_was_timed(cache: Path, capsys) -> None:
+    for budget_s, skipped in ((8.0, True), (0.5, None)):
+        clock = Clock()
+        tools = invented(by_order, clock=clock)
+        make = tools.make_lab
+
+        def make_lab(*given: Any, make: Any = make, clock: Clock = clock) -> Any:
+            lab = make(*given)
+            part_s = lab.part_s
+
+            def slow(*asked: Any) -> Any:
+                clock.now += 1.0
+                return part_s(*asked)
+
+            lab.part_s = slow
+            return lab
+
+        tools = replace(tools, make_lab=make_lab)
+        code = main("OLMoE", tokens=[16], impl="hopper", tools=tools, facts=FACTS,
+                    budget_s=budget_s)  # fmt: skip
+        told = json.loads(capsys.readouterr().out.splitlines()[-1])
+        if skipped:
+            assert code == 0 and told["ended"] == "done" and told["cells"][0]["skipped"] > 2
+            (rows,) = json.loads(cache.read_text())["hopper"].values()
+            assert rows["16"]["order"] == "large_first"
+        else:
+            # One product of one height is nothing to choose from.
+            assert code == 1 and told["ended"] == "out of time" and told["left"]
+
+
+def test_compiling_counts_in_the_budget_and_is_ended_with_it(cache: Path, capsys) -> None:
+    ended: list[bool] = []
+
+    def compile_all(stages: Any, advance: Any, say: Any, done: Any, stop: Any) -> None:
+        assert [s.tokens for s in stages] == [(16,), (1024,)]
+        done(0)
+        ended.append(stop.wait(20))
+
+    tools = replace(invented(by_order), compile_all=compile_all)
+    assert (
+        main("OLMoE", tokens=[16, 1024], impl="hopper", tools=tools, facts=FACTS, budget_s=2) == 0
+    )
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert ended == [True] and told["ended"] == "out of time"
+    assert [c["tokens"] for c in told["cells"]] == [16]
+    assert told["left"] == [{"impl": "hopper", "tokens": 1024}]
+
+
+def test_candidates_are_judged_over_routings(cache: Path) -> None:
+    """Fast under uniform routing and slow in the worst case loses to what is fair in both."""
+
+    def whole(config: Any) -> dict[str, float]:
+        if config.order == "mixed":
+            return {"uniform": 1e-5, "worst": 9e-5}
+        return dict.fromkeys(("uniform", "worst"), 2e-5 if config.order == "large_first" else 3e-5)
+
+    lab = InventedLab(request(), "hopper", 64, whole)
+    result = tune_cell(space_of(request(), "hopper", 64), lab, 64, lambda: None)  # type: ignore[arg-type]
+    assert result.row["order"] == "large_first" and result.best_us == pytest.approx(20)
+    assert result.best == {"uniform": 2e-5, "worst": 2e-5} and result.ratio == pytest.approx(1.5)
+    assert result.heuristic_row == lab.row(lab.heuristic())
 
 
 def test_failures_are_told_and_a_lost_device_ends_the_run(cache: Path, capsys) -> None:
@@ -212,6 +298,10 @@ def test_a_layer_slower_than_the_heuristic_is_not_chosen() -> None:
     lab = InventedLab(request(), "hopper", 64, lambda c: 1e-5 if c == heuristic else 2e-5)
     result = tune_cell(space_of(request(), "hopper", 64), lab, 64, lambda: None)  # type: ignore[arg-type]
     assert result.row == lab.row(heuristic) and result.ratio == 1.0 and result.kept
+    # Nor is one that gains no more than noise.
+    lab = InventedLab(request(), "hopper", 64, lambda c: 2.01e-5 if c == heuristic else 2e-5)
+    result = tune_cell(space_of(request(), "hopper", 64), lab, 64, lambda: None)  # type: ignore[arg-type]
+    assert result.row == lab.row(heuristic)
 
 
 def test_a_single_token_takes_a_launch_less_where_it_costs_little() -> None:
@@ -310,12 +400,14 @@ sets = clock.draw_weights(tiny, torch.bfloat16, torch.device("cpu"), seed=0)[:2]
 calls = []
 for impl, kind in (("triton", labs.TritonLab), ("hopper", labs.HopperLab)):
     for tokens in (1, 16):
-        turn = clock.draw(tiny, tokens, sets, torch.device("cpu"), seed=1)
-        lab = kind(tiny, problem_for(tiny, tokens, "bfloat16", 90, "h200"), turn, 132)
+        turns = {name: clock.draw(tiny, tokens, sets, torch.device("cpu"), 1, name)
+                 for name in ("uniform", "worst")}
+        lab = kind(tiny, problem_for(tiny, tokens, "bfloat16", 90, "h200"), turns, 132)
         seen.clear()
-        parts = [lab.part_s(p, g, c, 1.0) for g, p, c in compiling.space_of(wanted, impl, tokens)]
-        assert set(parts) == {float(len(turn))} == {16.0}
-        assert lab.layer_s(lab.heuristic()) == 16.0
+        every = {"uniform": 16.0, "worst": 16.0}
+        for g, p, c in compiling.space_of(wanted, impl, tokens):
+            assert lab.part_s(p, g, c, {}) == every
+        assert lab.layer_s(lab.heuristic()) == every
         calls.append([impl, tokens, sorted(seen)])
 print(json.dumps([first, lines, len(compiling.jobs(wanted)), calls]))
 """
@@ -330,7 +422,7 @@ def test_every_job_reaches_its_kernel_once() -> None:
     seen, lines, count, calls = json.loads(run.stdout)
     assert sorted(lines) == ["compiled"] * count + ["done 0"] * 2
     kinds = {"grouped_mm_kernel", "decode_kernel", "prefill_kernel", "tall_kernel"}
-    kinds |= {"gather_kernel", "pair_kernel", "route_kernel"}
+    kinds |= {"gather_kernel", "pair_kernel", "route_kernel", "combine_kernel", "sort_small_kernel"}
     assert set(seen) == kinds and sum(seen.values()) - seen["gather_kernel"] == count
     tiles = ["decode_kernel", "gather_kernel"]
     batching, pair = ["sort_small_kernel"], ["pair_kernel"]
@@ -352,19 +444,20 @@ def test_the_triton_lab_computes_the_same_bits_with_every_cut(kind: Any, monkeyp
     turn = clock.draw(tiny, 2, sets, device, seed=1)
     problem = grid.problem_for(tiny, 2, "float16", 90, "h200")
     lab = TritonLab(
-        tiny, problem, replace(turn, hidden_TH=turn.hidden_TH[:1], ids_TK=turn.ids_TK[:1]), 132
-    )
+        tiny, problem,
+        {"uniform": replace(turn, hidden_TH=turn.hidden_TH[:1], ids_TK=turn.ids_TK[:1])}, 132,
+    )  # fmt: skip
     monkeypatch.setattr(labs, "seconds_of", lambda calls, best_s: 1.0)
     for part in ("up", "mid", "down") if kind == "relu3" else ("up", "down"):
         for group, cut in (((16,), GemmConfig(32, 32)), ((64,), GemmConfig(16, 16, swap_up_to=64))):
-            assert lab.part_s(part, group, cut, 1.0) == 1.0
+            assert lab.part_s(part, group, cut, {}) == {"uniform": 1.0}
     base = lab.heuristic()
     for config in (base, base._replace(heights=(64,), order="mixed"), *lab.more(base)):
-        assert lab.layer_s(config) == 1.0
+        assert lab.layer_s(config) == {"uniform": 1.0}
     logits_TE = torch.randn(70, 8)
     ids = [routing.route_with(logits_TE, 2, block) for block in row_blocks(8)]
     assert all(torch.equal(one, logits_TE.topk(2).indices.int()) for one in ids)
-    lab.bits._answers["layer"] = lab.bits._answers["layer"] + 1
+    lab.bits._answers["layer uniform"] += 1
     with pytest.raises(Unfit, match="bits"):
         lab.layer_s(base)
 
@@ -383,7 +476,8 @@ def test_layers_of_as_many_experts_share_what_is_compiled() -> None:
     assert len(plan[0]) > 30 and len(plan[3]) == len(plan[0])
     # The same K and E: but for a heuristic's own tile all is there; a single token's tasks are K.
     alone = [job for job in plan[2] if job[0] == "hopper" and job[1]]
-    assert len(plan[1]) <= 2 and not alone and len(plan[2]) > 15
+    apart = [job for job in plan[1] if job[0] != "combine"]  # its width is the layer's
+    assert len(apart) <= 2 and not alone and len(plan[2]) > 15
     assert sum(map(len, compiling.plan_of([request(), request()]))) == len(
         compiling.jobs(request())
     )

@@ -1,9 +1,12 @@
 """Suite `tune`: every tile worth timing on the Hopper path, and how near the untuned choice comes.
 
-A cell is a layer at a number of tokens, uniform routing: the tiles of both products are timed one
-by one, the best combinations as whole layers under a graph. `moesaic` is the fastest layer,
-`heuristic` what runs where no table speaks for the shape; `ms` is the least of the rounds. The
-heuristic was made from measurements of the first six models; it never saw the held-out ones.
+A cell is a layer at a number of tokens: the tiles of both products are timed one by one, the best
+combinations as whole layers under a graph, all of it under three routings (one for a single token),
+with a line for each. Candidates are judged by the geometric mean over these, for whoever chooses
+does not know the routing. `moesaic` is the best layer, `heuristic` what runs where no table speaks
+for the shape; `ms` is the least of the rounds. The heuristic was made from measurements of the
+first six models; it never saw the held-out ones. Lines without `judged_by` were tuned on uniform
+routing alone, and their cells stay missing.
 
 Every candidate is compared bit for bit with the first that ran. The shipped table is made from
 these lines (`table_of`). A line with `by` was not made by this suite: it says what timed the few
@@ -15,10 +18,9 @@ tiles of that cell, and the cell stays missing.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -28,9 +30,9 @@ from ..report import Sheet, markdown, provenance, short, targets_sheet
 from ..results import Line, Target, at_least, at_most, make_line, stamp
 from ..suite import Cell, Context, Suite
 from ..timing import DeviceLost
-from ..tuning.cell import WITHIN, Result, tune_cell
+from ..tuning.cell import NOISE, WITHIN, Result, score, tune_cell
 from ..tuning.command import Tools, device_facts, one_line, real_tools
-from ..tuning.compiling import Request, space_of
+from ..tuning.compiling import Ahead, Request, space_of
 from ..tuning.grid import problem_for
 from ..workloads import Model
 from .layer import SHAPES
@@ -60,38 +62,11 @@ def cells() -> list[Cell]:
     return sorted(grid, key=lambda cell: order.index(MODELS[cell.model].num_experts))
 
 
-def request_of(model: Model, wanted: Sequence[Cell], facts: tuple[str, int, int]) -> Request:
-    """What is tuned of one model on a device."""
+def request_of(cell: Cell, facts: tuple[str, int, int]) -> Request:
+    """What is tuned of one cell on a device."""
     device, arch, num_sms = facts
-    tokens = tuple(sorted({cell.tokens for cell in wanted}))
-    return Request(model, "bfloat16", tokens, (IMPL,), arch, device_family(device), num_sms)
-
-
-class Ahead:
-    """Compiles the candidates of every model, in order, while those before are timed."""
-
-    def __init__(self, requests: Sequence[Request], tools: Tools, context: Context) -> None:
-        self.requests, self.tools, self.context = requests, tools, context
-        self.ready = [Event() for _ in requests]
-        self.thread = Thread(target=self._compile, daemon=True)
-        self.thread.start()
-
-    def _compile(self) -> None:
-        try:
-            self.tools.compile_all(self.requests, lambda: None, self.context.say, self._done)
-        except RuntimeError as error:
-            self.context.say(f"compiling: {one_line(error)}")
-        finally:
-            for one in self.ready:
-                one.set()
-
-    def _done(self, number: int) -> None:
-        self.context.say(f"compiled: {self.requests[number].model.name}")
-        self.ready[number].set()
-
-    def wait_for(self, number: int) -> None:
-        """Until the candidates of a model are compiled, or will not be."""
-        self.ready[number].wait()
+    family = device_family(device)
+    return Request(MODELS[cell.model], "bfloat16", (cell.tokens,), (IMPL,), arch, family, num_sms)
 
 
 def ranks_of(result: Result) -> dict[str, Any]:
@@ -104,18 +79,25 @@ def ranks_of(result: Result) -> dict[str, Any]:
 
 
 def lines_of(cell: Cell, result: Result, candidates: int, stamped: Line) -> list[Line]:
-    """The fastest layer's line, with its row of the table, and the heuristic's."""
-    fixed = stamped | {
-        "suite": NAME, "clock": cell.clock, "model": cell.model, "tokens": cell.tokens,
-        "routing": cell.routing, "dtype": cell.dtype, "mode": "graph",
-    }  # fmt: skip
+    """Lines of the fastest layer and of the heuristic's, with their rows of the table, a routing
+    each."""
     other = sum(OTHER_BITS in text for text in result.refused)
-    mine = make_line(
-        fixed, impl="moesaic", ms=result.best_us / 1e3, row=json.dumps(result.row),
-        candidates=candidates, refused=len(result.refused), other_bits=other, **ranks_of(result),
-    )  # fmt: skip
-    own = None if result.heuristic_us is None else result.heuristic_us / 1e3
-    return [mine, make_line(fixed, impl="heuristic", ms=own)]
+    more: Line = {"candidates": candidates, "refused": len(result.refused), "other_bits": other}
+    more |= ranks_of(result)
+    both: tuple[tuple[str, Line, dict[str, float], Line], ...] = (
+        ("moesaic", result.row, result.best, more),
+        ("heuristic", result.heuristic_row, result.heuristic, {}),
+    )
+    return [
+        make_line(
+            stamped, suite=NAME, clock=cell.clock, model=cell.model, tokens=cell.tokens,
+            routing=routing, dtype=cell.dtype, mode="graph", impl=impl, ms=seconds * 1e3,
+            row=json.dumps(row), judged_by=" ".join(result.best),
+            **(extra if routing == cell.routing else {}),
+        )
+        for impl, row, times, extra in both
+        for routing, seconds in times.items()
+    ]  # fmt: skip
 
 
 def run(
@@ -125,68 +107,86 @@ def run(
     tools: Tools | None = None,
     facts: tuple[str, int, int] | None = None,
 ) -> None:
-    """Tune model after model within the budget; cells not begun by then are named and left out.
+    """Tune cell after cell within the budget; those not begun by then are named and left out.
 
     Raises:
         DeviceLost: the GPU answers no more.
     """
     known = facts or device_facts()
     stamped = stamp(context.device) | {"device": known[0]}
-    groups = [list(some) for _, some in groupby(wanted, key=lambda cell: cell.model)]
-    requests = [request_of(MODELS[some[0].model], some, known) for some in groups]
-    ahead = Ahead(requests, tools or real_tools(), context)
-    for number, (request, some) in enumerate(zip(requests, groups, strict=True)):
-        if context.elapsed_s() > context.budget_s:
-            context.say(f"out of time, not tuned: {request.model.name}")
-            continue
-        ahead.wait_for(number)
-        with torch.no_grad():
-            tune_model(request, some, context, tools or real_tools(), stamped)
+    requests = [request_of(cell, known) for cell in wanted]
+    own: dict[str, Tools] = {}
+
+    def through(number: int) -> None:
+        if number + 1 == len(wanted) or wanted[number + 1].model != wanted[number].model:
+            context.say(f"compiled: {wanted[number].model}")
+
+    def left_s() -> float:
+        return context.budget_s - context.elapsed_s()
+
+    compile_all = (tools or real_tools()).compile_all
+    ahead = Ahead(requests, compile_all, lambda: None, context.say, through)
+    try:
+        for number, (cell, request) in enumerate(zip(wanted, requests, strict=True)):
+            if not ahead.wait_for(number, left_s()) or left_s() <= 0:
+                context.say(f"out of time, not tuned: {len(wanted) - number} cells from {cell}")
+                break
+            if cell.model not in own:
+                own = {cell.model: tools or real_tools()}  # weights of one model at a time
+            with torch.no_grad():
+                one_cell(cell, request, context, own[cell.model], stamped)
+    finally:
+        ahead.stop()
 
 
-def tune_model(
-    request: Request, some: Sequence[Cell], context: Context, tools: Tools, stamped: Line
-) -> None:
-    """The cells of one model, each recorded at once."""
-    for cell in some:
-        if context.elapsed_s() > context.budget_s:
-            context.say(f"out of time, not tuned: {cell}")
-            continue
-        started = context.elapsed_s()
-        space = space_of(request, IMPL, cell.tokens)
-        try:
-            lab = tools.make_lab(request, IMPL, cell.tokens)
-            result = tune_cell(space, lab, cell.tokens, lambda: None)
-            lines = lines_of(cell, result, len(space) + len(space.both), stamped)
-            ratio = "-" if result.ratio is None else f"{result.ratio:.3f}"
-            told = f"{result.best_us:.1f} us, heuristic x {ratio}, {len(result.refused)} refused"
-        except DeviceLost:
-            raise
-        except RuntimeError as error:
-            told = one_line(error)
-            lines = [make_line(stamped, suite=NAME, clock=cell.clock, model=cell.model,
-                               tokens=cell.tokens, routing=cell.routing, dtype=cell.dtype,
-                               impl="moesaic", mode="graph", error=told)]  # fmt: skip
-        context.record(lines)
-        spent = context.elapsed_s() - started
-        context.say(f"{cell.model} T={cell.tokens}: {told}; {len(space)} candidates, {spent:.1f} s")
-        tools.tidy()
+def one_cell(cell: Cell, request: Request, context: Context, tools: Tools, stamped: Line) -> None:
+    """A cell tuned and recorded."""
+    started = context.elapsed_s()
+    space = space_of(request, IMPL, cell.tokens)
+    try:
+        lab = tools.make_lab(request, IMPL, cell.tokens)
+        result = tune_cell(space, lab, cell.tokens, lambda: None)
+        lines = lines_of(cell, result, len(space) + len(space.both), stamped)
+        ratio = "-" if result.ratio is None else f"{result.ratio:.3f}"
+        told = f"{result.best_us:.1f} us, heuristic x {ratio}, {len(result.refused)} refused"
+    except DeviceLost:
+        raise
+    except RuntimeError as error:
+        told = one_line(error)
+        lines = [make_line(stamped, suite=NAME, clock=cell.clock, model=cell.model,
+                           tokens=cell.tokens, routing=cell.routing, dtype=cell.dtype,
+                           impl="moesaic", mode="graph", error=told)]  # fmt: skip
+    context.record(lines)
+    spent = context.elapsed_s() - started
+    context.say(f"{cell.model} T={cell.tokens}: {told}; {len(space)} candidates, {spent:.1f} s")
+    tools.tidy()
 
 
 def measured(line: Line) -> Cell | None:
-    """The cell of a tuned layer; a probe of a few tiles leaves it missing."""
-    if line["impl"] != "moesaic" or line["ms"] is None or line.get("by"):
+    """The cell of a layer tuned over its routings; other lines leave it missing."""
+    if line["impl"] != "moesaic" or line["ms"] is None or not line.get("judged_by"):
+        return None
+    if line["routing"] != "uniform":
         return None
     return Cell(line["model"], line["tokens"], line["routing"], line["dtype"], line["clock"])
 
 
+def times_of(lines: Sequence[Line], impl: str) -> dict[tuple[str, int], dict[str, float]]:
+    """Milliseconds of an implementation by model and tokens, then by routing."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for x in lines:
+        if x["impl"] == impl and x["ms"]:
+            found.setdefault((x["model"], x["tokens"]), {})[x["routing"]] = x["ms"]
+    return found
+
+
 def ratios(lines: Sequence[Line], models: Mapping[str, Model]) -> dict[tuple[str, int], float]:
-    """The heuristic's time over the best's by model and tokens."""
-    ms = {(x["model"], x["tokens"], x["impl"]): x["ms"] for x in lines if x["ms"]}
+    """The heuristic's time over the best's by model and tokens, geometric mean over routings."""
+    best, own = times_of(lines, "moesaic"), times_of(lines, "heuristic")
     return {
-        (model, tokens): ms[model, tokens, "heuristic"] / best
-        for (model, tokens, impl), best in ms.items()
-        if impl == "moesaic" and model in models and (model, tokens, "heuristic") in ms
+        cell: score({r: own[cell][r] / ms for r, ms in times.items()})
+        for cell, times in best.items()
+        if cell[0] in models and own.get(cell, {}).keys() >= times.keys()
     }
 
 
@@ -210,12 +210,22 @@ def summarize(lines: Sequence[Line]) -> list[Target]:
 
 
 def table_of(lines: Sequence[Line], family: str) -> dict[str, dict[str, Any]]:
-    """The Hopper rows of a shipped table, by shape and token count, from the lines."""
+    """The Hopper rows of a shipped table, by shape and token count, from the lines.
+
+    Where the heuristic's tiles take as long as the best but for noise, they are the row.
+    """
     rows: dict[str, dict[str, Any]] = {}
+    gains = ratios(lines, MODELS)
+    own = {(x["model"], x["tokens"]): x["row"] for x in lines
+           if x["impl"] == "heuristic" and x.get("row")}  # fmt: skip
     for x in lines:
-        if x["impl"] == "moesaic" and x["ms"]:
-            problem = problem_for(MODELS[x["model"]], x["tokens"], x["dtype"], 90, family)
-            rows.setdefault(shape_key(problem), {})[str(x["tokens"])] = json.loads(x["row"])
+        if x["impl"] != "moesaic" or not x["ms"] or x["routing"] != "uniform":
+            continue
+        cell = (x["model"], x["tokens"])
+        same = cell in own and gains.get(cell, math.inf) <= NOISE and x["tokens"] > 1
+        problem = problem_for(MODELS[x["model"]], x["tokens"], x["dtype"], 90, family)
+        row = own[cell] if same else x["row"]
+        rows.setdefault(shape_key(problem), {})[str(x["tokens"])] = json.loads(row)
     return rows
 
 
@@ -234,22 +244,25 @@ def section(
     lines: Sequence[Line], targets: Sequence[Target], root: Path, device: str, folder: str
 ) -> tuple[str, dict[str, str]]:
     """The page's part: targets and a row for each cell."""
-    heads = ["model", "tokens", "tuned µs", "untuned µs", "untuned ÷ tuned", "candidates",
-             "fastest tiles", "rank of 128/128/64", "rank of next_pow2(E)"]  # fmt: skip
-    untuned = {(x["model"], x["tokens"]): x["ms"] for x in lines if x["impl"] == "heuristic"}
+    heads = ["model", "tokens", "tuned µs", "untuned µs", "untuned ÷ tuned", "by routing",
+             "candidates", "fastest tiles", "rank of 128/128/64",
+             "rank of next_pow2(E)"]  # fmt: skip
+    best, own = times_of(lines, "moesaic"), times_of(lines, "heuristic")
     found, rows = ratios(lines, MODELS), []
     for x in lines:
-        if x["impl"] != "moesaic" or not x["ms"]:
-            continue
         cell = (x["model"], x["tokens"])
-        own = untuned.get(cell)
+        if x["impl"] != "moesaic" or not x["ms"] or x["routing"] != "uniform":
+            continue
         ranks = [
             "-" if x.get(f"{n}_rank") is None
             else f"{x[f'{n}_rank']} of {x[f'{n}_of']} (× {short(x[f'{n}_over'])})"
             for n in ("expert_gemm", "routing")
         ]  # fmt: skip
-        rows.append([cell[0], str(cell[1]), short(x["ms"] * 1e3),
-                     short(own and own * 1e3), short(found.get(cell)),
+        untuned = own.get(cell, {})
+        each = ", ".join(f"{r} {untuned[r] / ms:.2f}" for r, ms in best[cell].items()
+                         if r in untuned)  # fmt: skip
+        rows.append([cell[0], str(cell[1]), short(score(best[cell]) * 1e3),
+                     short(score(untuned) * 1e3) if untuned else "-", short(found.get(cell)), each,
                      f"{x['candidates']}" + (f" ({x['by']})" if x.get("by") else ""),
                      tiles_text(json.loads(x["row"])), *ranks])  # fmt: skip
     parts = [provenance(lines), markdown(targets_sheet(targets)), markdown(Sheet(heads, rows))]

@@ -1,14 +1,17 @@
 """One cell tuned: every candidate of every product timed, the best combinations timed as a layer.
 
-What a candidate takes comes from a `Lab`; this module only decides. A candidate that does not
-compile, does not fit or gives other bits is refused and told.
+What a candidate takes comes from a `Lab`; this module only decides. Whoever launches a layer does
+not know its routing, so every candidate is timed under several and judged by the geometric mean of
+its times, which ranks as the mean of time over the best time of each routing does. A candidate
+that does not compile, does not fit or gives other bits is refused and told.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import geometric_mean
 from typing import Any, Generic, Protocol
 
 from .grid import Cut, Group, Space
@@ -17,27 +20,45 @@ FINALISTS = 3
 ROUNDS = 3
 ORDERS = ("index", "large_first", "mixed")
 WITHIN = 1.10
+NOISE = 1.01
+"""A gain under this is none: the heuristic's tiles stay."""
 HOST_SHARE = 1.03
 """So much slower may a single token's layer be for a launch less: eager calls wait for the host."""
 ROUTING = "routing next_pow2(E)"
 Advance = Callable[[], None]
+Late = Callable[[], bool]
+Times = dict[str, float]
+"""Seconds of a call by routing; none where it was refused."""
 
 
 class Unfit(RuntimeError):
     """A candidate that cannot be used; the message says why."""
 
 
+class OutOfTime(Exception):
+    """The time ended before a cell had anything to choose from."""
+
+
+def score(times: Mapping[str, float]) -> float:
+    """The geometric mean over routings; infinite for none.
+
+    >>> score({"uniform": 1.0, "worst": 4.0}), score({})
+    (2.0, inf)
+    """
+    return geometric_mean(times.values()) if times else math.inf
+
+
 class Lab(Protocol[Cut]):
-    """Times candidates of one cell, in seconds of one call.
+    """Times candidates of one cell, in seconds of one call under each routing.
 
     Every method raises Unfit for what cannot be used.
     """
 
-    def part_s(self, part: str, group: Group, cut: Cut, best_s: float) -> float:
-        """One product; one much slower than `best_s` may be timed less often."""
+    def part_s(self, part: str, group: Group, cut: Cut, best: Mapping[str, float]) -> Times:
+        """One product; one much slower than `best` may be timed less often."""
         ...
 
-    def layer_s(self, config: Any) -> float:
+    def layer_s(self, config: Any) -> Times:
         """The whole layer with a configuration."""
         ...
 
@@ -73,7 +94,12 @@ class Timing(Generic[Cut]):
     part: str
     group: Group
     cut: Cut
-    seconds: float
+    times: Times
+
+    @property
+    def seconds(self) -> float:
+        """Its score."""
+        return score(self.times)
 
 
 @dataclass(frozen=True)
@@ -88,7 +114,11 @@ class Rank:
 
 @dataclass(frozen=True)
 class Result:
-    """The tuned cell: the best row, its time, the heuristic's, the paper's ranks, the refused."""
+    """The tuned cell: the best row, its time, the heuristic's, the paper's ranks, the refused.
+
+    `best_us` and `heuristic_us` are geometric means over the routings of `best` and `heuristic`, in
+    seconds; `skipped` candidates were left out as the time ended.
+    """
 
     impl: str
     tokens: int
@@ -97,6 +127,10 @@ class Result:
     heuristic_us: float | None
     ranks: tuple[Rank, ...]
     refused: tuple[str, ...] = field(default=(), repr=False)
+    best: Times = field(default_factory=dict)
+    heuristic: Times = field(default_factory=dict)
+    heuristic_row: dict[str, Any] = field(default_factory=dict)
+    skipped: int = 0
 
     @property
     def ratio(self) -> float | None:
@@ -123,31 +157,43 @@ def rank_of(name: str, mine: Sequence[float], every: Sequence[float]) -> Rank:
 
 
 def time_parts(
-    space: Space[Cut], lab: Lab[Cut], refused: list[str], advance: Advance
+    space: Space[Cut], lab: Lab[Cut], refused: list[str], advance: Advance, late: Late
 ) -> list[Timing[Cut]]:
-    """Every candidate of every product, a group at a time."""
-    best: dict[tuple[Group, str], float] = {}
+    """Every candidate of every product, a group at a time, until it is late."""
+    best: dict[tuple[Group, str], Times] = {}
     found: list[Timing[Cut]] = []
     for group, part, cut in space:
-        seconds = math.inf
+        if late():
+            break
+        times, least = {}, best.setdefault((group, part), {})
         try:
-            seconds = lab.part_s(part, group, cut, best.get((group, part), math.inf))
+            times = lab.part_s(part, group, cut, least)
         except Unfit as error:
             refused.append(f"{part} {group} {cut}: {error}")
-        best[group, part] = min(seconds, best.get((group, part), math.inf))
-        found.append(Timing(part, group, cut, seconds))
+        for routing, seconds in times.items():
+            least[routing] = min(seconds, least.get(routing, math.inf))
+        found.append(Timing(part, group, cut, times))
         advance()
     return found
 
 
-def combinations(timings: Sequence[Timing[Cut]], lab: Lab[Cut]) -> list[Any]:
-    """The configurations worth timing whole: the best groups, and orders of the very best."""
+def combinations(
+    timings: Sequence[Timing[Cut]], lab: Lab[Cut], needed: frozenset[str]
+) -> list[Any]:
+    """The configurations worth timing whole: the best groups, and orders of the very best.
+
+    `needed`: the products, of which a group has to have timed every one.
+    """
     groups: dict[Group, dict[str, Timing[Cut]]] = {}
     for t in timings:
         parts = groups.setdefault(t.group, {})
         if t.part not in parts or t.seconds < parts[t.part].seconds:
             parts[t.part] = t
-    totals = {g: sum(t.seconds for t in parts.values()) for g, parts in groups.items()}
+    totals = {
+        g: sum(t.seconds for t in parts.values())
+        for g, parts in groups.items()
+        if parts.keys() == needed
+    }
     ranked = sorted((g for g in totals if math.isfinite(totals[g])), key=lambda g: totals[g])
     chosen = {g: {part: t.cut for part, t in groups[g].items()} for g in ranked[:FINALISTS]}
     found = [lab.combined(g, cuts, "index") for g, cuts in chosen.items()]
@@ -158,47 +204,82 @@ def combinations(timings: Sequence[Timing[Cut]], lab: Lab[Cut]) -> list[Any]:
 
 
 def time_whole(
-    configs: Sequence[Any], lab: Lab[Cut], refused: list[str], advance: Advance
-) -> dict[Any, float]:
-    """The least layer time of each configuration over rounds in turn."""
-    seconds: dict[Any, float] = dict.fromkeys(configs, math.inf)
-    left = list(seconds)
-    for _ in range(ROUNDS):
+    configs: Sequence[Any], lab: Lab[Cut], refused: list[str], advance: Advance, late: Late
+) -> dict[Any, Times]:
+    """The least layer times of each configuration over rounds in turn; one round when late."""
+    times: dict[Any, Times] = {config: {} for config in configs}
+    left = list(times)
+    for turn in range(ROUNDS):
+        if turn and late():
+            break
         for config in list(left):
             try:
-                seconds[config] = min(seconds[config], lab.layer_s(config))
+                found = lab.layer_s(config)
+                own = times[config]
+                times[config] = {r: min(s, own.get(r, math.inf)) for r, s in found.items()}
             except Unfit as error:
                 refused.append(f"layer {config}: {error}")
                 left.remove(config)
-                seconds[config] = math.inf
+                times[config] = {}
         advance()
-    return seconds
+    return times
 
 
 def fastest(seconds: dict[Any, float], lab: Lab[Cut], tokens: int) -> Any:
-    """The configuration of the least time; of a single token, with the fewest launches near it."""
+    """The configuration of the least time, the heuristic's where it is as fast but for noise.
+
+    Of a single token, the one with the fewest launches near the least time.
+    """
     best = min(seconds, key=lambda config: seconds[config])
-    if tokens > 1:
-        return best
-    near = [c for c in seconds if seconds[c] <= HOST_SHARE * seconds[best]] or [best]
-    return min(near, key=lambda config: (lab.launches(config), seconds[config]))
+    if tokens == 1:
+        near = [c for c in seconds if seconds[c] <= HOST_SHARE * seconds[best]] or [best]
+        best = min(near, key=lambda config: (lab.launches(config), seconds[config]))
+    own = lab.heuristic()
+    same = lab.launches(own) == lab.launches(best) or tokens > 1
+    return own if same and seconds.get(own, math.inf) <= NOISE * seconds[best] else best
 
 
-def tune_cell(space: Space[Cut], lab: Lab[Cut], tokens: int, advance: Advance) -> Result:
+def tune_cell(
+    space: Space[Cut], lab: Lab[Cut], tokens: int, advance: Advance,
+    late: Late = lambda: False,
+) -> Result:  # fmt: skip
     """The fastest configuration of one cell and how the heuristic and the paper's sizes compare.
+
+    `late`: whether the time has ended; what is timed by then is chosen from.
 
     Raises:
         RuntimeError: nothing could be timed; says what was refused.
+        OutOfTime: it was late before the products of any tile height had been timed.
     """
     refused: list[str] = []
-    timings = time_parts(space, lab, refused, advance)
-    heuristic = lab.heuristic()
-    configs = dict.fromkeys((heuristic, *combinations(timings, lab)))
-    seconds = time_whole(list(configs), lab, refused, advance)
-    best = fastest(seconds, lab, tokens)
-    if not math.isfinite(seconds[best]):
+    timings = time_parts(space, lab, refused, advance, late)
+    skipped = len(space) - len(timings)
+    heuristic, found = lab.heuristic(), combinations(timings, lab, space.parts)
+    if skipped and not found:
+        raise OutOfTime
+    configs = dict.fromkeys((heuristic, *found))
+    times = time_whole(list(configs), lab, refused, advance, late)
+    best = fastest({config: score(own) for config, own in times.items()}, lab, tokens)
+    if not times[best]:
         raise RuntimeError(f"no candidate could be timed: {'; '.join(refused[:3])}")
-    ranks = [
+    ranks = ranks_of(space, timings)
+    if not late():
+        try:
+            routing = lab.routing_s()
+            ranks.append(rank_of(ROUTING, [routing[1]], list(routing.values())))
+        except Unfit as error:
+            refused.append(f"routing: {error}")
+    own = times[heuristic]
+    return Result(
+        space.impl, tokens, lab.row(best), score(times[best]) * 1e6,
+        score(own) * 1e6 if own else None, tuple(ranks), tuple(refused), times[best], own,
+        lab.row(heuristic), skipped,
+    )  # fmt: skip
+
+
+def ranks_of(space: Space[Cut], timings: Sequence[Timing[Cut]]) -> list[Rank]:
+    """Where the paper's block sizes stand among the candidates that were timed."""
+    return [
         rank_of(
             name,
             [t.seconds for t in timings if t.part == part and paper(t.group, t.cut)],
@@ -206,16 +287,6 @@ def tune_cell(space: Space[Cut], lab: Lab[Cut], tokens: int, advance: Advance) -
         )
         for name, part, paper in space.paper
     ]
-    try:
-        routing = lab.routing_s()
-        ranks.append(rank_of(ROUTING, [routing[1]], list(routing.values())))
-    except Unfit as error:
-        refused.append(f"routing: {error}")
-    own = seconds[heuristic]
-    return Result(
-        space.impl, tokens, lab.row(best), seconds[best] * 1e6,
-        own * 1e6 if math.isfinite(own) else None, tuple(ranks), tuple(refused),
-    )  # fmt: skip
 
 
 def steps_of(space: Space[Cut]) -> int:

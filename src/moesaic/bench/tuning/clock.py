@@ -49,14 +49,15 @@ def draw_weights(
 
 
 def draw(
-    model: Model, tokens: int, weights: list[ExpertWeights], device: torch.device, seed: int
-) -> Rotation:
-    """Fresh uniform routings: as many as make the experts they touch outgrow the caches."""
+    model: Model, tokens: int, weights: list[ExpertWeights], device: torch.device, seed: int,
+    routing: str = "uniform",
+) -> Rotation:  # fmt: skip
+    """Fresh routings: as many as make the experts they touch outgrow the caches."""
     generator = torch.Generator(device).manual_seed(seed)
     count = 16 if tokens <= 16 else 4 if tokens <= 1024 else 2
     dtype = weights[0].up.dtype
     drawn = [
-        make_inputs(model, tokens, "uniform", dtype=dtype, generator=generator)
+        make_inputs(model, tokens, routing, dtype=dtype, generator=generator)
         for _ in range(max(count, min(16, len(weights))))
     ]
     return Rotation(weights, *(list(column) for column in zip(*drawn, strict=True)))

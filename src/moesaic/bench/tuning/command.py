@@ -1,7 +1,9 @@
 """`moesaic tune`: the fastest tiles of a layer on this GPU, kept in the user's table.
 
 A table goes to stdout, progress to stderr; the last line of stdout is one compact JSON document.
-Every cell is written as soon as it is measured, so an interrupted run keeps what it has.
+Token counts are compiled in their order and each is timed as soon as it is compiled, while the next
+ones compile. Every cell is written as soon as it is measured, so an interrupted run keeps what it
+has; where the time ends inside a cell, its row is chosen from what was timed by then.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,23 @@ import torch
 from ...kernels.tune import device_family, shape_key
 from ..command import last_line, show
 from ..report import Sheet, short
-from ..results import stamp
+from ..results import ResultsError, stamp
 from ..timing import DeviceLost
 from . import store
-from .cell import Lab, Result, steps_of, tune_cell
-from .compiling import Request, compile_all, jobs, space_of
+from .cell import Lab, OutOfTime, Result, steps_of, tune_cell
+from .compiling import Ahead, Request, compile_all, plan_of, space_of
 from .grid import problem_for
 from .shapes import DTYPES, find_model, token_counts
 
 IMPLS = ("triton", "hopper")
+ROUTINGS = ("uniform", "zipf1", "worst")
+"""What candidates are judged over: whoever chooses tiles does not know the routing."""
 MakeLab = Callable[[Request, str, int], Lab[Any]]
+
+
+def routings_of(tokens: int) -> tuple[str, ...]:
+    """The routings to time; those of a single token are all alike."""
+    return ROUTINGS if tokens > 1 else ROUTINGS[:1]
 
 
 @dataclass(frozen=True)
@@ -124,53 +133,64 @@ def chosen_impls(request: Request, impl: str, say: Callable[[str], None]) -> tup
 def measure(
     request: Request, tools: Tools, path: Path, stamped: dict[str, Any], budget_s: float, bar: Bar
 ) -> Outcome:
-    """Compile, then every cell in turn within the budget; each is written at once."""
+    """Every cell in turn within the budget, compiling included; each is written at once."""
     started, outcome = tools.clock(), Outcome()
     table = store.open_table(path, str(stamped["device"]))
     left = outcome.left = [(impl, tokens) for tokens in request.tokens for impl in request.impls]
     spaces = {cell: space_of(request, *cell) for cell in left}
-    try:
-        with bar.task("compiling", len(jobs(request))) as advance:
-            tools.compile_all([request], advance, bar.say)
-        with bar.task("timing", sum(map(steps_of, spaces.values()))) as advance:
-            while left and outcome.ended == "done":
-                if tools.clock() - started > budget_s:
-                    outcome.ended = "out of time"
-                    break
-                impl, tokens = left[0]
-                result = one_cell(request, tools, spaces[left[0]], impl, tokens, advance, outcome)
-                if result is not None:
-                    problem = problem_for(
-                        request.model, tokens, request.dtype, request.arch, request.family
-                    )
-                    table = store.add(table, stamped, shape_key(problem), result)
-                    store.write(path, table)
-                    outcome.results.append(result)
-                del left[0]
+    stages = [replace(request, tokens=(t,), impls=(i,)) for i, t in left]
+
+    def left_s() -> float:
+        return started + budget_s - tools.clock()
+
+    def keep(result: Result) -> None:
+        nonlocal table
+        sizes = (request.model, result.tokens, request.dtype, request.arch, request.family)
+        table = store.add(table, stamped, shape_key(problem_for(*sizes)), result)
+        store.write(path, table)
+        outcome.results.append(result)
+
+    with (
+        bar.task("compiling", sum(map(len, plan_of(stages)))) as compiled,
+        bar.task("timing", sum(map(steps_of, spaces.values()))) as timed,
+    ):
+        ahead = Ahead(stages, tools.compile_all, compiled, bar.say)
+        try:
+            for number in range(len(stages)):
+                if not ahead.wait_for(number, left_s()) or left_s() <= 0:
+                    raise OutOfTime
+                one_cell(request, tools, spaces[left[0]], outcome, timed, keep, left_s)
                 tools.tidy()
-    except KeyboardInterrupt:
-        outcome.ended, outcome.code = "interrupted", 130
-    except DeviceLost as error:
-        outcome.ended, outcome.code = str(error), 1
+        except OutOfTime:
+            outcome.ended = "out of time"
+        except KeyboardInterrupt:
+            outcome.ended, outcome.code = "interrupted", 130
+        except DeviceLost as error:
+            outcome.ended, outcome.code = str(error), 1
+        finally:
+            ahead.stop()
     return outcome
 
 
 def one_cell(
-    request: Request, tools: Tools, space: Any, impl: str, tokens: int,
-    advance: Callable[[], None], outcome: Outcome,
-) -> Result | None:  # fmt: skip
-    """The tuned cell; None, and why among the failures, where nothing could be timed.
+    request: Request, tools: Tools, space: Any, outcome: Outcome, advance: Callable[[], None],
+    keep: Callable[[Result], None], left_s: Callable[[], float],
+) -> None:  # fmt: skip
+    """The next cell, tuned and kept; why not, among the failures, where nothing could be timed.
 
     Raises:
         DeviceLost: the GPU answers no more.
+        OutOfTime: the time ended before anything could be chosen.
     """
+    impl, tokens = outcome.left[0]
     try:
-        return tune_cell(space, tools.make_lab(request, impl, tokens), tokens, advance)
-    except DeviceLost:
+        lab = tools.make_lab(request, impl, tokens)
+        keep(tune_cell(space, lab, tokens, advance, lambda: left_s() <= 0))
+    except (DeviceLost, ResultsError):
         raise
     except RuntimeError as error:
         outcome.failed.append(f"{impl} at {tokens} tokens: {one_line(error)}")
-        return None
+    del outcome.left[0]
 
 
 def one_line(error: BaseException) -> str:
@@ -181,14 +201,17 @@ def one_line(error: BaseException) -> str:
 def sheet(results: Sequence[Result]) -> Sheet:
     """A row per cell: the best tiles, their time, the heuristic's, the paper's ranks."""
     names = list(dict.fromkeys(rank.name for r in results for rank in r.ranks))
-    heads = ["impl", "tokens", "best", "µs", "heuristic µs", "ratio", "within 10 %", *names]
+    heads = ["impl", "tokens", "best", "µs", "heuristic µs", "ratio", "within 10 %",
+             "ratio by routing", *names]  # fmt: skip
     rows = []
     for r in results:
         ranks = {rank.name: rank for rank in r.ranks}
         told = [rank_text(ranks.get(name)) for name in names]
         kept = "-" if r.kept is None else "yes" if r.kept else "no"
         times = [short(r.best_us), short(r.heuristic_us), short(r.ratio)]
-        rows.append([r.impl, str(r.tokens), best_text(r), *times, kept, *told])
+        each = " ".join(f"{name} {r.heuristic[name] / s:.2f}" for name, s in r.best.items()
+                        if name in r.heuristic)  # fmt: skip
+        rows.append([r.impl, str(r.tokens), best_text(r), *times, kept, each or "-", *told])
     return Sheet(heads, rows)
 
 
@@ -241,10 +264,13 @@ def real_tools() -> Tools:
         if "weights" not in kept:
             dtype = getattr(torch, request.dtype)
             kept["weights"] = draw_weights(request.model, dtype, device, seed=0)
-        turn: Rotation = draw(request.model, tokens, kept["weights"], device, seed=tokens)
+        turns: dict[str, Rotation] = {
+            name: draw(request.model, tokens, kept["weights"], device, tokens, name)
+            for name in routings_of(tokens)
+        }
         problem = problem_for(request.model, tokens, request.dtype, request.arch, request.family)
         kind: Any = TritonLab if impl == "triton" else HopperLab
-        lab: Lab[Any] = kind(request.model, problem, turn, request.num_sms)
+        lab: Lab[Any] = kind(request.model, problem, turns, request.num_sms)
         return lab
 
     def tidy() -> None:
@@ -311,5 +337,10 @@ def told(outcome: Outcome, request: Request, path: Path, seconds: float) -> int:
         show(sheet(outcome.results), f"{request.model.name}, {request.dtype}")
     refused = sum(len(r.refused) for r in outcome.results)
     print(f"{len(outcome.results)} cells in {path}; {refused} candidates refused", file=sys.stderr)
+    if skipped := sum(r.skipped for r in outcome.results):
+        print(f"the time ended before {skipped} candidates of a cell were timed", file=sys.stderr)
+    if outcome.left and not outcome.code:
+        print(f"{len(outcome.left)} cells not reached in {seconds:.0f} s; what is compiled stays "
+              "compiled, so run again or raise --budget-s", file=sys.stderr)  # fmt: skip
     last_line(document(outcome, request, path, seconds))
     return outcome.code or (0 if outcome.results else 1)

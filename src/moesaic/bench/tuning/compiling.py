@@ -1,6 +1,7 @@
-"""Every candidate compiled before any is timed, by as many processes as there are cores.
+"""Every candidate compiled before it is timed, by as many processes as there are cores.
 
-A process makes each launch on memory that is never touched, with the launch itself left out, so
+Requests are compiled in their order, and whoever times waits for one request only (`Ahead`). A
+process makes each launch on memory that is never touched, with the launch itself left out, so
 that the kernel lands in Triton's cache under the key that the real call looks up:
 
     python -m moesaic.bench.tuning.compiling '<requests as a JSON list>' SHARE OF
@@ -17,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from .routing import route_with, row_blocks
 
 DRY_TOKENS = 16
 DONE = "done"
+ORDERS = ("index", "large_first", "mixed")
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,32 @@ def jobs(request: Request) -> list[tuple[str, bool, Group, str, Any]]:
     for tokens in request.tokens:
         for block in row_blocks(request.model.num_experts):
             found["routing", tokens <= 2 * block, (), "ids", block] = None
-    return list(found)
+    return [*dict.fromkeys(around_products(request)), *found]
+
+
+def around_products(request: Request) -> Iterator[tuple[str, bool, Group, str, Any]]:
+    """What a layer runs beside its products: sort and task map in every order, and combine.
+
+    A sort has one kernel for up to 512 slots, one for up to 4096 and others beyond; a job names
+    some number of slots of its kind.
+    """
+    from ...kernels.sorting import ONE_LAUNCH_SLOTS, chunk_size
+
+    for impl in request.impls:
+        hopper = impl == "hopper"
+        for tokens in request.tokens:
+            yield "combine", hopper, (), "", tokens
+            if tokens == 1 and hopper:
+                continue
+            slots = tokens * request.model.top_k
+            if slots > ONE_LAUNCH_SLOTS:
+                some = 16 * chunk_size(slots) if slots <= 131072 else 1 << 18
+            else:
+                some = 8 if slots % 16 else 512 if slots <= 512 else ONE_LAUNCH_SLOTS
+            space = space_of(request, impl, tokens)
+            for group in dict.fromkeys((*space.cuts, *((pair.bm,) for pair in space.both))):
+                for order in ORDERS:
+                    yield "sort", hopper, group, order, some
 
 
 def plan_of(requests: Sequence[Request]) -> list[list[tuple[str, bool, Group, str, Any]]]:
@@ -102,6 +130,10 @@ def plan_of(requests: Sequence[Request]) -> list[list[tuple[str, bool, Group, st
             own_key: Any = tasks if impl == "hopper" else model
             if impl == "routing":
                 own_key = (model.num_experts, model.top_k)
+            elif impl == "sort":
+                own_key = model.num_experts
+            elif impl == "combine":
+                own_key = (model.top_k, model.hidden_size)
             key = (job, request.dtype, own_key)
             if key not in seen:
                 seen.add(key)
@@ -138,6 +170,9 @@ def launch(
     if impl == "routing":
         tokens = 1 if one_token else 2 * cut + 1
         route_with(torch.empty(tokens, request.model.num_experts), request.model.top_k, cut)
+        return
+    if impl in ("sort", "combine"):
+        launch_around(request, job)
         return
     model, dtype = request.model, getattr(torch, request.dtype)
     sort, tasks = dry_map(request, one_token)
@@ -177,6 +212,23 @@ def launch(
     )  # fmt: skip
 
 
+def launch_around(request: Request, job: tuple[str, bool, Group, str, Any]) -> None:
+    """A sort with its task map, or a combine."""
+    from ...kernels.batching import batch_rows
+    from ...kernels.combine import combine
+
+    model, (impl, hopper, group, order, size) = request.model, job
+    if impl == "sort":
+        ids_TK = torch.empty(size, 1, dtype=torch.int32)
+        batch_rows(ids_TK, model.num_experts, heights=group, order=order, pdl=hopper)  # type: ignore[arg-type]
+        return
+    shape = (size, model.top_k)
+    rows_SH = torch.empty(
+        size * model.top_k, model.hidden_size, dtype=getattr(torch, request.dtype)
+    )
+    combine(rows_SH, torch.empty(shape, dtype=torch.int32), torch.empty(shape), pdl=hopper)
+
+
 def compile_share(
     requests: Sequence[Request], share: int, of: int, told: Callable[[str], None]
 ) -> None:
@@ -204,14 +256,14 @@ def compile_share(
         JITFunction.run = run
 
 
-def lines_of(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[str]:
-    """Lines that the workers print, as they come, until all have ended."""
+def lines_of(workers: Sequence[subprocess.Popen[bytes]], stop: Event) -> Iterator[str]:
+    """Lines that the workers print, as they come, until all have ended or `stop` is set."""
     with selectors.DefaultSelector() as waiting:
         for worker in workers:
             assert worker.stdout is not None
             waiting.register(worker.stdout, selectors.EVENT_READ, bytearray())
-        while waiting.get_map():
-            for key, _ in waiting.select():
+        while waiting.get_map() and not stop.is_set():
+            for key, _ in waiting.select(timeout=0.1):
                 data = os.read(key.fd, 65536)
                 key.data.extend(data)
                 *whole, rest = bytes(key.data).split(b"\n")
@@ -231,10 +283,11 @@ def cores() -> int:
 def compile_all(
     requests: Sequence[Request], advance: Callable[[], None], say: Callable[[str], None],
     done: Callable[[int], None] = lambda _: None, processes: int | None = None,
+    stop: Event | None = None,
 ) -> None:  # fmt: skip
     """Compile every candidate, telling of each and of each request that is through.
 
-    What does not compile fails again when it is timed.
+    What does not compile fails again when it is timed. When `stop` is set the processes are ended.
 
     Raises:
         RuntimeError: a process ended badly; says with which status.
@@ -244,12 +297,13 @@ def compile_all(
     text = json.dumps([request.to_json() for request in requests])
     command = [sys.executable, "-m", "moesaic.bench.tuning.compiling", text]
     workers: list[subprocess.Popen[bytes]] = []
+    stop = stop or Event()
     through: Counter[str] = Counter()
     try:
         for share in range(count):
             part = [*command, str(share), str(count)]
             workers.append(subprocess.Popen(part, stdout=subprocess.PIPE))
-        for line in lines_of(workers):
+        for line in lines_of(workers, stop):
             if line.startswith(DONE):
                 through[line] += 1
                 if through[line] == count:
@@ -258,7 +312,7 @@ def compile_all(
             advance()
             if line != "compiled":
                 say(line)
-        failed = [status for worker in workers if (status := worker.wait())]
+        failed = [] if stop.is_set() else [code for one in workers if (code := one.wait())]
     finally:
         for worker in workers:
             if worker.poll() is None:
@@ -268,6 +322,45 @@ def compile_all(
                 worker.stdout.close()
     if failed:
         raise RuntimeError(f"a compiling process ended with status {failed[0]}; see its message")
+
+
+class Ahead:
+    """Compiles the candidates of every request, in order, while those before are timed."""
+
+    def __init__(
+        self, requests: Sequence[Request], compile_all: Callable[..., None],
+        advance: Callable[[], None], say: Callable[[str], None],
+        done: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self.ready = [Event() for _ in requests]
+        self.through = done
+        self._stop = Event()
+        self._work = (compile_all, requests, advance, say)
+        self.thread = Thread(target=self._compile, daemon=True)
+        self.thread.start()
+
+    def _compile(self) -> None:
+        compile_all, requests, advance, say = self._work
+        try:
+            compile_all(requests, advance, say, self._done, stop=self._stop)
+        except RuntimeError as error:
+            say(f"compiling: {' '.join(str(error).split())[:300]}")
+        finally:
+            for one in self.ready:
+                one.set()
+
+    def _done(self, number: int) -> None:
+        self.through(number)
+        self.ready[number].set()
+
+    def wait_for(self, number: int, seconds: float | None = None) -> bool:
+        """Until the candidates of a request are compiled, or will not be; False: not in time."""
+        return self.ready[number].wait(None if seconds is None else max(0.0, seconds))
+
+    def stop(self) -> None:
+        """End the compiling processes."""
+        self._stop.set()
+        self.thread.join()
 
 
 if __name__ == "__main__":

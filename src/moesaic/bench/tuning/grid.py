@@ -48,6 +48,11 @@ class Space(Generic[Cut]):
     paper: tuple[tuple[str, str, Callable[[Group, Cut], bool]], ...]
     both: tuple[Cut, ...] = ()
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """The products of a layer."""
+        return frozenset(part for parts in self.cuts.values() for part in parts)
+
     def __iter__(self) -> Iterator[tuple[Group, str, Cut]]:
         for group, parts in self.cuts.items():
             for part, cuts in parts.items():
@@ -136,6 +141,16 @@ def rows_of_tiles(rows: float) -> tuple[int, ...]:
     return (128, 192, 256, 320, 384)
 
 
+def taller(tokens: int, rows: float) -> tuple[int, ...]:
+    """The next height over those of the mean, where skewed routing gives some expert many rows.
+
+    >>> taller(128, 8.0), taller(16, 1.0), taller(1024, 64.0)
+    ((64,), (), ())
+    """
+    likely = rows_of_tiles(rows)
+    return (2 * likely[-1],) if rows <= 48 and tokens >= 64 else ()
+
+
 def deepest(kernel: str, bm: int, bn: int, ctas: int = 1) -> int:
     """The most stages that fit with `ctas` programs on an SM, at most 12."""
     return max(
@@ -177,12 +192,15 @@ def hopper_space(problem: Problem, heuristic: Any) -> Space[Tile]:
     Of heights unlikely for so many rows only the heuristic's own tile and the paper's are timed.
     """
     rows = rows_per_expert(problem)
-    heights = dict.fromkeys((*rows_of_tiles(rows), heuristic.up.bm, 128))
+    above = taller(problem.tokens, rows)
+    heights = dict.fromkeys((*rows_of_tiles(rows), *above, heuristic.up.bm, 128))
     cuts: dict[Group, dict[str, tuple[Tile, ...]]] = {}
     for bm in heights:
         likely = bm in rows_of_tiles(rows)
-        tiles = tiles_of(bm, few_rows=rows <= 128 and likely)
-        if not likely:
+        tiles = tiles_of(bm, few_rows=rows <= 128 and (likely or bm in above))
+        if bm in above:
+            tiles = tuple(t for t in tiles if t.bn > 64 and t.ctas_per_sm == 1)
+        elif not likely:
             tiles = tuple(t for t in tiles if (bm, t.bn, t.bk) == PAPER_GEMM)
         cuts[(bm,)] = {}
         for part in ("up", "down"):

@@ -1,11 +1,11 @@
-"""The two paths on a GPU: how candidates of a cell are called and timed.
+"""The two paths on a GPU: how candidates of a cell are called and timed, under every routing.
 
 T tokens · H hidden width · I intermediate width · E experts · K top-k · S = T*K routed rows
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from ...kernels.tune import Config, GemmConfig, Problem, config_to_json, fused_s
 from ...kernels.tune import heuristic as triton_heuristic
 from ...types import ExpertWeights
 from ..workloads import Model
+from .cell import Times
 from .clock import Rotation, SameBits, seconds_of
 from .grid import Group, Tile, pairs_of
 from .routing import time_routing
@@ -50,34 +51,67 @@ def rows_in(part: str, problem: Problem, dtype: torch.dtype, device: torch.devic
     return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
 
+def hidden_of(turns: Mapping[str, Rotation]) -> Tensor:
+    """The first hidden states (T, H) of the first routing."""
+    return next(iter(turns.values())).hidden_TH[0]
+
+
+def times_of(
+    turns: Mapping[str, Rotation], call: Callable[[str, int], Tensor], question: str,
+    bits: SameBits, best: Mapping[str, float],
+) -> Times:  # fmt: skip
+    """Seconds of `call(routing, turn)` by routing, its bits compared under each.
+
+    Raises:
+        Unfit: a call fails or has other bits.
+    """
+    found: Times = {}
+    for routing, turn in turns.items():
+        calls = [partial(call, routing, i) for i in range(len(turn))]
+        bits.check(f"{question} {routing}", calls[0])
+        found[routing] = seconds_of(calls, best.get(routing, float("inf")))
+    return found
+
+
+def kept_batches(
+    kept: dict[tuple[Group, str], list[Any]], group: Group, routing: str, turn: Rotation,
+    make: Callable[[Tensor], Any],
+) -> list[Any]:  # fmt: skip
+    """The task maps of a routing for these heights, made once; those of others are let go."""
+    if any(heights != group for heights, _ in kept):
+        kept.clear()
+    if (group, routing) not in kept:
+        kept[group, routing] = [make(ids_TK) for ids_TK in turn.ids_TK]
+    return kept[group, routing]
+
+
 @dataclass
 class TritonLab:
     """The Triton path: `grouped_mm` per product, `experts_triton` whole."""
 
     model: Model
     problem: Problem
-    turn: Rotation
+    turns: Mapping[str, Rotation]
     num_sms: int
     bits: SameBits = field(default_factory=SameBits)
-    batches: dict[Group, list[Any]] = field(default_factory=dict)
+    batches: dict[tuple[Group, str], list[Any]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
 
-    def _batches(self, group: Group) -> list[Any]:
+    def _batches(self, group: Group, routing: str) -> list[Any]:
         from ...kernels.batching import batch_rows
 
-        if group not in self.batches:
-            made = [batch_rows(ids, self.model.num_experts, heights=group)
-                    for ids in self.turn.ids_TK]  # fmt: skip
-            self.batches = {group: made}
-        return self.batches[group]
+        def make(ids_TK: Tensor) -> Any:
+            return batch_rows(ids_TK, self.model.num_experts, heights=group)
 
-    def _call(self, part: str, group: Group, cut: GemmConfig, turn: int) -> Tensor:
+        return kept_batches(self.batches, group, routing, self.turns[routing], make)
+
+    def _call(self, part: str, group: Group, cut: GemmConfig, routing: str, i: int) -> Tensor:
         from ...kernels.grouped_mm import grouped_mm
 
-        spec = self.model.spec()
-        sort, tasks = self._batches(group)[turn]
-        weight = self.turn.set_of(turn)
-        x = self.turn.hidden_TH[turn] if part == "up" else self.rows[part]
+        spec, turn = self.model.spec(), self.turns[routing]
+        sort, tasks = self._batches(group, routing)[i]
+        weight = turn.set_of(i)
+        x = turn.hidden_TH[i] if part == "up" else self.rows[part]
         named = dict(weight.named())
         return grouped_mm(
             x, named[part], sort, tasks, top_k=self.model.top_k if part == "up" else 0,
@@ -85,32 +119,33 @@ class TritonLab:
             epilogue=epilogue_of(self.model, part), config=cut,
         )  # fmt: skip
 
-    def part_s(self, part: str, group: Group, cut: GemmConfig, best_s: float) -> float:
+    def part_s(self, part: str, group: Group, cut: GemmConfig, best: Mapping[str, float]) -> Times:
         """Seconds of one product with one cut."""
-        hidden = self.turn.hidden_TH[0]
+        hidden = hidden_of(self.turns)
         if part != "up" and part not in self.rows:
             self.rows[part] = rows_in(part, self.problem, hidden.dtype, hidden.device)
-        calls = [partial(self._call, part, group, cut, i) for i in range(len(self.turn))]
-        self.bits.check(part, calls[0])
-        return seconds_of(calls, best_s)
 
-    def layer_s(self, config: Config) -> float:
+        def call(routing: str, i: int) -> Tensor:
+            return self._call(part, group, cut, routing, i)
+
+        return times_of(self.turns, call, part, self.bits, best)
+
+    def layer_s(self, config: Config) -> Times:
         """Seconds of the layer."""
         from ...kernels.experts import experts_triton
 
-        spec, calls = self.model.spec(), []
-        for i in range(len(self.turn)):
-            named: dict[str, Any] = dict(self.turn.set_of(i).named())
-            calls.append(
-                partial(
-                    experts_triton, self.turn.hidden_TH[i], self.turn.ids_TK[i],
-                    self.turn.shares_TK[i], **named,
-                    **arithmetic(self.model), interleaved=spec.interleaved,
-                    transposed=spec.transposed, config=config,
-                )
+        spec = self.model.spec()
+
+        def call(routing: str, i: int) -> Tensor:
+            turn = self.turns[routing]
+            named: dict[str, Any] = dict(turn.set_of(i).named())
+            return experts_triton(
+                turn.hidden_TH[i], turn.ids_TK[i], turn.shares_TK[i], **named,
+                **arithmetic(self.model), interleaved=spec.interleaved,
+                transposed=spec.transposed, config=config,
             )  # fmt: skip
-        self.bits.check("layer", calls[0])
-        return seconds_of(calls, float("inf"))
+
+        return times_of(self.turns, call, "layer", self.bits, {})
 
     def combined(self, group: Group, chosen: dict[str, GemmConfig], order: str) -> Config:
         """The configuration of these cuts."""
@@ -136,7 +171,7 @@ class TritonLab:
 
     def routing_s(self) -> dict[int, float]:
         """The routing kernel by rows a program takes."""
-        return time_routing(self.model, self.problem.tokens, self.turn.ids_TK[0].device)
+        return time_routing(self.model, self.problem.tokens, hidden_of(self.turns).device)
 
 
 def hopper_config(tile: Tile) -> Any:
@@ -155,52 +190,53 @@ class HopperLab:
 
     model: Model
     problem: Problem
-    turn: Rotation
+    turns: Mapping[str, Rotation]
     num_sms: int
     bits: SameBits = field(default_factory=SameBits)
-    batches: dict[Group, list[Any]] = field(default_factory=dict)
+    batches: dict[tuple[Group, str], list[Any]] = field(default_factory=dict)
     rows: list[Tensor] = field(default_factory=list)
 
-    def _batches(self, group: Group) -> list[Any]:
-        if group not in self.batches:
-            self.batches = {group: [hopper_batch(ids, self.model.num_experts, group)
-                                    for ids in self.turn.ids_TK]}  # fmt: skip
-        return self.batches[group]
+    def _batches(self, group: Group, routing: str) -> list[Any]:
+        def make(ids_TK: Tensor) -> Any:
+            return hopper_batch(ids_TK, self.model.num_experts, group)
 
-    def _call(self, part: str, group: Group, tile: Tile, turn: int) -> Tensor:
-        order_S, tasks = self._batches(group)[turn]
-        weight = self.turn.set_of(turn)
+        return kept_batches(self.batches, group, routing, self.turns[routing], make)
+
+    def _call(self, part: str, group: Group, tile: Tile, routing: str, i: int) -> Tensor:
+        order_S, tasks = self._batches(group, routing)[i]
+        turn = self.turns[routing]
         first, last = hopper_products(
             self.model, hopper_config(tile), hopper_config(tile), num_sms=self.num_sms,
             one_token=self.problem.tokens == 1,
         )  # fmt: skip
         if part == "up":
-            return first(self.turn.hidden_TH[turn], order_S, tasks, weight)
-        return last(self.rows[0], tasks, weight)
+            return first(turn.hidden_TH[i], order_S, tasks, turn.set_of(i))
+        return last(self.rows[0], tasks, turn.set_of(i))
 
-    def part_s(self, part: str, group: Group, tile: Tile, best_s: float) -> float:
+    def part_s(self, part: str, group: Group, tile: Tile, best: Mapping[str, float]) -> Times:
         """Seconds of one product with one tile, the copy of rows that tall tiles need included."""
         if not self.rows:
-            hidden = self.turn.hidden_TH[0]
+            hidden = hidden_of(self.turns)
             self.rows.append(rows_in("down", self.problem, hidden.dtype, hidden.device))
-        calls = [partial(self._call, part, group, tile, i) for i in range(len(self.turn))]
-        self.bits.check(part, calls[0])
-        return seconds_of(calls, best_s)
 
-    def layer_s(self, config: LayerConfig) -> float:
+        def call(routing: str, i: int) -> Tensor:
+            return self._call(part, group, tile, routing, i)
+
+        return times_of(self.turns, call, part, self.bits, best)
+
+    def layer_s(self, config: LayerConfig) -> Times:
         """Seconds of the layer."""
         from ...kernels.hopper.experts import experts_hopper
 
-        calls = [
-            partial(
-                experts_hopper, self.turn.hidden_TH[i], self.turn.ids_TK[i],
-                self.turn.shares_TK[i], up=self.turn.set_of(i).up, down=self.turn.set_of(i).down,
-                **arithmetic(self.model), config=config, num_sms=self.num_sms,
-            )
-            for i in range(len(self.turn))
-        ]  # fmt: skip
-        self.bits.check("layer", calls[0])
-        return seconds_of(calls, float("inf"))
+        def call(routing: str, i: int) -> Tensor:
+            turn = self.turns[routing]
+            return experts_hopper(
+                turn.hidden_TH[i], turn.ids_TK[i], turn.shares_TK[i], up=turn.set_of(i).up,
+                down=turn.set_of(i).down, **arithmetic(self.model), config=config,
+                num_sms=self.num_sms,
+            )  # fmt: skip
+
+        return times_of(self.turns, call, "layer", self.bits, {})
 
     def combined(self, group: Group, chosen: dict[str, Tile], order: str) -> LayerConfig:
         """The configuration of these tiles."""
@@ -227,7 +263,7 @@ class HopperLab:
 
     def routing_s(self) -> dict[int, float]:
         """The routing kernel by rows a program takes."""
-        return time_routing(self.model, self.problem.tokens, self.turn.ids_TK[0].device)
+        return time_routing(self.model, self.problem.tokens, hidden_of(self.turns).device)
 
 
 def hopper_heuristic(problem: Problem, num_sms: int) -> LayerConfig:
@@ -245,7 +281,7 @@ def hopper_batch(ids_TK: Tensor, experts: int, group: Group) -> tuple[Tensor, An
 
     if ids_TK.shape[0] == 1:
         return one_token(ids_TK)
-    sort, tasks = batch_rows(ids_TK, experts, heights=group)
+    sort, tasks = batch_rows(ids_TK, experts, heights=group, pdl=True)
     return sort.order_S, tasks
 
 
