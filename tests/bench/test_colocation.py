@@ -16,6 +16,7 @@ from green_double import Code, FakeDriver
 from moesaic.bench import colocate
 from moesaic.bench.colocate import GREEN, PLAIN
 from moesaic.bench.colocation_counters import left_for_prefill
+from moesaic.bench.colocation_settings import plans_of
 from moesaic.bench.colocation_targets import ALONE, LOOPS, NO_CONTROL, OURS, STREAMS
 from moesaic.bench.lending import LEND
 from moesaic.bench.report import by_clock, overview, sheet
@@ -28,7 +29,6 @@ from moesaic.bench.suites.colocation import (
     cells,
     curve_lines,
     curves_from,
-    plans_of,
 )
 from moesaic.bench.tenants import Trial
 from moesaic.hardware.green import GreenDevice
@@ -97,13 +97,13 @@ def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> li
     }
     monkeypatch.setattr(colocation, "prepare_budgets", lambda pair, size: None)
     monkeypatch.setattr(colocation, "prepare_lending", lambda pair, size: None)
-    monkeypatch.setattr(colocation, "counted", lambda bench, loop, ours, limit_s: [])
+    monkeypatch.setattr(colocation, "counted", lambda bench, loop, ours: [])
     bench = Bench(pair, None, fixed, dict(CURVES), 256.0, 0.25)  # type: ignore[arg-type]
     context = FakeContext()
     context.record(curve_lines(fixed, CURVES))
     for cell in cells()[:2]:
         colocation.measure(bench, cell, context)
-    context.record([make_line(fixed, clock="bits", impl=OURS, mode="graph", differing=0)])
+    context.record([make_line(fixed, clock="bits-closed", impl=OURS, mode="graph", differing=0)])
     return context.recorder.lines
 
 
@@ -130,7 +130,7 @@ def test_a_wrong_bit_a_broken_promise_and_missing_lines_show(
 ) -> None:
     assert not any(t.met for t in SUITE.summarize([]))
     lines = simulated(monkeypatch, interference=1.8)
-    bits = next(x for x in lines if x["clock"] == "bits")
+    bits = next(x for x in lines if x["clock"] == "bits-closed")
     bits["differing"] = 1
     targets = {t.name: t for t in SUITE.summarize(lines)}
     assert not targets["answers whose bits differ from the whole GPU's"].met
@@ -202,4 +202,4 @@ def test_pairs_of_sms_where_the_driver_gives_them_else_whole_atoms(
         pair: Any = SimpleNamespace(gpu=gpu)
         machine = colocate.Pair.machine.fget(pair)  # type: ignore[attr-defined]
         found.append((gpu.cut.atom_sms, machine.sizes[-1], colocate.split_sizes(pair)[:3]))
-    assert found == [(2, 128, [2, 4, 8]), (8, 120, [8, 16, 24])]
+    assert found == [(2, 132, [2, 4, 8]), (8, 120, [8, 16, 24])]

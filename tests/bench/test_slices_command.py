@@ -75,5 +75,5 @@ def test_a_gpu_is_described_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     text = str(facts_sheet(found).rows)
     for word in ("15 parts of 8 SMs, 12 SMs remain", "66 parts of 2", "1g.18gb", "MIG is off"):
         assert word in text
-    machine = slices_command.machine_of(found, {})
-    assert machine.sizes[-1] == 128 and machine.total_sms == 132
+    machine = slices_command.seen_by_planners(found, {})
+    assert machine.sizes[-1] == machine.total_sms == 132 and machine.granularity == 4

@@ -11,13 +11,13 @@ of a split).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..hardware.green import GreenDevice, GreenError, GreenUnavailable, probe_launch
+from ..hardware.green import Cut, GreenDevice, GreenError, GreenUnavailable, probe_launch
 from ..runtime.plan import Curve, MachineSlices
 from ..runtime.seats import Seat
 from .lending import LEND, Borrower, LendingStep, answers_differ, lend
@@ -26,8 +26,11 @@ from .tenants import EventMark, GpuLine, Trial, closed_loop, common_event, open_
 
 PLAIN, PRIORITY, BUDGET, GREEN = "plain", "priority", "budget", "green"
 HIGHEST, LOWEST = -5, 0
-STEP_SMS, FINE_SMS = 8, 2
-"""SMs by which planners change sizes, and by which the GPU is cut where the driver can."""
+STEP_SMS, PLAN_SMS, FINE_SMS = 8, 4, 2
+"""SMs of an atom that every driver gives, by which planners change sizes, and by which the GPU is
+cut; the last two where the driver can."""
+CLOSE = range(24, 97)
+"""Sizes of the watched tenant that are swept in planners' steps, others in steps of `STEP_SMS`."""
 log = logging.getLogger("moesaic")
 
 
@@ -50,14 +53,15 @@ class Pair:
 
     @property
     def machine(self) -> MachineSlices:
-        """The GPU as planners see it: sizes in steps of `STEP_SMS`."""
-        cut = self.gpu.cut
-        return MachineSlices(
-            total_sms=cut.total_sms,
-            granularity=STEP_SMS,
-            min_sms=STEP_SMS,
-            slices=cut.atom_sms * cut.atoms // STEP_SMS,
-        )
+        """The GPU as planners see it."""
+        return machine_of(self.gpu.cut)
+
+
+def machine_of(cut: Cut) -> MachineSlices:
+    """A GPU as planners see it: sizes in steps of `PLAN_SMS` where its atoms allow."""
+    step = max(PLAN_SMS, cut.atom_sms)
+    slices = cut.atom_sms * cut.atoms // step
+    return MachineSlices(total_sms=cut.total_sms, granularity=step, min_sms=step, slices=slices)
 
 
 def open_gpu(index: int) -> GreenDevice:
@@ -278,7 +282,20 @@ def _copy_ms(source: torch.Tensor, target: torch.Tensor, stream: Any) -> float:
 
 
 def split_sizes(pair: Pair) -> list[int]:
-    """The sizes of the exhaustive sweep: every step, and where possible two that are smaller."""
+    """The sizes of the exhaustive sweep: planners' steps where promises are met or missed, wider
+    ones elsewhere, and where possible two that are smaller."""
     cut = pair.gpu.cut
     small = [n for n in (FINE_SMS, 2 * FINE_SMS) if n % cut.atom_sms == 0]
-    return small + list(range(STEP_SMS, cut.atom_sms * cut.atoms, STEP_SMS))
+    step = machine_of(cut).granularity
+    most = cut.atom_sms * cut.atoms
+    return small + [n for n in range(STEP_SMS, most, step) if n % STEP_SMS == 0 or n in CLOSE]
+
+
+def prepared_size(sizes: Iterable[int], wanted: int) -> int:
+    """The smallest of `sizes` that is at least what was wanted, else the largest.
+
+    >>> prepared_size((8, 16, 24), 12), prepared_size((8, 16), 99)
+    (16, 16)
+    """
+    known = sorted(sizes)
+    return next((size for size in known if size >= wanted), known[-1])

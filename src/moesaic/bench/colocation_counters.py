@@ -1,6 +1,7 @@
 """What bounds two tenants on one GPU: the bytes each must move, and counters while they do.
 
-The least bytes of a stack are the weights of the experts that its tokens chose, and every layer's
+The least bytes of a stack are the weights of the experts that its tokens chose, of whole layers also
+the dense weights and the cache that attention reads, and every layer's
 intermediate rows as often as they are written and read (rows copied together, activated rows, rows
 of the second product, the sum). Over its time alone they are a demand on memory; at a promise
 of decode its demand falls to that fraction, and what the memory gives beyond it bounds prefill.
@@ -36,7 +37,8 @@ def stack_bytes(stack: Stack) -> float:
         copies = 2 if rows / spec.num_experts > MANY_ROWS else 0
         moved = rows * spec.hidden_size * (copies + 2) + 2 * rows * spec.intermediate_size
         total += active * expert_weight_elements(spec) + moved + 2 * tokens * spec.hidden_size
-    return itemsize * total / len(stack.inputs)
+    dense = sum(layer.read_elements for layer in stack.whole)
+    return itemsize * (total / len(stack.inputs) + dense)
 
 
 def left_for_prefill(

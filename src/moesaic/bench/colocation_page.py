@@ -77,9 +77,10 @@ def counters_sheet(lines: Sequence[Line]) -> Sheet:
     keys = ("sm_mhz", "watts", "dram_share", "tensor_share")
     rows = []
     for x in lines:
-        if x["clock"] == "counters":
+        if x["clock"].startswith("counters-"):
             told = [short(x.get(key)) for key in keys]
-            rows.append([f"{x['model']}, {x['tokens']} tokens", x["loop"], x["impl"], *told])
+            loop = x["clock"].removeprefix("counters-")
+            rows.append([f"{x['model']}, {x['tokens']} tokens", loop, x["impl"], *told])
     heads = ["setting", "loop", "way", "SM MHz", "W", "DRAM used", "tensor cores used"]
     return Sheet(heads, rows)
 

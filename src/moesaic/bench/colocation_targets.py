@@ -93,7 +93,7 @@ def summarize(lines: Sequence[Line], cells: Sequence[Cell]) -> list[Target]:
             at_least(f"{what}: {STREAMS} inside the front", dominated(found, STREAMS), 1),
             at_least(f"{what}: fewest steps of a way", min(steps, default=None), STEPS),
         ]
-    bits = [x["differing"] for x in lines if x["clock"] == "bits"]
+    bits = [x["differing"] for x in lines if x["clock"].startswith("bits")]
     targets.append(at_most("answers whose bits differ from the whole GPU's", _sum(bits), 0))
     return targets
 

@@ -18,6 +18,8 @@ from .stacks import Replays, Stack
 from .tenants import EventMark, GpuLine
 
 LEND = "lend"
+STEP_PRIORITY = -5
+GUEST_PRIORITY = 0
 
 
 class WantingLine(GpuLine):
@@ -97,7 +99,8 @@ def lend(
 ) -> tuple[LendingStep, Borrower]:
     """Both tenants on the two parts of a split, the first of which is lent."""
     device = step.weights[0].up.device
-    high, low = (gpu.second_stream(parts[0], priority=rank) for rank in (-5, 0))
+    ranks = (STEP_PRIORITY, GUEST_PRIORITY)
+    high, low = (gpu.second_stream(parts[0], priority=rank) for rank in ranks)
     lending = Lending(gpu, device)
     grounds = Grounds(Seat(parts[1].sms, parts[1].stream), Seat(parts[0].sms, low), lending)
     step.work.prepare(Seat(parts[0].sms, high, LEND))

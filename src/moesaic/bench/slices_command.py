@@ -23,26 +23,19 @@ from ..hardware.nvml import NotAvailable, load_nvml, open_gpu
 from ..runtime.plan import Curve, MachineSlices, Plan
 from ..runtime.tenants import MARGIN
 from .colocate import (
-    STEP_SMS,
+    machine_of,
     make_pair,
     measure_curves,
     prepare_split,
     prepare_whole,
     split_sizes,
 )
+from .colocation_settings import LENDING, MEASURED_MARGIN, SETTINGS, plans_of
 from .colocation_targets import LOOPS
 from .command import last_line, show
 from .report import Sheet, short
 from .results import device_name, device_slug, make_line, read_lines, stamp, write_atomic
-from .suites.colocation import (
-    LENDING,
-    MEASURED_MARGIN,
-    SETTINGS,
-    SUITE,
-    curve_lines,
-    curves_from,
-    plans_of,
-)
+from .suites.colocation import SUITE, curve_lines, curves_from
 
 GIB = 2**30
 
@@ -142,14 +135,13 @@ def measure(device: torch.device, seed: int = 0) -> tuple[dict[str, Curve], str]
     return curves, str(path)
 
 
-def machine_of(found: Found, curves: Mapping[str, Curve]) -> MachineSlices:
+def seen_by_planners(found: Found, curves: Mapping[str, Curve]) -> MachineSlices:
     """The GPU as planners see it; without one, as many SMs as the curves were measured on."""
     cut = next(iter(reversed(found.cuts.values())), None)
     if cut is None:
         most = max((curve.sms[-1] for curve in curves.values()), default=132)
         return MachineSlices(total_sms=most)
-    slices = cut.atom_sms * cut.atoms // STEP_SMS
-    return MachineSlices(total_sms=cut.total_sms, slices=slices)
+    return machine_of(cut)
 
 
 def facts_sheet(found: Found) -> Sheet:
@@ -230,7 +222,7 @@ def main(
         print(f"Time over SMs: {source}")
     plans: dict[str, dict[str, Plan]] = {}
     if explain_plans and {"decode", "prefill"} <= set(curves):
-        plans = explain(curves, machine_of(found, curves))
+        plans = explain(curves, seen_by_planners(found, curves))
         for loop, some in plans.items():
             slo = LOOPS[loop][0]
             show(plans_sheet(some), f"Decode beside prefill, {loop} loop, promise {slo} x alone")

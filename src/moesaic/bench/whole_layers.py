@@ -87,6 +87,12 @@ class WholeLayer:
         self.turn_D2 = torch.polar(torch.ones_like(angle_D2), angle_D2)
         self._tasks = dense_tasks(tokens, device) if device.type == "cuda" else None
 
+    @property
+    def read_elements(self) -> int:
+        """Elements of dense weights and of the cache that one pass reads."""
+        dense = (self.qkv_1UH, self.out_1HU, self.gate_1EH, self.keys_TGLD, self.values_TGLD)
+        return sum(tensor.numel() for tensor in dense)
+
     def __call__(self, hidden_TH: Tensor, num_sms: int | None = None) -> Tensor:
         """The layer's output (T, H); products held to `num_sms` SMs."""
         hidden_TH = hidden_TH + self._attention(self._norm(hidden_TH, 0), num_sms)

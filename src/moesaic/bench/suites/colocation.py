@@ -11,8 +11,9 @@ split with both tenants at work, for what curves measured alone cannot show (cac
 bandwidth and power stay shared).
 
 Clock `demand` says what a tenant reads and writes at least, over its time alone, and what share of
-the bandwidth that leaves to prefill beside decode at its promise. Clock `counters`: SM clock, power
-and the share of DRAM bandwidth used, read from NVML during a trial of its own.
+the bandwidth that leaves to prefill beside decode at its promise. Clock `counters-closed` (or
+`-open`): SM clock, power, shares of DRAM bandwidth and of tensor cores used, by NVML during a trial
+of its own. Clock `bits-closed`: answers compared.
 
 Keys of a line besides the usual: `p99_ms`, `max_ms`, `steps`, `complete`, `other_share` (of the
 other's alone throughput), `slowdown_p99` (over the alone p99 of the same loop), `sms` and
@@ -21,7 +22,7 @@ other's alone throughput), `slowdown_p99` (over the alone p99 of the same loop),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,10 +30,7 @@ from typing import Any
 import torch
 
 from ...hardware.green import GreenError, GreenUnavailable
-from ...runtime.plan import Curve, Curves, GroupProfile, MachineSlices, Plan, SliceGroup
-from ...runtime.policies import POLICIES
-from ...runtime.policies.guard import Guard
-from ...runtime.tenants import protect
+from ...runtime.plan import Curve, Plan
 from ..colocate import (
     BUDGET,
     GREEN,
@@ -50,6 +48,7 @@ from ..colocate import (
     prepare_lending,
     prepare_split,
     prepare_whole,
+    prepared_size,
     seats_of,
     split_sizes,
     trial,
@@ -57,6 +56,7 @@ from ..colocate import (
 )
 from ..colocation_counters import counters_during, demand_lines
 from ..colocation_page import section
+from ..colocation_settings import DUTY, LENDING, SETTINGS, Setting, plans_of
 from ..colocation_targets import (
     ALONE,
     BUDGETS,
@@ -71,59 +71,17 @@ from ..colocation_targets import (
 )
 from ..lending import LEND
 from ..results import Line, make_line, stamp
-from ..stacks import Tenant
 from ..suite import Cell, Context, Suite
 from ..tenants import Trial, pooled
 from ..timing import reason
-from ..workloads import MODELS, Model
 
-DUTY = 0.5
-LENDING = "-lending"
 LENT_SIZES = range(16, 104, 8)
 """Decode parts that are lent in the sweep of the open loop."""
-MEASURED_MARGIN = 0.97
-"""Part of a promise used up by curves that hold p99 with both tenants at work: they are noisy."""
 CALIBRATION = 300
 ROUNDS = 2
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A pair of tenants: decode beside prefill."""
-
-    decode: Tenant
-    prefill: Tenant
-
-    @property
-    def name(self) -> str:
-        """What the lines call it."""
-        return f"{self.decode.model.name} beside {self.prefill.model.name}"
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """What tells settings apart: name and tokens of a step."""
-        return self.name, self.decode.tokens
-
-
-GRANITE = Model("Granite-1B-A400M", 32, 8, 1024, 512, family="granitemoe")
-"""A model whose steps of one token are bound by latency: a layer reads 25 MB."""
-SETTINGS = {
-    setting.key: setting
-    for setting in (
-        Setting(
-            Tenant(GRANITE, tokens=1, layers=24, turns=8),
-            Tenant(MODELS["Mixtral-8x7B"], tokens=8192, layers=1, turns=1),
-        ),
-        Setting(
-            Tenant(MODELS["Qwen3-30B-A3B"], tokens=1, layers=4, turns=16),
-            Tenant(MODELS["OLMoE"], tokens=4096, layers=4, turns=1),
-        ),
-        Setting(
-            Tenant(MODELS["Qwen3-30B-A3B"], tokens=8, layers=2, turns=8),
-            Tenant(MODELS["Mixtral-8x7B"], tokens=2048, layers=2, turns=1),
-        ),
-    )
-}
+COUNTED_S = 0.8
+ALLOWED = {BUDGET: 0.2, PLAIN: 4.0, PRIORITY: 4.0}
+"""Time of ways whose steps are long, over that of the others: the first does not need all steps."""
 
 
 def cells() -> list[Cell]:
@@ -136,48 +94,6 @@ def measured(line: Line) -> Cell | None:
     if line["impl"] != OURS or line["ms"] is None or line.get("wrong"):
         return None
     return Cell(line["model"], line["tokens"], line["routing"], line["dtype"], line["clock"])
-
-
-def groups_of(loop: str) -> tuple[SliceGroup, SliceGroup]:
-    """The two tenants as planners see them: decode with the loop's promise, prefill without."""
-    slo = LOOPS[loop][0]
-    return (
-        SliceGroup(name="decode", kind="tenant", curve=f"decode-{loop}", priority=1, slo=slo),
-        SliceGroup(name="prefill", kind="tenant", curve=f"prefill-{loop}"),
-    )
-
-
-def profile_of(loop: str, step_ms: float, history: int = 16) -> GroupProfile:
-    """What policies see: decode busy all or half of the time, prefill always; loads in ms alone."""
-    duty = DUTY if loop == "open" else 1.0
-    return GroupProfile(
-        step=history,
-        groups=groups_of(loop),
-        loads_WN=((step_ms, step_ms / duty),) * history,
-        busy_WN=((duty, 1.0),) * history,
-        interval_ms=step_ms / duty if loop == "open" else None,
-    )
-
-
-def plans_of(
-    loop: str, curves: Curves, machine: MachineSlices, *, margin: float = MEASURED_MARGIN
-) -> dict[str, Plan]:
-    """The plan of every policy for a loop, all from the same curves; ours under its own name.
-
-    `margin`: of `protect`. Curves called `...-lending` are those under which prefill borrows.
-    """
-    profile = profile_of(loop, curves[f"decode-{loop}"].ms[-1])
-    ours = partial(protect, margin=margin, borrowing=lending_of(loop, curves))
-    policies = dict(POLICIES) | {OURS: ours}
-    return {name: Guard(policy, curves, machine)(profile) for name, policy in policies.items()}
-
-
-def lending_of(loop: str, curves: Curves) -> dict[str, Curve] | None:
-    """The curves measured while prefill borrows, under the names that groups know, or None."""
-    names = [f"{work}-{loop}" for work in ("decode", "prefill")]
-    if any(f"{name}{LENDING}" not in curves for name in names):
-        return None
-    return {name: curves[f"{name}{LENDING}"] for name in names}
 
 
 @dataclass
@@ -310,16 +226,20 @@ def calibrate_lending(bench: Bench, loop: str, alone: Trial) -> dict[str, Curve]
 Way = tuple[str, int | None]
 
 
-def ways_of(plans: dict[str, Plan]) -> dict[str, Way]:
-    """How every named way is carried out; not to slice is no control."""
+def ways_of(plans: dict[str, Plan], sizes: Sequence[int]) -> dict[str, Way]:
+    """How every named way is carried out; not to slice is no control.
+
+    Sizes that were not captured are rounded up, to the benefit of decode.
+    """
     ours = plans[OURS]
     ways: dict[str, Way] = {NO_CONTROL: (PLAIN, None), STREAMS: (PRIORITY, None)}
     if ours.sliced:
-        ways[BUDGETS] = (BUDGET, ours.sizes["decode"])
+        ways[BUDGETS] = (BUDGET, prepared_size(sizes, ours.sizes["decode"]))
     for name, plan in plans.items():
         impl = name if name == OURS else f"policy:{name}"
         lent = LEND if any(share.borrows for share in plan.shares) else GREEN
-        ways[impl] = (lent, plan.sizes["decode"]) if plan.sliced else (PLAIN, None)
+        size = prepared_size(sizes, plan.sizes["decode"]) if plan.sliced else None
+        ways[impl] = (lent if plan.sliced else PLAIN, size)
     return ways
 
 
@@ -331,13 +251,13 @@ def measure(bench: Bench, cell: Cell, context: Context) -> None:
     alone = [bench.run(loop, seats, STEPS, limit_s)]
     bench.curves |= calibrate(bench, loop, alone[0])
     plans = plans_of(loop, bench.curves, pair.machine)
-    ways = ways_of(plans)
-    if BUDGETS in ways:
-        prepare_budgets(pair, plans[OURS].sizes["decode"])
+    ways = ways_of(plans, list(pair.splits))
+    if size := ways.get(BUDGETS, (BUDGET, None))[1]:
+        prepare_budgets(pair, size)
     trials: dict[Way, list[Trial]] = {way: [] for way in ways.values()}
     for _ in range(ROUNDS):
         for (way, size), found in trials.items():
-            allowed_s = (0.2 if way == BUDGET else 1.0) * limit_s / ROUNDS
+            allowed_s = ALLOWED.get(way, 1.0) * limit_s / ROUNDS
             found.append(bench.run(loop, seats_of(pair, way, size), STEPS // ROUNDS, allowed_s))
     points = [(GREEN, size) for size in sorted(pair.splits)]
     if bench.interval(loop):
@@ -359,20 +279,30 @@ def measure(bench: Bench, cell: Cell, context: Context) -> None:
         more = sizes_of(pair, size) | {"probed": list(pair.ran_on[size])}
         impl = f"{LENT if way == LEND else SPLIT}{size}"
         lines.append(bench.line(loop, impl, trial_, **more))
-    lines += counted(bench, loop, ways[OURS], limit_s)
+    lines += counted(bench, loop, ways[OURS])
     context.record(curve_lines(bench.fixed, bench.curves) + lines)
     context.say(f"{loop} loop: " + told_of(lines))
 
 
-def counted(bench: Bench, loop: str, ours: Way, limit_s: float) -> list[Line]:
-    """Counters of decode alone and of both under our way, each in a trial of its own."""
+def counted(bench: Bench, loop: str, ours: Way) -> list[Line]:
+    """Counters of each alone, of both without control and under our way, each in its own trial."""
     pair, found = bench.pair, []
-    whole_step = (whole(pair.step), None)
-    for impl, seats in ((ALONE, whole_step), (OURS, seats_of(pair, *ours))):
-        step = partial(bench.run, loop, seats, 10**9, min(1.0, 0.15 * limit_s))
-        read = counters_during(pair.step.weights[0].up.device, step)
-        found.append(make_line(bench.fixed, clock="counters", impl=impl, loop=loop, **read))
+    work: dict[str, Callable[[], Any]] = {
+        ALONE: partial(_some, bench, loop, (whole(pair.step), None)),
+        "prefill alone": partial(
+            alone_per_s, bench.clockwork, whole(pair.other), seconds=COUNTED_S
+        ),
+        NO_CONTROL: partial(_some, bench, loop, seats_of(pair, PLAIN, None)),
+        OURS: partial(_some, bench, loop, seats_of(pair, *ours)),
+    }
+    for impl, some in work.items():
+        read = counters_during(pair.step.weights[0].up.device, some)
+        found.append(make_line(bench.fixed, clock=f"counters-{loop}", impl=impl, **read))
     return found
+
+
+def _some(bench: Bench, loop: str, seats: tuple[Work, Work | None]) -> Trial:
+    return bench.run(loop, seats, 10**9, COUNTED_S)
 
 
 def sizes_of(pair: Pair, size: int | None) -> Line:
@@ -393,17 +323,21 @@ def run(wanted: Sequence[Cell], context: Context) -> None:
                 bench = begin(SETTINGS[key], mine[0], context, stamped)
                 for cell in mine:
                     measure(bench, cell, context)
-                bits = make_line(
-                    bench.fixed, clock="bits", impl=OURS, mode="graph",
-                    differing=bench.pair.differing, compared=bench.pair.compared,
-                )  # fmt: skip
-                context.record([bits])
+                    context.record([bits_line(bench, cell.clock)])
                 bench.pair.gpu.close()
                 del bench  # its graphs hold tens of gigabytes
                 torch.cuda.empty_cache()
         except (GreenUnavailable, GreenError) as error:
             context.record([_failed(cell, stamped, reason(error)) for cell in mine])
             context.say(reason(error))
+
+
+def bits_line(bench: Bench, loop: str) -> Line:
+    """Answers compared with the whole GPU's since the last such line."""
+    pair = bench.pair
+    found = {"differing": pair.differing, "compared": pair.compared}
+    pair.differing = pair.compared = 0
+    return make_line(bench.fixed, clock=f"bits-{loop}", impl=OURS, mode="graph", **found)
 
 
 def told_of(lines: Sequence[Line]) -> str:
