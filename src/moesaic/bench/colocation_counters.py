@@ -1,8 +1,8 @@
 """What bounds two tenants on one GPU: the bytes each must move, and counters while they do.
 
-The least bytes of a stack are the weights of the experts that its tokens chose, of whole layers also
-dense weights and the cache that attention reads, and every layer's intermediate rows as often as
-they are written and read (rows copied together, activated rows, rows of the second product, the
+The least bytes of a stack are the weights of the experts that its tokens chose, of whole layers
+also dense weights and the cache that attention reads, and every layer's intermediate rows as often
+as they are written and read (rows copied together, activated rows, rows of the second product, the
 sum). Over its time alone they are a demand on memory; at a promise of decode its demand falls to
 that fraction, and what the memory gives beyond it bounds prefill.
 """
