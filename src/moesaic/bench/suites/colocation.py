@@ -75,9 +75,11 @@ from ..suite import Cell, Context, Suite
 from ..tenants import Trial, pooled
 from ..timing import reason
 
-LENT_SIZES = range(16, 104, 8)
+LENT_SIZES = range(24, 104, 8)
 """Decode parts that are lent in the sweep of the open loop."""
 CALIBRATION = 300
+NEAR, REFINED_S = 0.15, 1.5
+"""How near a promise sizes are measured longer, and for how many seconds."""
 ROUNDS = 2
 COUNTED_S = 0.8
 ALLOWED = {BUDGET: 0.2, PLAIN: 4.0, PRIORITY: 4.0}
@@ -190,37 +192,44 @@ def begin(setting: Setting, cell: Cell, context: Context, stamped: Line) -> Benc
 
 
 def calibrate(bench: Bench, loop: str, alone: Trial) -> dict[str, Curve]:
-    """Both tenants' curves while both are at work: p99 of decode, mean time of prefill."""
-    total = bench.pair.gpu.cut.total_sms
-    decode, prefill = {total: alone.at(0.99)}, {total: 1e3 / bench.other_per_s}
-    for size, (step_sms, other_sms) in bench.pair.splits.items():
-        found = bench.run(loop, seats_of(bench.pair, GREEN, size), CALIBRATION, 0.3)
-        decode[step_sms] = found.at(0.99)
-        if found.other_per_s:
-            prefill[other_sms] = 1e3 / found.other_per_s
-    curves = {
-        f"{name}-{loop}": curve_of(f"{name}-{loop}", points)
-        for name, points in (("decode", decode), ("prefill", prefill))
-    }
-    return curves | (calibrate_lending(bench, loop, alone) if bench.interval(loop) else {})
+    """Both tenants' curves while both are at work: p99 of decode, mean time of prefill.
+
+    In the open loop also while prefill borrows: a part that is never idle is not worth lending.
+    """
+    pair = bench.pair
+    curves = curves_of(bench, loop, alone, GREEN, list(pair.splits))
+    if bench.interval(loop):
+        lent = [n for n in LENT_SIZES if n in pair.splits]
+        for size in lent:
+            prepare_lending(pair, size)
+        curves |= curves_of(bench, loop, alone, LEND, lent)
+    return curves
 
 
-def calibrate_lending(bench: Bench, loop: str, alone: Trial) -> dict[str, Curve]:
-    """The same while prefill borrows: a part that is never idle is not worth lending."""
+def curves_of(
+    bench: Bench, loop: str, alone: Trial, way: str, sizes: Sequence[int]
+) -> dict[str, Curve]:
+    """The curves of one way: a short trial of every size, a longer one near decode's promise."""
     pair, total = bench.pair, bench.pair.gpu.cut.total_sms
     decode, prefill = {total: alone.at(0.99)}, {total: 1e3 / bench.other_per_s}
-    for size in (n for n in LENT_SIZES if n in pair.splits):
-        prepare_lending(pair, size)
+    for size in sizes:
         step_sms, other_sms = pair.splits[size]
-        found = bench.run(loop, seats_of(pair, LEND, size), CALIBRATION, 0.6)
+        found = bench.run(loop, seats_of(pair, way, size), CALIBRATION, 0.3)
+        if near_promise(found, alone, loop):
+            found = bench.run(loop, seats_of(pair, way, size), STEPS, REFINED_S)
         decode[step_sms] = found.at(0.99)
         if found.other_per_s:
             prefill[other_sms] = 1e3 / found.other_per_s
-    named = (("decode", decode), ("prefill", prefill))
+    ending = LENDING if way == LEND else ""
     return {
-        f"{name}-{loop}{LENDING}": curve_of(f"{name}-{loop}{LENDING}", points)
-        for name, points in named
+        f"{name}-{loop}{ending}": curve_of(f"{name}-{loop}{ending}", points)
+        for name, points in (("decode", decode), ("prefill", prefill))
     }
+
+
+def near_promise(found: Trial, alone: Trial, loop: str) -> bool:
+    """Whether p99 is so near decode's promise that a short trial cannot tell its side."""
+    return abs(found.at(0.99) / alone.at(0.99) / LOOPS[loop][0] - 1) <= NEAR
 
 
 Way = tuple[str, int | None]
@@ -262,10 +271,12 @@ def measure(bench: Bench, cell: Cell, context: Context) -> None:
     points = [(GREEN, size) for size in sorted(pair.splits)]
     if bench.interval(loop):
         points += [(LEND, size) for size in sorted(pair.lent)]
-    swept = {
-        (way, size): bench.run(loop, seats_of(pair, way, size), STEPS, 0.12 * limit_s)
-        for way, size in points
-    }
+    swept = dict[Way, Trial]()
+    for way, size in points:
+        on = seats_of(pair, way, size)
+        swept[way, size] = bench.run(loop, on, STEPS, 0.08 * limit_s)
+        if near_promise(swept[way, size], alone[0], loop):
+            swept[way, size] = bench.run(loop, on, STEPS, limit_s)
     alone.append(bench.run(loop, seats, STEPS, limit_s))
     bench.alone[loop] = pooled(alone)
     lines = [bench.line(loop, ALONE, bench.alone[loop], sms=pair.gpu.cut.total_sms)]
