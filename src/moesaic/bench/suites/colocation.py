@@ -271,7 +271,7 @@ def measure(bench: Bench, cell: Cell, context: Context) -> None:
     points = [(GREEN, size) for size in sorted(pair.splits)]
     if bench.interval(loop):
         points += [(LEND, size) for size in sorted(pair.lent)]
-    swept = dict[Way, Trial]()
+    swept = dict[tuple[str, int], Trial]()
     for way, size in points:
         on = seats_of(pair, way, size)
         swept[way, size] = bench.run(loop, on, STEPS, 0.08 * limit_s)
