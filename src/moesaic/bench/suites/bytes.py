@@ -5,7 +5,7 @@
 `routing`: softmax, top-k and counts of logits (T, E) in one launch against `softmax`, `topk` and a
 count. `expert-mlp`: the three-layer ReLU expert layer against sort, gather, loop over experts and
 scatter, each step a launch. `benchmarks/ncu_counters.py --suite bytes` runs both under ncu and
-records; the numbers of the expert-slicing paper stand beside: 3 times fewer bytes, 40 % fewer bytes.
+records; the numbers of the expert-slicing paper stand beside: 3 times and 40 % fewer bytes.
 
 The profiled program separates its cases by launches of torch's spin kernel, at which
 `ncu.split` cuts. Caches are left alone (`--cache-control none`), as they are in use.
