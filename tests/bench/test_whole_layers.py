@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -70,3 +71,16 @@ def test_a_stack_of_whole_layers_repeats_and_counts_its_bytes() -> None:
     assert torch.equal(first, whole.forward(0, None)) and not torch.equal(first, second)
     dense = 2 * 4 * (128 * 64 + 64 * 64 + 64 * 64 + 2 * 2 * 6 * 16)
     assert stack_bytes(whole) - stack_bytes(bare) == dense
+
+
+@pytest.mark.gpu
+def test_a_budget_of_sms_keeps_the_bits_of_whole_layers() -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    model = Model("small", 32, 8, 1024, 512)
+    tenant = Tenant(model, 1, 2, 1, Heads(16, 8, 64))
+    stack = Stack(tenant, torch.device("cuda", 0), torch.bfloat16, 0, "auto")
+    whole = stack.forward(0, None).clone()
+    assert whole.isfinite().all()
+    for num_sms in (132, 48, 8):
+        assert torch.equal(stack.forward(0, num_sms), whole)
