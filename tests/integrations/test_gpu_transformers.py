@@ -8,6 +8,7 @@ from hf_checks import output, select, token_ids
 from hf_families import tiny_model
 
 import moesaic
+from moesaic.bench.whole_models import random_model
 from moesaic.integrations.blocks import BLOCK
 from moesaic.run.generate import Decoder
 from moesaic.runtime.capture import CudaCapturer
@@ -78,3 +79,43 @@ def test_a_decode_step_is_one_graph_and_gives_the_same_tokens(family: str) -> No
             rows = [int(total[1].sum()) for total in profiler.totals]
         assert rows == [(len(ids) + 16) * 2] * len(rows)
     assert tokens[True] == tokens[False]
+
+
+def _sharded_answers(device: torch.device) -> list[torch.Tensor]:
+    """Logits of a model whole and sharded, in turn, at 1 to 64 tokens, with weights that move."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    sizes = {
+        "vocab_size": 64, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 128, "num_experts_per_tok": 2, "num_experts": 8, "moe_intermediate_size": 128,
+    }  # fmt: skip
+    whole, sharded = (random_model("Qwen3-30B-A3B", device, 2, **sizes) for _ in range(2))
+    for model in (whole, sharded):
+        moesaic.attach(model, fuse_routers="always")
+    mesh = DeviceMesh(device.type, [0])
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    answers, junk = [], []
+    with torch.no_grad():
+        for number, tokens in enumerate((1, 1, 4, 1, 64, 4, 1, 64)):
+            ids_BN = torch.arange(tokens, device=device).view(1, tokens)
+            answers += [output(whole, ids_BN), output(sharded, ids_BN)]
+            # What was freed is taken, so that the next unshard finds another place.
+            junk.append(torch.full((1 << (18 + number % 4),), float("nan"), device=device))
+            for model in (whole, sharded):
+                for parameter in model.parameters():
+                    parameter.mul_(0.9)
+    return answers
+
+
+def test_weights_may_move_between_the_calls_of_a_sharded_model() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        answers = _sharded_answers(CUDA)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(*pair) for pair in zip(answers[::2], answers[1::2], strict=True))
+    assert not torch.equal(answers[0], answers[2])

@@ -5,8 +5,10 @@
 Of every step, per decoder layer: the rest (attention, norms, embedding and head, spread over the
 layers), our MoE block, the block of transformers' fastest (its step less the rest compiled in the
 same way), and how fast our block would have to be for the goal of the step with that rest. Beside
-it stands what the block cannot go under: its weights and rows over the memory's read bandwidth, or
-its products over the tensor cores' sustained rate, both as in docs/design.md.
+rest and block stands what they cannot go under: weights, cache and rows over the memory's read
+bandwidth, or products over the tensor cores' sustained rate, both as in docs/design.md. The most
+that any MoE block could gain is the step of transformers' fastest over the measured rest and a
+block at its floor.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from ..cost import H200_READ_BYTES_PER_S, expert_flops, layer_bytes
 from .report import Sheet, markdown, section, short
 from .results import Line, Target
 from .suites.transformers import GOAL, GOALS, MOE, OURS, REST, TUNED, WITHOUT, best_ways, cells
+from .whole_models import CONFIGS, CONTEXT
 from .workloads import MODELS
 
 RATE = 770e12
@@ -32,6 +35,25 @@ def floor_us(model: str, tokens: int) -> float:
     return max(read, expert_flops(spec, tokens * top_k) / RATE) * 1e6
 
 
+def rest_floor_us(model: str, routing: str, tokens: int) -> float:
+    """Microseconds a layer under which no step without its MoE blocks goes, head included."""
+    sizes = CONFIGS[model][2]
+    layers: int = sizes["num_hidden_layers"]
+    hidden: int = sizes["hidden_size"]
+    heads, kept = (sizes[f"num_{kind}_heads"] * sizes["head_dim"]
+                   for kind in ("attention", "key_value"))  # fmt: skip
+    products, head = 2 * hidden * (heads + kept), hidden * sizes["vocab_size"]
+    decode = routing == "decode"
+    cache = 2 * kept * CONTEXT * tokens if decode else 0
+    pairs = CONTEXT * tokens if decode else tokens * tokens / 2
+    read = 2 * (layers * (products + cache) + head)
+    flops = 2 * (
+        layers * (tokens * products + 2 * pairs * heads) + head * (tokens if decode else 1)
+    )
+    seconds: float = max(read / H200_READ_BYTES_PER_S, flops / RATE)
+    return seconds / layers * 1e6
+
+
 def budget_sheet(lines: Sequence[Line]) -> Sheet:
     """Microseconds of one decoder layer of every measured step, and what its goal asks."""
     times = {
@@ -40,8 +62,8 @@ def budget_sheet(lines: Sequence[Line]) -> Sheet:
         if x["ms"] and not x.get("wrong")
     }
     layers = {x["model"]: x["layers"] for x in lines}
-    heads = ["model", "tokens", "routing", "rest µs", "our block µs", "theirs µs", "block floor µs"]
-    heads += ["speed-up", "goal", "block for the goal µs"]
+    heads = ["model", "tokens", "routing", "rest µs", "its floor µs", "our block µs", "theirs µs"]
+    heads += ["block floor µs", "speed-up", "most possible", "goal", "block for the goal µs"]
     rows = []
     for cell in cells():
         at = (cell.model, cell.routing, cell.tokens)
@@ -57,10 +79,12 @@ def budget_sheet(lines: Sequence[Line]) -> Sheet:
         goal, each = GOALS.get(at, GOAL), 1e3 / layers[cell.model]
         asked = (best / goal - rest) * each
         needed = short(asked) if asked > 0 else "the rest alone is more"
+        floor = floor_us(cell.model, cell.tokens)
         rows.append([
-            cell.model, str(cell.tokens), cell.routing, short(rest * each), short(block * each),
-            short((best - their_rest) * each), short(floor_us(cell.model, cell.tokens)),
-            short(best / mine), short(goal), needed,
+            cell.model, str(cell.tokens), cell.routing, short(rest * each),
+            short(rest_floor_us(cell.model, cell.routing, cell.tokens)), short(block * each),
+            short((best - their_rest) * each), short(floor), short(best / mine),
+            short(best * each / (rest * each + floor)), short(goal), needed,
         ])  # fmt: skip
     return Sheet(heads, rows)
 
