@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesaic.functional import moe
-from moesaic.types import ExpertSpec, ExpertWeights
+from moesaic.functional import moe, route
+from moesaic.types import ExpertSpec, ExpertWeights, RouterSpec
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
@@ -153,3 +153,32 @@ def test_a_layer_on_another_device_than_the_current() -> None:
     with torch.cuda.device(1):
         for _ in range(3):
             assert torch.equal(moe(*moved, there, SPEC).to("cuda:0"), wanted)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_repeated_routes_follow_their_tensors(tokens: int, scoring: str) -> None:
+    """Launched by Triton, recorded, then made again: the same bits, also from unaligned logits."""
+    router = RouterSpec(num_experts=128, top_k=8, scoring=scoring)
+    rows = torch.randn(9, tokens * 128 + 8, device="cuda").bfloat16()
+    logits = [row[: tokens * 128].view(tokens, 128) for row in rows]
+    logits[4] = rows[4, 1 : tokens * 128 + 1].view(tokens, 128)
+    bias = torch.randn(128, device="cuda") if scoring == "sigmoid" else None
+    wanted = [route(torch.cat([x] * 20), router, bias_E=bias) for x in logits]
+    counters = torch.zeros((3, 128), dtype=torch.int32, device="cuda")
+    for watched in (None, counters, None, counters):
+        for x, want in zip(logits, wanted, strict=True):
+            ids, share, counts = route(x, router, bias_E=bias, counters=watched)
+            assert torch.equal(ids, want.topk_ids_TK[:tokens])
+            assert torch.equal(share, want.topk_weights_TK[:tokens])
+            assert torch.equal(counts * 20, want.counts_E)
+    assert torch.equal(counters[0] * 10, sum(want.counts_E for want in wanted))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids, share, _ = route(logits[0], router, bias_E=bias)
+    logits[0].copy_(logits[1].clone())
+    graph.replay()
+    assert torch.equal(ids, wanted[1].topk_ids_TK[:tokens])
+    assert torch.equal(share, wanted[1].topk_weights_TK[:tokens])
+    with pytest.raises(TypeError, match="int32"):
+        route(logits[1], router, bias_E=bias, counters=counters.long())

@@ -36,7 +36,10 @@ from .validate import check_counters, check_inputs, check_moe, check_route, valu
 
 PLAIN = (Tensor, torch.nn.Parameter)
 MAX_KNOWN = 4096
+MAX_ROUTED = 64
+"""Tokens up to which a route may be one program; see `routing.plan_route`."""
 _known: dict[tuple[Any, ...], tuple[Callable[..., Tensor], object]] = {}
+_known_routes: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
 
 
 def route(
@@ -61,12 +64,53 @@ def route(
         TypeError, ValueError: see `validate.check_route` and `check_counters`.
     """
     if not torch.compiler.is_compiling():
+        key = _repeatable_route(logits_TE, spec, bias_E, counters)
+        known = None if key is None else _known_routes.get(key)
+        if known is not None:
+            return Routing(*known(key, logits_TE, bias_E, counters))
         check_route(logits_TE, spec, bias_E)
         if counters is not None:
             check_counters(counters, spec.num_experts, logits_TE)
+        if key is not None:
+            _remember_route(key, spec)
     if logits_TE.requires_grad and torch.is_grad_enabled():
         return _route_differentiable(logits_TE, spec, bias_E, counters)
     return _route(logits_TE, spec, bias_E, counters)
+
+
+def _repeatable_route(
+    logits: Tensor, spec: RouterSpec, bias: Tensor | None, counters: Tensor | None
+) -> tuple[Any, ...] | None:
+    """All that checks and the launch for few tokens depend on, or None: as `_repeatable`."""
+    if not logits.is_cuda or logits.dim() != 2 or logits.shape[0] > MAX_ROUTED:
+        return None
+    if listened_to() or values_wanted():
+        return None
+    grad, device = torch.is_grad_enabled(), torch._C._cuda_getDevice()
+    kinds: list[Any] = []
+    for tensor in (logits, bias, counters):
+        if tensor is None:
+            kinds.append(None)
+            continue
+        if type(tensor) not in PLAIN or not tensor.is_contiguous() or tensor.get_device() != device:
+            return None
+        if grad and tensor.requires_grad:
+            return None
+        kinds += (tensor.shape, tensor.dtype)
+    return (device, spec.key(), *kinds)
+
+
+def _remember_route(key: tuple[Any, ...], spec: RouterSpec) -> None:
+    """A call with this key passes the checks."""
+    from .kernels.hopper.routes import route_again
+
+    rule = {
+        "top_k": spec.top_k, "scoring": spec.scoring, "renormalize": spec.renormalize,
+        "n_group": spec.n_group, "topk_group": spec.topk_group, "scale": spec.scale,
+    }  # fmt: skip
+    if len(_known_routes) >= MAX_KNOWN:
+        _known_routes.clear()
+    _known_routes[key] = partial(route_again, rule=rule)
 
 
 def _route(

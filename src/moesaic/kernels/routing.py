@@ -27,6 +27,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .aot import AotCase
+from .launching import launch
 from .routing_ref import route_ref
 from .routing_triton import experts_of, write_routes
 
@@ -190,7 +191,9 @@ def route(
     )
     make = logits_TE.new_empty if plan["ALONE"] else logits_TE.new_zeros
     counts_E = make((experts,), dtype=torch.int32)
-    route_kernel[(programs,)](
+    launch(
+        route_kernel,
+        programs,
         logits_TE,
         bias_E,
         ids_TK,

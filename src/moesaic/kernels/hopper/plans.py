@@ -212,7 +212,7 @@ def _pointers(recording: Recording) -> set[int]:
     return {value.data_ptr() for value in values if isinstance(value, Tensor)}
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether somebody listens to Triton's launches, who would not hear of ours."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     # A hook is a chain of calls, or one function that was put in its place.
@@ -237,7 +237,7 @@ def planned(
     if plans is None:
         plans = _threads.plans = {}
     plan = plans.get(key)
-    if type(plan) is LayerPlan and not _hooked():
+    if type(plan) is LayerPlan and not hooked():
         out = plan.run(*inputs)
         if out is not None:
             _told["raw"] += 1
