@@ -180,6 +180,18 @@ def test_borrowed_sms_given_back_at_any_time_leave_the_bits(lent_sms: int) -> No
             rest.stream.synchronize()
             assert torch.equal(layer.out_TH, expected), flips
             assert layer._counters[:, 0].tolist() == [0, 0]
+        stack = BorrowingStack([layer], whole=True)
+        stack.prepare()
+        for flips in (0, 40):
+            layer.out_TH.fill_(float("nan"))
+            torch.cuda.synchronize()
+            stack.launch()
+            for _ in range(flips):
+                lending.want(flags)
+                lending.release(flags)
+            flags.synchronize()
+            rest.stream.synchronize()
+            assert torch.equal(layer.out_TH, expected), f"one graph, {flips}"
         lending.want(flags)  # nobody helps
         layer.out_TH.fill_(float("nan"))
         torch.cuda.synchronize()

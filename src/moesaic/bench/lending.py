@@ -20,6 +20,7 @@ from .tenants import EventMark, GpuLine
 LEND = "lend"
 STEP_PRIORITY = -5
 GUEST_PRIORITY = 0
+WHOLE = False
 
 
 class WantingLine(GpuLine):
@@ -89,7 +90,7 @@ def borrower_of(stack: Stack, grounds: Grounds) -> Borrower:
             )
         )
         hidden_TH = layers[-1].out_TH
-    made = BorrowingStack(layers)
+    made = BorrowingStack(layers, whole=WHOLE)
     made.prepare()
     return Borrower(made, grounds.own.stream)
 

@@ -210,40 +210,71 @@ class BorrowingLayer:
         """
         if not self._graphs:
             raise RuntimeError("nothing was captured yet: call capture() first")
-        front, *products, tail = self._graphs
+        self._queue([(graph.replay, seat) for graph, seat in self._graphs])
+
+    def queue(self) -> None:
+        """Queue everything without graphs of its own: for a capture that goes on around it."""
+        self._events = [torch.cuda.Event() for _ in range(4)]  # type: ignore[no-untyped-call]
+        self._queue(self._pieces())
+
+    def _queue(self, pieces: Sequence[tuple[Piece, Seat]]) -> None:
+        front, *products, tail = pieces
         own, lent = self.grounds.own.stream, self.grounds.lent.stream
-        _replay(front)
+        _run(front)
         for place in (0, 2):
             ready, helped = self._events[place], self._events[place + 1]
             ready.record(own)
-            _replay(products[place])
+            _run(products[place])
             lent.wait_event(ready)
-            _replay(products[place + 1])
+            _run(products[place + 1])
             helped.record(lent)
             own.wait_event(helped)
-        _replay(tail)
+        _run(tail)
 
 
-def _replay(piece: tuple[Any, Seat]) -> None:
+def _run(piece: tuple[Piece, Seat]) -> None:
     with torch.cuda.stream(piece[1].stream):
-        piece[0].replay()
+        piece[0]()
 
 
 class BorrowingStack:
-    """Layers one after the other, each the input of the next: a tenant's work that borrows."""
+    """Layers one after the other, each the input of the next: a tenant's work that borrows.
 
-    def __init__(self, layers: Sequence[BorrowingLayer]) -> None:
-        self.layers = list(layers)
+    `whole`: one graph of all layers and both seats, instead of graphs of pieces with events in
+    between, of which the host queues six a layer.
+    """
+
+    def __init__(self, layers: Sequence[BorrowingLayer], *, whole: bool = False) -> None:
+        self.layers, self.whole = list(layers), whole
+        self._graph: Any = None
 
     def prepare(self) -> None:
         """Compile and capture all layers."""
         for layer in self.layers:
             layer.warm_up()
+        if self.whole:
+            self._capture_whole()
+            return
         for layer in self.layers:
             layer.capture()
 
+    def _capture_whole(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.layers[0].grounds.own.stream):
+            graph.capture_begin()
+            try:
+                for layer in self.layers:
+                    layer.queue()
+            finally:
+                graph.capture_end()
+        self._graph = graph
+
     def launch(self) -> Tensor:
         """Queue all layers; the output of the last."""
+        if self._graph is not None:
+            _run((self._graph.replay, self.layers[0].grounds.own))
+            return self.layers[-1].out_TH
         for layer in self.layers:
             layer.launch()
         return self.layers[-1].out_TH
