@@ -12,78 +12,19 @@ nothing. Versions before 2026.1 report hand-overs through mbarriers as races (th
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import sanitize_faults as faults
 import torch
-import triton
-import triton.language as tl
 
 from moesaic import ExpertSpec, ExpertWeights, RouterSpec, moe, route
 from moesaic.bench.results import Recorder, device_slug, make_line, stamp
 from moesaic.bench.suites.sanitizer import GRIDS, SUITE, TOOLS, line_of
-
-
-@triton.jit
-def out_of_bounds_kernel(out_ptr, far, BLOCK: tl.constexpr):
-    """A planted fault: BLOCK stores that begin `far` elements behind the buffer."""
-    tl.store(out_ptr + far + tl.arange(0, BLOCK), 1.0)
-
-
-def plant_memcheck() -> None:
-    """Store far outside an allocation."""
-    torch.cuda.init()
-    lonely = torch.empty(1024, device="cuda")
-    out_of_bounds_kernel[(1,)](lonely, 1 << 34, BLOCK=128)
-
-
-def plant_racecheck() -> None:
-    """Two warps exchange through shared memory without a barrier."""
-    source = """
-    extern "C" __global__ void race(float* out) {
-        __shared__ float cell[64];
-        cell[threadIdx.x] = threadIdx.x;
-        out[threadIdx.x] = cell[63 - threadIdx.x];
-    }
-    """
-    kernel = torch.cuda._compile_kernel(source, "race")
-    kernel((1, 1, 1), (64, 1, 1), (torch.empty(64, device="cuda"),))
-
-
-def plant_hopper() -> None:
-    """The decode kernel with its stages given back before they are read, on the reduced grid.
-
-    Raises:
-        RuntimeError: the kernel's text is no longer the one that the fault is planted in.
-    """
-    from moesaic.kernels.hopper import decode, launch
-
-    text = Path(str(decode.__file__)).read_text(encoding="utf-8")
-    wait = "            mbarrier.wait(p.full.index(i), (c // p.NB) & 1)\n"
-    back = "mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1"
-    late, last = f"            {back}, pred=k > 0)\n", f"        {back})\n"
-    if not text.count(wait) == text.count(late) == text.count(last) == 1:
-        raise RuntimeError("decode.py changed: plant the fault anew")
-    early = "            mbarrier.arrive(p.empty.index(i), count=1)\n"
-    text = text.replace(late, "").replace(last, "").replace(wait, wait + early)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "planted.py"
-        path.write_text(text.replace("from .", "from moesaic.kernels.hopper."), encoding="utf-8")
-        spec = importlib.util.spec_from_file_location("planted", path)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules["planted"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        launch.KERNELS["decode"] = module.decode_kernel
-        for name, call in tiles():
-            if name.startswith("tile decode 16x64"):
-                call()
-                torch.cuda.synchronize()
 
 
 def tiles() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -182,12 +123,30 @@ def run_grid(impl: str) -> None:
         sys.stdout.write(f"ran {name}\n")
 
 
+def run_wide() -> None:
+    """The Hopper path with every one-warp loader made four warps."""
+    faults.widen()
+    run_grid("hopper")
+
+
+def run_planted(plant: Callable[[], None]) -> None:
+    """The narrowest decode tile with a fault planted in its kernel."""
+    plant()
+    for name, call in tiles():
+        if name.startswith("tile decode 16x64"):
+            call()
+            torch.cuda.synchronize()
+
+
 JOBS: dict[str, Callable[[], None]] = {
     "grid_triton": lambda: run_grid("triton"),
     "grid_hopper": lambda: run_grid("hopper"),
-    "plant_memcheck": plant_memcheck,
-    "plant_racecheck": plant_racecheck,
-    "plant_hopper": plant_hopper,
+    "grid_wide": run_wide,
+    "controls": faults.run_controls,
+    "plant_memcheck": faults.plant_memcheck,
+    "plant_racecheck": faults.plant_racecheck,
+    "plant_note": lambda: run_planted(faults.plant_note),
+    "plant_ring": lambda: run_planted(faults.plant_ring),
 }
 PLANTED = {"memcheck": ("plant_memcheck",), "racecheck": ("plant_racecheck", "plant_hopper")}
 
