@@ -11,7 +11,7 @@ import pytest
 import torch
 from nvml_double import Driver
 
-from moesaic.bench import command, report
+from moesaic.bench import command, layer_misses, report
 from moesaic.bench.layer_targets import MIXTRAL, layer_targets
 from moesaic.bench.layers import Machine
 from moesaic.bench.report import section
@@ -296,6 +296,30 @@ def test_each_rule_is_broken_by_its_own_fault(
     cells: list[Cell], impl: str, values: Any, broken: str
 ) -> None:
     assert unmet(change(cells, impl, **values)) == {broken}
+
+
+def test_cells_over_their_limit_are_listed_with_what_counters_say(tmp_path: Path) -> None:
+    def one(tokens: int, routing: str, ms: float, floor: float, gbps: float) -> Line:
+        cell = Cell("tiny", tokens, routing, clock="experts")
+        return line_of(cell, "moesaic", ms, floor_ms=floor, gbps=gbps)
+
+    read_floor, twin_floor = 1.0, 2.0  # at 4.5 TB/s, and twice of what bytes need
+    good = one(128, "uniform", 1.08, read_floor, 4500 / 1.08)
+    slow = one(128, "worst", 1.2, read_floor, 4500 / 1.2)
+    heavy = one(8192, "zipf1", 4.0, twin_floor, 4500 / 4.0)
+    wrong = one(1, "uniform", 9.0, 1.0, 500.0) | {"wrong": True}
+    counters = line_of(Cell("tiny", 8192, "zipf1"), "moesaic 2: up_kernel", 3.0, gbps=1500.0,
+                       tensor=0.5, l2=0.25, sms_active=0.75)  # fmt: skip
+    lines = [good, slow, heavy, wrong]
+    assert layer_misses.over_limit(lines) == [slow, heavy]
+    assert [layer_misses.binding(x) for x in (slow, heavy)] == ["memory", "products"]
+    (tmp_path / "launches.jsonl").write_text(json.dumps(counters) + "\n")
+    text = layer_misses.misses_part(lines, tmp_path)
+    assert "**4–128 tokens, worst case** (1 cells)" in text
+    assert "| 128 | tiny | worst | 1.2 | 1.08 | 1.11 | memory | 0.833 | - |" in text
+    assert "up 3000 µs: DRAM 1.5 TB/s, tensor pipes 50 %, L2 25 %, SMs busy 75 %" in text
+    assert "Not known" not in text
+    assert layer_misses.misses_part([good], tmp_path / "none").startswith("Every measured cell")
 
 
 def test_missing_wrong_and_failed_cells_leave_targets_unmet() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from .layer_misses import misses_part
 from .report import Sheet, by_clock, markdown, section, short
 from .results import Line, Target
 from .suite import Cell
@@ -55,9 +57,9 @@ def missing_text(
 
 def layer_section(
     lines: Sequence[Line], targets: Sequence[Target], name: str, folder: str,
-    cells: Sequence[Cell], measured: Callable[[Line], Cell | None],
+    cells: Sequence[Cell], measured: Callable[[Line], Cell | None], results: Path,
 ) -> tuple[str, dict[str, str]]:  # fmt: skip
-    """The whole part, and its figures by file name."""
+    """The whole part, and its figures by file name; `results`: folder of the device's lines."""
     from .plots import draw
 
     timed = [x for x in lines if x["clock"] not in WINDOWS]
@@ -67,5 +69,6 @@ def layer_section(
         parts += ["#### Joules", markdown(energy)]
     if (host := host_sheet(lines)).rows:
         parts += ["#### What an eager call of one token costs the host", markdown(host)]
+    parts += ["#### Cells over their limit", misses_part(lines, results)]
     parts += ["#### Missing", missing_text(lines, cells, measured)]
     return "\n\n".join(parts) + "\n", drawn

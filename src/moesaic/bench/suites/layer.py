@@ -352,7 +352,8 @@ def section(
     lines: Sequence[Line], targets: Sequence[Target], root: Path, device: str, folder: str
 ) -> tuple[str, dict[str, str]]:
     """The page's part."""
-    return layer_section(lines, targets, f"{NAME}-{device}", folder, cells(), measured)
+    name, results = f"{NAME}-{device}", root / device
+    return layer_section(lines, targets, name, folder, cells(), measured, results)
 
 
 SUITE = Suite(
