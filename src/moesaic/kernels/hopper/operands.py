@@ -31,17 +31,21 @@ class Pair:
     a_bufs: gl.shared_memory_descriptor
     b_bufs: gl.shared_memory_descriptor
     notes: gl.shared_memory_descriptor
+    slots: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     hidden: gl.tensor
     inner: gl.tensor
     top_k: gl.tensor
+    experts: gl.tensor
     limit: gl.tensor
     alpha: gl.tensor
     up_offset: gl.tensor
     N: gl.constexpr
     LANES: gl.constexpr
     ONE: gl.constexpr
+    FEW: gl.constexpr
+    TOP_K: gl.constexpr
     SUM: gl.constexpr
     GATED: gl.constexpr
     ACTIVATION: gl.constexpr
@@ -51,13 +55,14 @@ class Pair:
     BK: gl.constexpr
     NB: gl.constexpr
     PDL: gl.constexpr
+    WARM: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
         row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, a_bufs,
-        b_bufs, notes, full, empty, hidden, inner, top_k, limit, alpha, up_offset, N, LANES, ONE,
-        SUM, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
+        b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts, limit, alpha, up_offset,
+        N, LANES, ONE, FEW, TOP_K, SUM, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL, WARM,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -77,17 +82,21 @@ class Pair:
         self.a_bufs = a_bufs
         self.b_bufs = b_bufs
         self.notes = notes
+        self.slots = slots
         self.full = full
         self.empty = empty
         self.hidden = hidden
         self.inner = inner
         self.top_k = top_k
+        self.experts = experts
         self.limit = limit
         self.alpha = alpha
         self.up_offset = up_offset
         self.N = gl.constexpr(N)
         self.LANES = gl.constexpr(LANES)
         self.ONE = gl.constexpr(ONE)
+        self.FEW = gl.constexpr(FEW)
+        self.TOP_K = gl.constexpr(TOP_K)
         self.SUM = gl.constexpr(SUM)
         self.GATED = gl.constexpr(GATED)
         self.ACTIVATION = gl.constexpr(ACTIVATION)
@@ -97,3 +106,4 @@ class Pair:
         self.BK = gl.constexpr(BK)
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
+        self.WARM = gl.constexpr(WARM)

@@ -2,7 +2,7 @@
 
     S routed rows · T tokens · E experts · H hidden width · I intermediate width · K top-k
 
-Of a single token the launch also makes the weighted sum: one launch is the whole layer.
+Of one token, and of few, the launch also makes the weighted sum: one launch is the whole layer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..batching import batch_rows
 from ..combine import combine
 from ..launching import launch
 from ..taskmap import Order, TaskMap
+from .few import MAX_SLOTS
 from .launch import HopperConfig, _descriptor, _layout, grouped_mm_hopper_ref, weight_descriptor
 from .paired import pair_kernel
 from .single import one_token
@@ -25,8 +26,12 @@ from .tiles import check_triton
 from .zeros import WORDS, zeroed
 
 LOADER_REGISTERS = 56
-FIRST_COLUMN = 1 + 64
-"""Counters of a single token: a ticket, 64 slots, and from here on the column tiles of H."""
+FIRST_COLUMN = 1 + MAX_SLOTS
+"""Counters of few tokens: a ticket, their slots, and from here on the column tiles of H."""
+WARM = False
+"""Whether an SM fetches the tensor maps while it waits for the launch before."""
+FEW_TOKENS = 1
+"""Up to so many tokens a task is one tile; of more the sort is worth its launch."""
 
 
 def rows_descriptor(weight: Tensor, config: HopperConfig) -> TensorDescriptor:
@@ -38,18 +43,22 @@ def rows_descriptor(weight: Tensor, config: HopperConfig) -> TensorDescriptor:
 
 
 def _constants(
-    config: HopperConfig, entries: int, gated: bool, one: bool, summed: bool
+    config: HopperConfig, entries: int, gated: bool, found: str, summed: int
 ) -> dict[str, Any]:
+    """`found`: where tasks come from, "one", "few" or "map"; `summed`: slots of a token, or 0."""
     return {
         "N": entries,
         "LANES": max(32, 1 << (entries - 1).bit_length()),
-        "ONE": one,
-        "SUM": summed,
+        "ONE": found == "one",
+        "FEW": found == "few",
+        "TOP_K": summed,
+        "SUM": summed > 0,
         "GATED": gated,
         "BM": config.bm,
         "BN": config.bn,
         "BK": config.bk,
         "NB": config.stages,
+        "WARM": WARM,
         "LREG": LOADER_REGISTERS,
     }
 
@@ -63,13 +72,13 @@ def pair_mm_hopper(
     x: Tensor,
     up: Tensor,
     down: Tensor,
-    tasks: TaskMap,
+    tasks: TaskMap | Tensor,
     act: Tensor,
     out: Tensor,
     *,
     config: HopperConfig,
     num_sms: int,
-    order_S: Tensor,
+    order_S: Tensor | None = None,
     top_k: int,
     gated: bool = False,
     activation: str = "none",
@@ -86,17 +95,20 @@ def pair_mm_hopper(
         x: (T, H) tokens, read through `order_S` (int32 slots, token = slot // top_k).
         up: (E, U, H), U = 2I when `gated`. down: (E, H, I). bf16 or fp16; H, I multiples of 64.
         tasks: built with ``heights=(config.bm,)`` and given to no other launch of this kind: its
-            heights become counters.
+            heights become counters. Or ids (T, K) of few tokens, `config.bm` 16 and at most 128
+            slots, whose tasks the launch finds; rows are then in slot order.
         act: (S, I) scratch. out: (S, H), written where rows are live.
         num_sms: SM budget; the grid has `num_sms * ctas_per_sm` programs.
-        counters: of a single token, whose K slots are tasks of one row: zeros (256,) int32, which
-            are zeros again when the launch has ended. `tasks.task_N` may then be int64.
-        weighted: of a single token with `counters`, weights (1, K) and where the weighted sum of
-            the rows goes, (1, H), as `combine` makes it.
+        counters: of ids, and of a single token, whose K slots are tasks of one row: zeros
+            (`zeros.WORDS`,) int32, which are zeros again when the launch has ended. Ids, also as
+            `tasks.task_N`, may then be int64.
+        weighted: with `counters`, weights (T, K) and where the weighted sum of the rows goes,
+            (T, H), as `combine` makes it.
         pdl: start while the launch before still runs and wait for it on the device.
     """
     check_triton()
-    one = counters is not None
+    found = "few" if isinstance(tasks, Tensor) else "map" if counters is None else "one"
+    entries = tasks.numel() if isinstance(tasks, Tensor) else tasks.task_N.numel()
     weights, total = (x, x) if weighted is None else weighted
     hidden, inner = x.shape[1], act.shape[1]
     columns = config.bn // 2 if gated else config.bn
@@ -104,18 +116,13 @@ def pair_mm_hopper(
         pair_kernel,
         num_sms * config.ctas_per_sm,
         x,
-        order_S,
+        x if order_S is None else order_S,
         weight_descriptor(up, True, config) if gated else rows_descriptor(up, config),
         rows_descriptor(down, config),
         act,
         out,
-        tasks.tile_end_N,
-        tasks.task_N,
-        tasks.row_start_N,
-        tasks.rows_N,
-        tasks.height_N if counters is None else counters[1:],
-        tasks.tickets_2 if counters is None else counters,
-        tasks.tickets_2 if counters is None else counters[FIRST_COLUMN:],
+        *_map_of(tasks),
+        *_counters_of(tasks, counters),
         weights,
         total,
         hidden,
@@ -123,6 +130,7 @@ def pair_mm_hopper(
         -(-inner // columns),
         -(-hidden // config.bn),
         top_k,
+        up.shape[0],
         0.0 if limit is None else float(limit),
         float(alpha),
         float(up_offset),
@@ -130,10 +138,24 @@ def pair_mm_hopper(
         HAS_LIMIT=limit is not None,
         PDL=pdl,
         launch_pdl=pdl,
-        **_constants(config, tasks.task_N.numel(), gated, one, weighted is not None),
+        **_constants(config, entries, gated, found, 0 if weighted is None else top_k),
         **_options(config),
     )
     return out
+
+
+def _map_of(tasks: TaskMap | Tensor) -> tuple[Tensor, ...]:
+    if isinstance(tasks, Tensor):
+        return (tasks,) * 4
+    return tasks.tile_end_N, tasks.task_N, tasks.row_start_N, tasks.rows_N
+
+
+def _counters_of(tasks: TaskMap | Tensor, counters: Tensor | None) -> tuple[Tensor, ...]:
+    """What counts the tiles done of a task, the tiles drawn, and the rows done of a column."""
+    if counters is not None:
+        return counters[1:], counters, counters[FIRST_COLUMN:]
+    assert isinstance(tasks, TaskMap), "tasks found by the launch need counters"
+    return tasks.height_N, tasks.tickets_2, tasks.tickets_2
 
 
 def layer_pair(
@@ -158,26 +180,34 @@ def layer_pair(
     act_SI = hidden.new_empty((tokens * top_k, inner))
     rows_SH = hidden.new_empty((tokens * top_k, width))
     given = {"config": config, "num_sms": num_sms, "top_k": top_k, "pdl": True, **epilogue}
-    if tokens > 1:
+    zeros = None
+    if tokens == 1 or (counters is None and is_few(tokens, top_k, config)):
+        enough = FIRST_COLUMN - (-width // config.bn) <= WORDS
+        zeros = zeroed(hidden.device, act_SI.data_ptr()) if enough else None
+    if tokens > 1 and zeros is None:
         sort, tasks = batch_rows(
             topk_ids, up.shape[0], heights=(config.bm,), order=order, counters=counters, pdl=True
         )
         pair_mm_hopper(hidden, up, down, tasks, act_SI, rows_SH, order_S=sort.order_S, **given)
         return combine(rows_SH, sort.position_S.view(tokens, top_k), topk_weights, pdl=True)
-    zeros = zeroed(hidden.device, act_SI.data_ptr())
-    if zeros is None or FIRST_COLUMN - (-width // config.bn) > WORDS:
+    if zeros is None:
         return None
-    order_S, tasks = one_token(topk_ids, as_given=True)
     out = None if counters is not None else torch.empty_like(hidden)
-    weighted = None if out is None else (topk_weights, out)
-    pair_mm_hopper(
-        hidden, up, down, tasks, act_SI, rows_SH, order_S=order_S, counters=zeros,
-        weighted=weighted, **given,
-    )  # fmt: skip
+    given |= {"counters": zeros, "weighted": None if out is None else (topk_weights, out)}
+    if tokens > 1:
+        pair_mm_hopper(hidden, up, down, topk_ids, act_SI, rows_SH, **given)
+        return out
+    order_S, tasks = one_token(topk_ids, as_given=True)
+    pair_mm_hopper(hidden, up, down, tasks, act_SI, rows_SH, order_S=order_S, **given)
     if out is not None:
         return out
     counted = None if counters is None else (tasks.task_N, counters)
     return combine(rows_SH, order_S.view(1, top_k), topk_weights, pdl=True, counted=counted)
+
+
+def is_few(tokens: int, top_k: int, config: HopperConfig) -> bool:
+    """Whether a launch of these tiles finds the tasks of so many tokens itself."""
+    return config.bm == 16 and tokens <= FEW_TOKENS and tokens * top_k <= MAX_SLOTS
 
 
 def pair_mm_hopper_ref(
@@ -191,25 +221,29 @@ def pair_mm_hopper_ref(
 def aot_cases() -> list[AotCase]:
     """The tiles that `experts.choose_layer` picks, of one token and of more, and a taller one."""
     cases = []
-    many = ((False, 16, 128, 10), (False, 32, 128, 8), (False, 64, 128, 8))
-    for one, bm, bn, stages in ((True, 16, 64, 5), (True, 16, 64, 8), *many):
+    few = (("one", 16, 64, 5), ("one", 16, 64, 8), ("few", 16, 128, 12), ("few", 16, 64, 5))
+    many = (("map", 16, 128, 10), ("map", 32, 128, 8), ("map", 64, 128, 8))
+    for found, bm, bn, stages in (*few, *many):
         config = HopperConfig("pair", bm, bn, stages)
         box = (1, bn // 16, 2, 8, 64)
         described = f"tensordesc<bf16[1, {bn // 16}, 2, 8, 64],{_layout(box, torch.bfloat16)!r}>"
         pointers = ("tile_end_ptr", "task_ptr", "row_start_ptr", "rows_ptr")
         case = AotCase(
-            name=f"hopper/pair-{bm}x{bn}x{stages}-{'one' if one else 'many'}",
+            name=f"hopper/pair-{bm}x{bn}x{stages}-{found}",
             fn=pair_kernel,
             signature={
                 "x": "*bf16", "order_ptr": "*i32", "up_desc": described, "down_desc": described,
                 "act_ptr": "*bf16", "out_ptr": "*bf16",
                 **dict.fromkeys((*pointers, "done_ptr", "ticket_ptr", "joined_ptr"), "*i32"),
-                "weights_ptr": "*fp32" if one else "*bf16", "sum_ptr": "*bf16",
-                **dict.fromkeys(("hidden", "inner", "up_n_tiles", "down_n_tiles", "top_k"), "i32"),
+                "weights_ptr": "*bf16" if found == "map" else "*fp32", "sum_ptr": "*bf16",
+                **dict.fromkeys(("hidden", "inner", "up_n_tiles", "down_n_tiles"), "i32"),
+                **dict.fromkeys(("top_k", "experts"), "i32"),
                 **dict.fromkeys(("limit", "alpha", "up_offset"), "fp32"),
             },
             constexprs={
-                **_constants(config, 8 if one else 128, True, one, one),
+                **_constants(
+                    config, 8 if found == "one" else 128, True, found, 0 if found == "map" else 8
+                ),
                 "ACTIVATION": "silu", "HAS_LIMIT": False, "PDL": True,
             },
             options=_options(config) | {"launch_pdl": True},
@@ -219,7 +253,7 @@ def aot_cases() -> list[AotCase]:
             ptx={90: ("cp.async.bulk.tensor", "griddepcontrol.launch_dependents")},
             wgmma=True,
             gluon=True,
-            quick=one,
+            quick=found != "map",
         )  # fmt: skip
         cases.append(case)
     return cases

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .few import count_few, join_few, locate_few, number_slots, plain, slots_few
 from .operands import Pair
 from .tiles import activate, activate_alone
 
@@ -35,11 +36,16 @@ SECOND = gl.constexpr(1 << 20)
 
 @gluon.jit
 def _lanes(p):
-    """What every warp holds of the map: the experts of a single token, or the prefixes of tiles."""
+    """What every warp holds of the map.
+
+    The experts of a single token, the numbered slots of few tokens, or the prefixes of tiles.
+    """
     L: gl.constexpr = gl.BlockedLayout([p.LANES // 32], [32], [gl.num_warps()], [0])
     lane = gl.arange(0, p.LANES, layout=L)
     if p.ONE:
         return gl.load(p.task_ptr + lane, mask=lane < p.N, other=0).to(gl.int32)
+    elif p.FEW:
+        return number_slots(p)
     else:
         return gl.load(p.tile_end_ptr + lane, mask=lane < p.N, other=0x7FFFFFFF)
 
@@ -55,6 +61,10 @@ def _locate(p, held, t, n_tiles):
         lane = gl.arange(0, p.LANES, layout=held.type.layout)
         e = gl.sum(gl.where(lane == j, held, 0), axis=0)
         return j, e, j, t * 0 + 1, t * 0, t * 0 + 1, t % n_tiles
+    elif p.FEW:
+        j = t // n_tiles
+        first = locate_few(held, j)
+        return j, first >> 8, first, t * 0 + 1, t * 0, t * 0 + 1, t % n_tiles
     else:
         end = held
         passed = end <= t // n_tiles
@@ -104,9 +114,10 @@ def _settle(p, t, total):
     """The program that drew last, when nobody waits or counts any more, puts the counters back."""
     if t == total + gl.num_programs(0) - 1:
         gl.store(p.ticket_ptr, 0)
-        if p.ONE:
-            for j in range(0, p.N):
-                gl.store(p.done_ptr + j, 0)
+        if p.ONE | p.FEW:
+            L: gl.constexpr = gl.BlockedLayout([p.LANES // 32], [32], [gl.num_warps()], [0])
+            lane = gl.arange(0, p.LANES, layout=L)
+            gl.store(p.done_ptr + lane, lane * 0, mask=lane < p.N)
 
 
 @gluon.jit
@@ -129,7 +140,14 @@ def _bring(p, c, ptrs, live):
 
 
 @gluon.jit
-def _load_up(p, held, t, c, tiles, n_tiles, total):
+def _note_slots(p, stage, slot):
+    """Leave the slots of a tile's rows beside its note."""
+    if p.FEW:
+        p.slots.index(stage).store(slot)
+
+
+@gluon.jit
+def _load_up(p, held, t, c, tiles, n_tiles, total, tasks):
     """Fill the ring for every up tile that this program draws; the first down tile it drew."""
     BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     r = gl.arange(0, p.BM, layout=gl.SliceLayout(1, BL))
@@ -138,18 +156,27 @@ def _load_up(p, held, t, c, tiles, n_tiles, total):
     ahead = gl.minimum(gl.cdiv(p.hidden, p.BK), p.NB)
     while t < tiles:
         j, e, row_start, rows, m, _, n = _locate(p, held, t, n_tiles)
+        slot = r
+        if p.FEW:
+            slot = slots_few(p, held, row_start, gl.SliceLayout(1, BL))
+            row_start = tasks
         for s in range(0, ahead):
             if s == 0:
                 _write_note(p, s, row_start, rows, m, n, j)
+                _note_slots(p, s, slot)
             _ask(p, p.up_desc, s, e, n, s * p.BK)
         t = _draw(p)
         row = m * p.BM + r
+        inside = row < rows
         if p.ONE:
             token = row * 0
+        elif p.FEW:
+            token = slot // p.top_k
+            inside = slot >= 0
         else:
             slot = gl.load(p.order_ptr + row_start + row, mask=row < rows, other=0)
             token = slot // p.top_k
-        live = (row < rows)[:, None] & (cols >= 0)[None, :]
+        live = inside[:, None] & (cols >= 0)[None, :]
         ptrs = p.x + token.to(gl.int64)[:, None] * p.hidden + cols[None, :]
         for s in range(0, ahead):
             _bring(p, s, ptrs + s * p.BK, live)
@@ -159,6 +186,7 @@ def _load_up(p, held, t, c, tiles, n_tiles, total):
             if k == 0:
                 mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
                 _write_note(p, i, row_start, rows, m, n, j)
+                _note_slots(p, i, slot)
             _ask(p, p.up_desc, c, e, n, k)
             _bring(p, c, ptrs + k, live)
             c += 1
@@ -168,15 +196,21 @@ def _load_up(p, held, t, c, tiles, n_tiles, total):
 
 
 @gluon.jit
-def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total):
+def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total, tasks):
     """Fill the ring for every down tile; its weights come before its up tiles are written."""
     BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     r = gl.arange(0, p.BM, layout=gl.SliceLayout(1, BL))
     cols = gl.arange(0, p.BK, layout=gl.SliceLayout(0, BL))
     while t < total:
         j, e, row_start, rows, m, m_tiles, n = _locate(p, held, t - tiles, n_tiles)
+        slot = row_start + m * p.BM + r
+        inside = m * p.BM + r < rows
+        if p.FEW:
+            slot = slots_few(p, held, row_start, gl.SliceLayout(1, BL))
+            inside = slot >= 0
+            row_start = tasks
         wanted = m_tiles * up_n_tiles
-        if not p.ONE:
+        if not p.ONE | p.FEW:
             wanted += p.BM
         done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
         ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.NB)
@@ -187,13 +221,13 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total):
             if s == 0:
                 mbarrier.wait(p.empty.index(i), (((c + s) // p.NB) & 1) ^ 1)
                 _write_note(p, i, row_start, rows, m + SECOND, n, j)
+                _note_slots(p, i, slot)
             _ask(p, p.down_desc, c + s, e, n, s * p.BK)
         while done < wanted:
             done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
         t = _draw(p)
-        row = m * p.BM + r
-        live = (row < rows)[:, None] & (cols >= 0)[None, :]
-        ptrs = p.act_ptr + (row_start + row).to(gl.int64)[:, None] * p.inner + cols[None, :]
+        live = inside[:, None] & (cols >= 0)[None, :]
+        ptrs = p.act_ptr + slot.to(gl.int64)[:, None] * p.inner + cols[None, :]
         for s in range(0, ahead):
             _bring(p, c + s, ptrs + s * p.BK, live)
         c += ahead
@@ -202,6 +236,7 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total):
             if k == 0:
                 mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
                 _write_note(p, i, row_start, rows, m + SECOND, n, j)
+                _note_slots(p, i, slot)
             _ask(p, p.down_desc, c, e, n, k)
             _bring(p, c, ptrs + k, live)
             c += 1
@@ -210,15 +245,31 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total):
 
 
 @gluon.jit
+def _fetch_maps(p):
+    """Have the SM fetch both tensor maps, by loads past the end of a row: zeros, nothing read."""
+    loaded = p.full.index(p.NB)
+    mbarrier.expect(loaded, 2 * p.up_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(p.up_desc, [0, 0, 0, 0, p.hidden], loaded, p.b_bufs.index(0))
+    tma.async_copy_global_to_shared(p.down_desc, [0, 0, 0, 0, p.inner], loaded, p.b_bufs.index(1))
+
+
+@gluon.jit
 def _load(p, up_n_tiles, down_n_tiles):
     """Four warps: draw tiles, bring their weights and rows."""
+    if p.WARM:
+        _fetch_maps(p)
     if p.PDL:
         gdc_wait()
         gdc_launch_dependents()
-    t = _draw(p)
+    if p.WARM:
+        mbarrier.wait(p.full.index(p.NB), 0)
+    # Loads first: they run while the draw is on its way.
     held = _lanes(p)
+    t = _draw(p)
     row_tiles = t * 0 + p.N
-    if not p.ONE:
+    if p.FEW:
+        row_tiles = count_few(held)
+    elif not p.ONE:
         # Entries beyond the last that has rows repeat the total.
         inside = gl.where(held == 0x7FFFFFFF, 0, held)
         row_tiles = gl.max(inside, axis=0)
@@ -226,8 +277,8 @@ def _load(p, up_n_tiles, down_n_tiles):
     total = tiles + row_tiles * down_n_tiles
     _settle(p, t, total)
     c = t * 0
-    t, c = _load_up(p, held, t, c, tiles, up_n_tiles, total)
-    t, c = _load_down(p, held, t, c, tiles, down_n_tiles, up_n_tiles, total)
+    t, c = _load_up(p, held, t, c, tiles, up_n_tiles, total, row_tiles)
+    t, c = _load_down(p, held, t, c, tiles, down_n_tiles, up_n_tiles, total, row_tiles)
     i = c % p.NB
     mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
     _write_note(p, i, 0, 0, 0, 0, 0)
@@ -255,27 +306,35 @@ def _chain(p, c, depth):
     return acc, c
 
 
+@gluon.constexpr_function
+def _out_layout(BM, COLS):
+    """Registers of an output tile (BM, COLS): rows contiguous over the lanes."""
+    per = 8 if BM * COLS >= 1024 else BM * COLS // 128
+    across = COLS // per if COLS // per < 32 else 32
+    return gl.BlockedLayout([1, per], [32 // across, across], [4, 1], [1, 0])
+
+
 @gluon.jit
-def _put(p, y, c_buf, base, width, row_start, rows, row, col, COLS: gl.constexpr):
+def _rows(p, c, row_start, rows, row, COLS: gl.constexpr):
+    """Where the rows of a tile go, whose note is that of stage `c`; -1: nowhere."""
+    L: gl.constexpr = gl.SliceLayout(1, _out_layout(p.BM, COLS))
+    if p.FEW:
+        return p.slots.index(c % p.NB).load(L)
+    else:
+        r = row + gl.arange(0, p.BM, layout=L)
+        return gl.where(r < rows, row_start + r, -1)
+
+
+@gluon.jit
+def _put(p, y, c_buf, base, width, row, col, COLS: gl.constexpr):
     """Round a transposed tile (COLS, BM) and write its live rows, COLS columns from `col` on."""
-    PER: gl.constexpr = 8 if p.BM * COLS >= 1024 else p.BM * COLS // 128
-    ROW: gl.constexpr = COLS // PER if COLS // PER < 32 else 32
-    OL: gl.constexpr = gl.BlockedLayout([1, PER], [32 // ROW, ROW], [4, 1], [1, 0])
+    OL: gl.constexpr = _out_layout(p.BM, COLS)
     c_buf.store(y.to(base.dtype.element_ty).permute(1, 0))
     barrier()
     tile = c_buf.load(OL)
-    r = row + gl.arange(0, p.BM, layout=gl.SliceLayout(1, OL))
     column = col + gl.arange(0, COLS, layout=gl.SliceLayout(0, OL))
-    at = base + (row_start + r).to(gl.int64)[:, None] * width + column[None, :]
-    gl.store(at, tile, mask=(r < rows)[:, None] & (column < width)[None, :])
-
-
-@gluon.jit
-def _plain(OP: gl.constexpr, x, y):
-    """x OP y, rounded on its own: never part of a fused multiply-add."""
-    return gl.inline_asm_elementwise(
-        OP + ".rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1
-    )
+    at = base + row.to(gl.int64)[:, None] * width + column[None, :]
+    gl.store(at, tile, mask=(row >= 0)[:, None] & (column < width)[None, :])
 
 
 @gluon.jit
@@ -295,7 +354,7 @@ def _join(p, n):
             weight = gl.load(p.weights_ptr + slot + column * 0).to(gl.float32)
             at = p.out_ptr + slot * p.hidden + column
             value = gl.load(at, mask=inside, other=0.0, cache_modifier=".cg").to(gl.float32)
-            acc = _plain("add", acc, _plain("mul", weight, value))
+            acc = plain("add", acc, plain("mul", weight, value))
         gl.store(p.sum_ptr + column, acc.to(p.sum_ptr.dtype.element_ty), mask=inside)
 
 
@@ -306,6 +365,7 @@ def _multiply(p, up_buf, down_buf):
     row_start, rows, m, n, j = _read_note(p, 0)
     c = rows * 0
     while (rows > 0) & (m < SECOND):
+        to = _rows(p, c, row_start, rows, m * p.BM, COLS)
         acc, c = _chain(p, c, p.hidden)
         if p.GATED:
             g, u = acc.reshape(p.BN // 16, 2, 8, p.BM).permute(0, 2, 3, 1).split()
@@ -313,28 +373,31 @@ def _multiply(p, up_buf, down_buf):
             y = y.reshape(COLS, p.BM)
         else:
             y = activate_alone(acc, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha)
-        _put(p, y, up_buf, p.act_ptr, p.inner, row_start, rows, m * p.BM, n * COLS, COLS)
+        _put(p, y, up_buf, p.act_ptr, p.inner, to, n * COLS, COLS)
         barrier()
         gl.atomic_add(p.done_ptr + j, 1, sem="release")
         row_start, rows, m, n, j = _read_note(p, c)
     while rows > 0:
+        to = _rows(p, c, row_start, rows, (m - SECOND) * p.BM, p.BN)
         acc, c = _chain(p, c, p.inner)
-        row = (m - SECOND) * p.BM
-        _put(p, acc, down_buf, p.out_ptr, p.hidden, row_start, rows, row, n * p.BN, p.BN)
+        _put(p, acc, down_buf, p.out_ptr, p.hidden, to, n * p.BN, p.BN)
         barrier()
-        if p.SUM:
+        if p.SUM & p.FEW:
+            join_few(p, n, row_start)
+        elif p.SUM:
             _join(p, n)
         row_start, rows, m, n, j = _read_note(p, c)
 
 
-@gluon.jit(do_not_specialize=["up_n_tiles", "down_n_tiles", "top_k"])
+@gluon.jit(do_not_specialize=["up_n_tiles", "down_n_tiles", "top_k", "experts"])
 def pair_kernel(
     x, order_ptr, up_desc, down_desc, act_ptr, out_ptr,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr,
-    weights_ptr, sum_ptr, hidden, inner, up_n_tiles, down_n_tiles, top_k, limit, alpha, up_offset,
-    N: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr, SUM: gl.constexpr, GATED: gl.constexpr,
+    weights_ptr, sum_ptr, hidden, inner, up_n_tiles, down_n_tiles, top_k, experts, limit, alpha,
+    up_offset, N: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr, FEW: gl.constexpr,
+    TOP_K: gl.constexpr, SUM: gl.constexpr, GATED: gl.constexpr,
     ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, LREG: gl.constexpr,
+    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, WARM: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[token of row] @ up[e].T) @ down[e].T for the rows of every task.
 
@@ -343,9 +406,11 @@ def pair_kernel(
     else (E, I/16, 2, 8, H) in order; down_desc: (E, H/16, 2, 8, I) in order, same box. act_ptr:
     (S, I), out_ptr: (S, H). The task map's arrays are (N,) int32. done_ptr: int32 (N,), BM for
     every entry that has rows; ticket_ptr: one zero. ONE: a single token, whose N slots are tasks
-    of a row; task_ptr is then int32 or int64 ids and done_ptr (N,) zeros, put back at the end.
-    SUM: of a single token, also sum_ptr (H,) = the rows weighted by weights_ptr (N,) and summed in
-    slot order, counted by joined_ptr, one zero for each BN columns of H, put back at the end.
+    of a row; FEW: tokens of TOP_K slots, N in all, whose tasks are found here, see `few`, with rows
+    kept by slot. Of both task_ptr is int32 or int64 ids and done_ptr (N,) zeros, put back at the
+    end. SUM: of one or few tokens, also sum_ptr (T, H) = the rows weighted by weights_ptr (N,) and
+    summed in slot order, counted by joined_ptr, a zero for each BN columns of H, put back at the
+    end.
     """
     A: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], up_desc.dtype)
     COLS: gl.constexpr = BN // 2 if GATED else BN
@@ -359,20 +424,27 @@ def pair_kernel(
     down_buf = gl.allocate_shared_memory(
         up_desc.dtype, [BM, BN], gl.NVMMASharedLayout.get_default_for([BM, BN], up_desc.dtype)
     )
-    full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [NB + 1, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NB):
         mbarrier.init(full.index(i), count=129)
         mbarrier.init(empty.index(i), count=1)
+    mbarrier.init(full.index(NB), count=1)
     fence_async_shared()
     notes = gl.allocate_shared_memory(
         gl.int32, [5 * NB, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
+    slots = notes
+    if FEW:
+        slots = gl.allocate_shared_memory(
+            gl.int32, [NB, BM], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+        )
     p = Pair(
         x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr, row_start_ptr,
         rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, a_bufs, b_bufs, notes,
-        full, empty, hidden, inner, top_k, limit, alpha, up_offset, N, LANES, ONE, SUM, GATED,
-        ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
+        slots, full, empty, hidden, inner, top_k, experts, limit, alpha, up_offset, N, LANES, ONE,
+        FEW, TOP_K, SUM, GATED,
+        ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL, WARM,
     )  # fmt: skip
     gl.warp_specialize(
         [(_multiply, (p, up_buf, down_buf)), (_load, (p, up_n_tiles, down_n_tiles))], [4], [LREG]

@@ -14,7 +14,7 @@ import threading
 import torch
 from torch import Tensor
 
-WORDS = 256
+WORDS = 512
 """int32 counters of one set."""
 SETS = 4096
 _lock = threading.Lock()

@@ -1,0 +1,120 @@
+"""Tasks of few tokens, found by every program of a launch for itself: no sort goes before it.
+
+    T tokens · K top-k · N = T*K slots, at most 128 · BM token rows of a tile
+
+A slot's rank counts the slots before it that chose the same expert. Those whose rank is a multiple
+of BM lead a task of up to BM rows, the slots of the ranks that follow; tasks are numbered in the
+order of their leaders. Rows are kept by slot, not sorted, and ids outside [0, E) are one expert
+whose weights lie outside the tensor: zeros, which the sum leaves out.
+
+    ids 7 2 7 7 5, BM = 2:  ranks 0 0 1 2 0,  leaders 0 1 3 4,  tasks (0, 2) (1) (3) (4)
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+MAX_SLOTS = 128
+"""More would not fit a key's low byte beside their expert, nor a program's registers."""
+NOBODY = gl.constexpr(0x7FFFFFFF)
+
+
+@gluon.constexpr_function
+def grid_layout(LANES):
+    """Slots over the lanes of every warp, 16 others over the warps."""
+    return gl.BlockedLayout([LANES // 32, 4], [32, 1], [1, 4], [1, 0])
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _experts_of(p, slot):
+    """The expert of each slot, -1 where it is nobody's."""
+    e = gl.load(p.task_ptr + slot, mask=slot < p.N, other=-1).to(gl.int32)
+    return gl.where((e >= 0) & (e < p.experts), e, -1)
+
+
+@gluon.jit
+def number_slots(p):
+    """Of each slot the key, expert * 256 + rank, and the number of the task it leads, or -1."""
+    G: gl.constexpr = grid_layout(p.LANES)
+    lane = gl.arange(0, p.LANES, layout=gl.SliceLayout(1, G))
+    other = gl.arange(0, 16, layout=gl.SliceLayout(0, G))
+    mine = _experts_of(p, lane)
+    same = gl.zeros([p.LANES, 16], gl.int32, layout=G)
+    for first in gl.static_range(0, p.LANES, 16):
+        theirs = _experts_of(p, first + other)
+        before = (first + other)[None, :] < lane[:, None]
+        same += (before & (theirs[None, :] == mine[:, None])).to(gl.int32)
+    rank = gl.sum(same, axis=1)
+    leads = ((lane < p.N) & (rank % p.BM == 0)).to(gl.int32)
+    S: gl.constexpr = gl.BlockedLayout([p.LANES // 32], [32], [4], [0])
+    number = gl.associative_scan(gl.convert_layout(leads, S), 0, _add)
+    number = gl.convert_layout(number, gl.SliceLayout(1, G))
+    key = gl.where(lane < p.N, (mine << 8) | rank, NOBODY)
+    return key, gl.where(leads > 0, number - 1, -1)
+
+
+@gluon.jit
+def count_few(held):
+    """How many tasks there are."""
+    return gl.max(held[1], axis=0) + 1
+
+
+@gluon.jit
+def locate_few(held, j):
+    """The key of the slot that leads task `j`."""
+    return gl.sum(gl.where(held[1] == j, held[0], 0), axis=0)
+
+
+@gluon.jit
+def slots_few(p, held, first, LAYOUT: gl.constexpr):
+    """The slots (BM,) of the task whose leader has the key `first`; -1 past its rows."""
+    G: gl.constexpr = grid_layout(p.LANES)
+    lane = gl.arange(0, p.LANES, layout=gl.SliceLayout(1, G))
+    row = gl.arange(0, p.BM, layout=gl.SliceLayout(0, G))
+    found = held[0][:, None] == (first + row)[None, :]
+    slot = gl.sum(gl.where(found, lane[:, None] + 1, 0), axis=0) - 1
+    return gl.convert_layout(slot, LAYOUT)
+
+
+@gluon.jit
+def plain(OP: gl.constexpr, x, y):
+    """x OP y, rounded on its own: never part of a fused multiply-add."""
+    return gl.inline_asm_elementwise(
+        OP + ".rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def join_few(p, n, tasks):
+    """Every token's weighted sum over its slots, as `combine` computes it, of BN columns.
+
+    Done by the program that wrote the last of the tasks' tiles of these columns.
+    """
+    joined = p.joined_ptr + n
+    if gl.atomic_add(joined, 1, sem="acq_rel") == tasks - 1:
+        gl.store(joined, 0)
+        ACROSS: gl.constexpr = p.BN // 8
+        L: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
+        column = n * p.BN + gl.arange(0, p.BN, layout=gl.SliceLayout(0, L))
+        inside = (column < p.hidden)[None, :]
+        ROWS: gl.constexpr = 128 // ACROSS
+        for start in range(0, p.N // p.TOP_K, ROWS):
+            token = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
+            acc = gl.zeros([ROWS, p.BN], gl.float32, layout=L)
+            for k in gl.static_range(p.TOP_K):
+                slot = token * p.TOP_K + k
+                owned = _experts_of(p, slot) >= 0
+                weight = gl.load(p.weights_ptr + slot, mask=owned, other=0.0).to(gl.float32)
+                at = p.out_ptr + slot[:, None] * p.hidden + column[None, :]
+                here = owned[:, None] & inside
+                value = gl.load(at, mask=here, other=0.0, cache_modifier=".cg").to(gl.float32)
+                acc = plain("add", acc, plain("mul", weight[:, None], value))
+            at = p.sum_ptr + token[:, None] * p.hidden + column[None, :]
+            here = (token * p.TOP_K < p.N)[:, None] & inside
+            gl.store(at, acc.to(p.sum_ptr.dtype.element_ty), mask=here)
