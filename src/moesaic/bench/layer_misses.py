@@ -25,7 +25,8 @@ CAUSES: Mapping[tuple[str, str], str] = {
     ("1 token", kind): (
         "The least work there is: the floor is 17 to 157 µs of reading, with 1.5 to 7 tiles of 64 "
         "weight rows for each SM in the up-projection. Tried (log, *Launches without the "
-        "launcher*): one launch or two, rings of 5 to 12 stages, one to four programs an SM, 64 or 128 weight rows a tile."
+        "launcher*): one launch or two, rings of 5 to 12 stages, one to four programs an SM, 64 or "
+        "128 weight rows a tile."
     )
     for kind in ("even", "skewed", "worst case")
 } | {
