@@ -10,7 +10,8 @@ another implementation. A speed-up is that of the faster of ours over the fastes
 
 Three clocks: `model` is the step. `rest` is the step with every MoE block replaced by the identity,
 `moe` our MoE blocks alone on the inputs of the model: their sum is what Amdahl's law lets ours be.
-The errors of the `moe` lines compare each block with grouped_mm's on the same input.
+The errors of the `moe` lines compare each block with grouped_mm's on the same input. Clock `parts`
+splits the replay of our fastest step, see `step_parts`, with the profiler on, which slows it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..results import Line, Target, at_least, make_line, stamp
+from ..step_parts import parts_ms, replayed
 from ..suite import Cell, Context, Suite
 from ..timing import (
     DeviceLost,
@@ -53,7 +55,7 @@ NAME, OURS = "transformers", "moesaic"
 BATCHES = (1, 16, 64, 128)
 PREFILL = 8192
 RIVALS = ("grouped_mm", "batched_mm")
-REST, MOE, WITHOUT, TUNED = "rest", "moe", "without-moe", "-tuned"
+REST, MOE, PARTS, WITHOUT, TUNED = "rest", "moe", "parts", "without-moe", "-tuned"
 ERROR_BOUND = 1.5e-2
 CELL_S, MODEL_S, TUNING_S = 12.0, 10.0, 45.0
 SAMPLING_S = 3.0
@@ -105,6 +107,7 @@ class Timer:
         self.mode = "graph" if self.cuda else "eager"
         self.samplers: dict[Key, Sampler] = {}
         self.errors: dict[Key, str] = {}
+        self.replays: dict[Key, Callable[[], Any]] = {}
 
     def add(self, key: Key, call: Callable[[], Any], state: Callable[[], Any]) -> None:
         """Warm a call up in a state of the model, capture it there, and make its sampler.
@@ -115,7 +118,9 @@ class Timer:
             with state():
                 call()
                 if self.cuda:
-                    self.samplers[key] = graph_sampler(capture([call]))
+                    captured = capture([call])
+                    self.samplers[key] = graph_sampler(captured)
+                    self.replays[key] = captured.graph.replay
                 else:
                     self.samplers[key] = within(state, cpu_sampler([call], min_ms=1.0))
         except Exception as error:
@@ -176,6 +181,10 @@ def measure(
         accuracy = prepare(timer, model, cell, forwards, seed)
         timed = interleave(timer.samplers, budget_s=sampling_s, min_samples=7, seed=seed)
     errors = timer.errors | timed.errors
+    mine = {key: m.median for key, m in timed.measured.items() if key in timer.replays}
+    mine = {
+        key: ms for key, ms in mine.items() if key in {("model", OURS), ("model", OURS + TUNED)}
+    }
     lines = []
     for key in sorted(dict.fromkeys([*timed.measured, *errors])):
         values: Line = {
@@ -191,7 +200,22 @@ def measure(
         if key in accuracy:
             values |= {"err": accuracy[key], "wrong": not accuracy[key] <= ERROR_BOUND}
         lines.append(make_line(stamped, **values))
+    if mine:
+        lines += part_lines(timer.replays[min(mine, key=mine.__getitem__)], lines[0])
     return lines
+
+
+def part_lines(replay: Callable[[], Any], like: Line) -> list[Line]:
+    """What a step's time goes to, a line a part, of the cell of another line."""
+    keys = ("suite", "model", "tokens", "routing", "mode", "dtype", "layers")
+    cell = {key: like[key] for key in keys}
+    stamped = {key: like[key] for key in ("device", "torch", "triton", "commit", "date")}
+    try:
+        parts = parts_ms(replayed(replay))
+    except Exception as error:
+        check_device(reason(error))
+        return [make_line(stamped, **cell, clock=PARTS, impl="other", error=reason(error))]
+    return [make_line(stamped, **cell, clock=PARTS, impl=part, ms=ms) for part, ms in parts.items()]
 
 
 def told(lines: Sequence[Line]) -> str:
