@@ -152,6 +152,7 @@ def bench(
     only: Annotated[list[str] | None, typer.Option(help="Cells of this model only.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Cells of so many tokens only.")] = None,
     routing: Annotated[list[str] | None, typer.Option(help="Cells of this routing only.")] = None,
+    clock: Annotated[list[str] | None, typer.Option(help="Cells of this clock only.")] = None,
     out: Annotated[Path, typer.Option(help="Where results are kept.")] = Path("benchmarks/results"),
     budget: Annotated[
         float | None, typer.Option("--budget-s", "--budget", help="Seconds to spend.")
@@ -172,6 +173,7 @@ def bench(
             only=only or (),
             tokens=tokens or (),
             routing=routing or (),
+            clock=clock or (),
             out=out,
             budget_s=budget,
             missing=missing,

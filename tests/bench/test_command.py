@@ -56,6 +56,7 @@ def test_cells_are_chosen_by_option_and_what_has_lines_is_not_missing() -> None:
     suite = fake()
     assert command.selected(suite, only=["b"]) == CELLS[2:]
     assert command.selected(suite, tokens=[16], routing=["zipf1"]) == [CELLS[3]]
+    assert command.selected(suite, clock=["experts"]) == CELLS
     lines = [
         made(CELLS[0], "moesaic", 1.0),
         made(CELLS[1], "other", 1.0),
@@ -65,6 +66,8 @@ def test_cells_are_chosen_by_option_and_what_has_lines_is_not_missing() -> None:
     assert command.selected(suite, measured=lines) == CELLS[1:]
     with pytest.raises(ValueError, match=r"--only must be one of \['a', 'b'\], got 'c'"):
         command.selected(suite, only=["c"])
+    with pytest.raises(ValueError, match=r"--clock must be one of \['experts'\], got 'host'"):
+        command.selected(suite, clock=["host"])
     with pytest.raises(ValueError, match="no cell"):
         command.selected(suite, only=["a"], routing=["zipf1"])
 

@@ -67,9 +67,10 @@ def selected(
     only: Sequence[str] = (),
     tokens: Sequence[int] = (),
     routing: Sequence[str] = (),
+    clock: Sequence[str] = (),
     measured: Sequence[Line] | None = None,
 ) -> list[Cell]:
-    """The suite's cells of the given models, token counts and routings, without those `measured`.
+    """The suite's cells of the given models, tokens, routings and clocks, without those `measured`.
 
     Raises:
         ValueError: a value that no cell has, or no cell is left.
@@ -79,6 +80,7 @@ def selected(
         ("--only", only, lambda cell: cell.model),
         ("--tokens", tokens, lambda cell: cell.tokens),
         ("--routing", routing, lambda cell: cell.routing),
+        ("--clock", clock, lambda cell: cell.clock),
     )
     for option, values, of in limits:
         known = list(dict.fromkeys(of(cell) for cell in suite.cells()))
@@ -88,7 +90,7 @@ def selected(
         if values:
             cells = [cell for cell in cells if of(cell) in values]
     if not cells:
-        raise ValueError("no cell of the suite has all of --only, --tokens and --routing")
+        raise ValueError("no cell of the suite has all of --only, --tokens, --routing, --clock")
     done = {suite.measured(line) for line in measured or ()}
     return [cell for cell in cells if cell not in done]
 
@@ -163,6 +165,7 @@ def main(
     only: Sequence[str] = (),
     tokens: Sequence[int] = (),
     routing: Sequence[str] = (),
+    clock: Sequence[str] = (),
     out: Path = Path("benchmarks/results"),
     budget_s: float | None = None,
     missing: bool = False,
@@ -188,7 +191,7 @@ def main(
     slug = device_slug(place) + (f"-x{world_size()}" if world_size() > 1 else "")
     recorder = Recorder(out, slug, chosen.name, chosen.summarize)
     cells = selected(
-        chosen, only=only, tokens=tokens, routing=routing,
+        chosen, only=only, tokens=tokens, routing=routing, clock=clock,
         measured=recorder.lines if missing else None,
     )  # fmt: skip
     budget = chosen.budget_s if budget_s is None else budget_s
