@@ -30,7 +30,7 @@ from .activation import activate_ref
 from .activation_triton import activate, pointwise
 from .aot import AotCase
 from .batching import RowSort, TaskMap, find_task, tile_capacity
-from .device import registers, sm_count
+from .device import registers, sm_count, triton_since
 from .tune import FP32_BLOCK_K, GemmConfig, Problem, cdiv, heuristic
 
 
@@ -282,6 +282,9 @@ def plan_grouped_mm(
         raise ValueError(f"an expert must have fewer than 2**31 weights, got {weight_shape}")
     block_k = FP32_BLOCK_K if itemsize == 4 else config.block_k
     row_tiles = cdiv(tile_capacity(slots, entries, heights), config.group_m) * config.group_m
+    # The largest gated, biased tiles spill from Triton 3.9 on, unless their columns are masked.
+    large = max(heights) >= 128 and itemsize == 2
+    masked = epilogue.gated and has_bias and large and triton_since((3, 9))
     constants: dict[str, Any] = {
         "ENTRIES": entries,
         "ENTRIES_POW2": 1 << (entries - 1).bit_length(),
@@ -294,7 +297,7 @@ def plan_grouped_mm(
         "HAS_BIAS": has_bias,
         "HAS_LIMIT": epilogue.limit is not None,
         "EVEN_K": contraction % block_k == 0,
-        "EVEN_N": width % config.block_n == 0,
+        "EVEN_N": width % config.block_n == 0 and not masked,
         "SWAP_UP_TO": config.swap_up_to,
         "BLOCK_N": config.block_n,
         "BLOCK_K": block_k,
