@@ -124,10 +124,10 @@ def test_a_layer_is_put_together(
             counters=counters,
         )  # fmt: skip
 
-    monkeypatch.setattr(pair, "zeroed", lambda device, address: None)
-    if tokens == 1:
-        assert layer() is None
-    monkeypatch.setattr(pair, "zeroed", lambda device, address: torch.zeros(256).int())
+    monkeypatch.setattr(pair, "WORDS", pair.FIRST_COLUMN + 6)
+    assert tokens > 1 or layer() is None
+    monkeypatch.setattr(pair, "WORDS", zeros.WORDS)
+    monkeypatch.setattr(pair, "zeroed", lambda device, address: torch.zeros(zeros.WORDS).int())
     sort, tasks = batch_rows_ref(case["topk_ids"], 24, heights=(16,))
     rows = pair.pair_mm_hopper_ref(
         case["hidden"], case["up"], case["down"], tasks, order_S=sort.order_S, top_k=4, **arithmetic
@@ -143,21 +143,29 @@ def test_counters_belong_to_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_free", "_given"):
         monkeypatch.setattr(zeros, name, {})
     monkeypatch.setattr(zeros, "SETS", 2)
+    monkeypatch.setattr(zeros, "MOST_SETS", 6)
     capturing = [True]
     stream = type("Stream", (), {"synchronize": lambda self: None})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream())
     device = torch.device("cpu")
-    zeros.prepare(device)
-    assert zeros.zeroed(device, 512) is None
-    capturing[0] = False
     for _ in range(2):
-        zeros.prepare(device)
+        own = zeros.zeroed(device, 512)
+        assert not own.any() and zeros.given(device, 512) is None
+        own.fill_(1)
+    capturing[0] = False
+    zeros.prepare(device)
     first, second = zeros.zeroed(device, 512), zeros.zeroed(device, 1024)
-    assert first is not None and second is not None and first.numel() == zeros.WORDS
-    assert first.data_ptr() != second.data_ptr() and not first.any()
+    assert first.numel() == zeros.WORDS and not first.any() and not second.any()
     assert zeros.zeroed(device, 512) is first and zeros.given(device, 1024) is second
-    assert zeros.zeroed(device, 2048) is None and zeros.given(device, 2048) is None
+    capturing[0] = True
+    assert zeros.zeroed(device, 2048).numel() == zeros.WORDS
+    assert zeros.given(device, 2048) is None
+    capturing[0] = False
+    sets = [zeros.zeroed(device, 512 * n) for n in range(1, 9)]
+    assert len({one.data_ptr() for one in sets}) == 8
+    assert [n for n in range(1, 9) if zeros.given(device, 512 * n) is None] == [7, 8]
+    assert zeros.zeroed(device, 512) is first and sum(map(len, zeros._free.values())) == 0
 
 
 @needs_hopper

@@ -171,9 +171,9 @@ def layer_pair(
     epilogue: dict[str, Any],
     counters: Tensor | None,
 ) -> Tensor | None:
-    """A layer by `pair_mm_hopper`: with the sort and the combine, or alone for a single token.
+    """A layer by `pair_mm_hopper`: with the sort and the combine, or alone for few tokens.
 
-    None when a single token finds no zeroed counters, see `zeros`, or not enough of them.
+    None when a single token's H is too wide for a set of counters, see `zeros`.
     """
     tokens, top_k = topk_ids.shape
     width, inner = hidden.shape[1], down.shape[2]

@@ -85,7 +85,7 @@ class LayerPlan:
         self._goes = [launch.go for launch in self._launches]
         self._sources = list(self._cell_at)
         self._pack = struct.Struct(f"{len(self._sources)}Q").pack_into
-        self._kept: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
+        self._kept: dict[int, tuple[tuple[int, ...], tuple[Tensor, ...]]] = {}
         self._bases: tuple[int, ...] | None = None
         self._stream: int | None = None
         self._ranges.clear()
@@ -156,38 +156,31 @@ class LayerPlan:
                 check(driver().replace_address(place, bases[base] + offset))
         self._bases = bases
 
-    def _scratch(self, stream: int) -> tuple[Tensor, tuple[int, ...]] | None:
-        """Scratch and the addresses that belong to it; None when no counters are left.
+    def _scratch(self, stream: int) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+        """The addresses of scratch and of the counters that belong to it, and what holds them.
 
         A little scratch is kept for the eager calls of a stream, which follow one another. A graph
         has its own, from its own pool.
         """
         arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=self.device)
-        addresses: tuple[int, ...] = (arena.data_ptr(),)
+        made: tuple[Tensor, ...] = (arena,)
         if self._zeros_at is not None:
-            counters = zeroed(self.device, addresses[0] + self._zeros_at)
-            if counters is None:
-                return None
-            addresses = (*addresses, counters.data_ptr())
+            made = (arena, zeroed(self.device, arena.data_ptr() + self._zeros_at))
+        held = tuple(tensor.data_ptr() for tensor in made), made
         if self.arena_bytes <= KEPT_BYTES and not torch._C._cuda_isCurrentStreamCapturing():
             if len(self._kept) >= MAX_STREAMS:
                 self._kept.clear()
-            self._kept[stream] = arena, addresses
-        return arena, addresses
+            self._kept[stream] = held
+        return held
 
     def run(self, *inputs: Tensor) -> Tensor | None:
-        """The output for these tensors, of the recorded shapes.
-
-        None when a tensor is not aligned, or no counters are left.
-        """
+        """The output for these tensors, of the recorded shapes; None when one is not aligned."""
         stream = torch._C._cuda_getCurrentRawStream(self._index)
         held = self._kept.get(stream)
         if held is None or torch._C._cuda_isCurrentStreamCapturing():
             held = self._scratch(stream)
-            if held is None:
-                return None
         out = torch.empty_like(inputs[0])
-        bases = (*[t.data_ptr() for t in inputs], out.data_ptr(), *held[1])
+        bases = (*[t.data_ptr() for t in inputs], out.data_ptr(), *held[0])
         if bases != self._bases:
             union = 0
             for address in bases:
@@ -242,7 +235,7 @@ def planned(
         if out is not None:
             _told["raw"] += 1
             return out
-        _told["an unaligned tensor, or no counters"] += 1
+        _told["an unaligned tensor"] += 1
         return call()
     if plan is not None:
         _told[plan if isinstance(plan, str) else "a launch hook is installed"] += 1
