@@ -25,7 +25,7 @@ from .dispatch import choose_impl
 from .packing import PackedWeights
 from .reference import moe_reference
 from .types import ExpertSpec, ExpertWeights, RouterSpec
-from .validate import check_contiguous
+from .validate import check_contiguous, refuse_nan
 
 WEIGHT_NAMES = ("up", "down", "up_bias", "down_bias", "mid", "mid_bias")
 
@@ -103,6 +103,14 @@ def _route_cpu(
     return ids_TK, weights_TK, counts_E
 
 
+def _route_checked_cpu(
+    logits: Tensor, bias: Tensor | None, spec: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For the ops that are called without `functional.route`, which checks first."""
+    refuse_nan(logits)
+    return _route_cpu(logits, bias, spec)
+
+
 def _route_cuda(
     logits: Tensor, bias: Tensor | None, spec: str, counters: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +145,7 @@ def _route_fake(
 def _choose_cpu(
     logits: Tensor, bias: Tensor | None, spec: str, as_logits: bool
 ) -> tuple[Tensor, Tensor]:
-    ids, weights, _ = _route_cpu(logits, bias, spec)
+    ids, weights, _ = _route_checked_cpu(logits, bias, spec)
     return ids, weights.to(logits.dtype) if as_logits else weights
 
 
@@ -202,7 +210,9 @@ def _route_hidden_cpu(
     fp32: bool,
     as_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _route_composed(_route_cpu, hidden, weight, linear_bias, bias, spec, fp32, as_logits)
+    return _route_composed(
+        _route_checked_cpu, hidden, weight, linear_bias, bias, spec, fp32, as_logits
+    )
 
 
 def _route_hidden_cuda(

@@ -214,8 +214,19 @@ def check_route(logits_TE: Tensor, spec: RouterSpec, bias_E: Tensor | None) -> N
         _device("bias", bias_E, logits_TE)
         if bias_E.dtype != torch.float32:
             raise TypeError(f"bias must be float32, got {bias_E.dtype}")
-    if checks_values(logits_TE) and bool(torch.isnan(logits_TE).any()):
-        row = int(torch.isnan(logits_TE).any(dim=1).nonzero()[0])
+    if checks_values(logits_TE):
+        refuse_nan(logits_TE)
+
+
+def refuse_nan(logits_TE: Tensor) -> None:
+    """Read the logits of a router and refuse NaN among them.
+
+    Raises:
+        ValueError: a logit is NaN.
+    """
+    nan_T = torch.isnan(logits_TE).any(dim=1)
+    if bool(nan_T.any()):
         raise ValueError(
-            f"logits must not be NaN, got NaN in row {row}; the model diverged before the router"
+            f"logits must not be NaN, got NaN in row {int(nan_T.nonzero()[0])}; "
+            "the model diverged before the router"
         )
