@@ -92,6 +92,8 @@ def by_twin(seen: list[dict[str, Any]]) -> Any:
         if how.get("weighted"):
             weights, total = how["weighted"]
             total.copy_(combine_ref(rows, order_S.view(1, -1), weights))
+        if how.get("counted") is not None:
+            how["counted"][1:, tasks.task_N.long()] += 1
         return out
 
     return pair_mm

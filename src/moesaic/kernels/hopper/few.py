@@ -66,6 +66,22 @@ def count_few(held):
 
 
 @gluon.jit
+def add_counts(p, held):
+    """Add each expert's rows and tiles to lines 1 and 2 of the counters (3, E), by one program."""
+    if p.FEW:
+        e = gl.where(held[0] == NOBODY, -1, held[0] >> 8)
+        leads = held[1] >= 0
+    else:
+        lane = gl.arange(0, p.LANES, layout=held.type.layout)
+        e = gl.where(lane < p.N, held, -1)
+        leads = lane < p.N
+    known = (e >= 0) & (e < p.experts) & (gl.program_id(0) == 0)
+    rows = p.counters_ptr + p.experts + e
+    gl.atomic_add(rows, known.to(gl.int32), mask=known, sem="relaxed")
+    gl.atomic_add(rows + p.experts, leads.to(gl.int32), mask=known & leads, sem="relaxed")
+
+
+@gluon.jit
 def locate_few(held, j):
     """The key of the slot that leads task `j`."""
     return gl.sum(gl.where(held[1] == j, held[0], 0), axis=0)

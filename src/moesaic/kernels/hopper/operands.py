@@ -5,7 +5,7 @@ E experts · H hidden width · I intermediate width · N entries of the task map
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
 
@@ -28,6 +28,7 @@ class Pair:
     joined_ptr: gl.tensor
     weights_ptr: gl.tensor
     sum_ptr: gl.tensor
+    counters_ptr: gl.tensor
     a_bufs: gl.shared_memory_descriptor
     b_bufs: gl.shared_memory_descriptor
     notes: gl.shared_memory_descriptor
@@ -47,6 +48,7 @@ class Pair:
     FEW: gl.constexpr
     TOP_K: gl.constexpr
     SUM: gl.constexpr
+    COUNT: gl.constexpr
     GATED: gl.constexpr
     ACTIVATION: gl.constexpr
     HAS_LIMIT: gl.constexpr
@@ -60,9 +62,10 @@ class Pair:
     @gluon.constexpr_function
     def __init__(
         self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
-        row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, a_bufs,
-        b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts, limit, alpha, up_offset,
-        N, LANES, ONE, FEW, TOP_K, SUM, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL, WARM,
+        row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr,
+        counters_ptr, a_bufs, b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts,
+        limit, alpha, up_offset, N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION,
+        HAS_LIMIT, BM, BN, BK, NB, PDL, WARM,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -79,6 +82,7 @@ class Pair:
         self.joined_ptr = joined_ptr
         self.weights_ptr = weights_ptr
         self.sum_ptr = sum_ptr
+        self.counters_ptr = counters_ptr
         self.a_bufs = a_bufs
         self.b_bufs = b_bufs
         self.notes = notes
@@ -98,6 +102,7 @@ class Pair:
         self.FEW = gl.constexpr(FEW)
         self.TOP_K = gl.constexpr(TOP_K)
         self.SUM = gl.constexpr(SUM)
+        self.COUNT = gl.constexpr(COUNT)
         self.GATED = gl.constexpr(GATED)
         self.ACTIVATION = gl.constexpr(ACTIVATION)
         self.HAS_LIMIT = gl.constexpr(HAS_LIMIT)
@@ -107,3 +112,12 @@ class Pair:
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
         self.WARM = gl.constexpr(WARM)
+
+
+@gluon.jit
+def fetch_maps(p):
+    """Have the SM fetch both tensor maps, by loads past the end of a row: zeros, nothing read."""
+    loaded = p.full.index(p.NB)
+    mbarrier.expect(loaded, 2 * p.up_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(p.up_desc, [0, 0, 0, 0, p.hidden], loaded, p.b_bufs.index(0))
+    tma.async_copy_global_to_shared(p.down_desc, [0, 0, 0, 0, p.inner], loaded, p.b_bufs.index(1))

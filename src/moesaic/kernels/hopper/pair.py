@@ -43,7 +43,7 @@ def rows_descriptor(weight: Tensor, config: HopperConfig) -> TensorDescriptor:
 
 
 def _constants(
-    config: HopperConfig, entries: int, gated: bool, found: str, summed: int
+    config: HopperConfig, entries: int, gated: bool, found: str, summed: int, counted: bool
 ) -> dict[str, Any]:
     """`found`: where tasks come from, "one", "few" or "map"; `summed`: slots of a token, or 0."""
     return {
@@ -53,6 +53,7 @@ def _constants(
         "FEW": found == "few",
         "TOP_K": summed,
         "SUM": summed > 0,
+        "COUNT": counted,
         "GATED": gated,
         "BM": config.bm,
         "BN": config.bn,
@@ -87,6 +88,7 @@ def pair_mm_hopper(
     up_offset: float = 0.0,
     counters: Tensor | None = None,
     weighted: tuple[Tensor, Tensor] | None = None,
+    counted: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """``out[row] = act(x[token of row] @ up[e].T) @ down[e].T``, one launch, `act` in between.
@@ -104,6 +106,7 @@ def pair_mm_hopper(
             `tasks.task_N`, may then be int64.
         weighted: with `counters`, weights (T, K) and where the weighted sum of the rows goes,
             (T, H), as `combine` makes it.
+        counted: with `counters`, (3, E) int32 to which each expert's rows and tiles are added.
         pdl: start while the launch before still runs and wait for it on the device.
     """
     check_triton()
@@ -125,6 +128,7 @@ def pair_mm_hopper(
         *_counters_of(tasks, counters),
         weights,
         total,
+        _counters_of(tasks, counters)[1] if counted is None else counted,
         hidden,
         inner,
         -(-inner // columns),
@@ -138,7 +142,9 @@ def pair_mm_hopper(
         HAS_LIMIT=limit is not None,
         PDL=pdl,
         launch_pdl=pdl,
-        **_constants(config, entries, gated, found, 0 if weighted is None else top_k),
+        **_constants(
+            config, entries, gated, found, 0 if weighted is None else top_k, counted is not None
+        ),
         **_options(config),
     )
     return out
@@ -181,7 +187,7 @@ def layer_pair(
     rows_SH = hidden.new_empty((tokens * top_k, width))
     given = {"config": config, "num_sms": num_sms, "top_k": top_k, "pdl": True, **epilogue}
     zeros = None
-    if tokens == 1 or (counters is None and is_few(tokens, top_k, config)):
+    if tokens == 1 or is_few(tokens, top_k, config):
         enough = FIRST_COLUMN - (-width // config.bn) <= WORDS
         zeros = zeroed(hidden.device, act_SI.data_ptr()) if enough else None
     if tokens > 1 and zeros is None:
@@ -192,17 +198,14 @@ def layer_pair(
         return combine(rows_SH, sort.position_S.view(tokens, top_k), topk_weights, pdl=True)
     if zeros is None:
         return None
-    out = None if counters is not None else torch.empty_like(hidden)
-    given |= {"counters": zeros, "weighted": None if out is None else (topk_weights, out)}
+    out = torch.empty_like(hidden)
+    given |= {"counters": zeros, "weighted": (topk_weights, out), "counted": counters}
     if tokens > 1:
         pair_mm_hopper(hidden, up, down, topk_ids, act_SI, rows_SH, **given)
         return out
     order_S, tasks = one_token(topk_ids, as_given=True)
     pair_mm_hopper(hidden, up, down, tasks, act_SI, rows_SH, order_S=order_S, **given)
-    if out is not None:
-        return out
-    counted = None if counters is None else (tasks.task_N, counters)
-    return combine(rows_SH, order_S.view(1, top_k), topk_weights, pdl=True, counted=counted)
+    return out
 
 
 def is_few(tokens: int, top_k: int, config: HopperConfig) -> bool:
@@ -223,33 +226,36 @@ def aot_cases() -> list[AotCase]:
     cases = []
     few = (("one", 16, 64, 5), ("one", 16, 64, 8), ("few", 16, 128, 12), ("few", 16, 64, 5))
     many = (("map", 16, 128, 10), ("map", 32, 128, 8), ("map", 64, 128, 8))
-    for found, bm, bn, stages in (*few, *many):
+    each = [(*tile, counted) for counted in (False, True) for tile in few]
+    for found, bm, bn, stages, counted in [*each, *((*tile, False) for tile in many)]:
         config = HopperConfig("pair", bm, bn, stages)
         box = (1, bn // 16, 2, 8, 64)
         described = f"tensordesc<bf16[1, {bn // 16}, 2, 8, 64],{_layout(box, torch.bfloat16)!r}>"
         pointers = ("tile_end_ptr", "task_ptr", "row_start_ptr", "rows_ptr")
         case = AotCase(
-            name=f"hopper/pair-{bm}x{bn}x{stages}-{found}",
+            name=f"hopper/pair-{bm}x{bn}x{stages}-{found}{'-counted' * counted}",
             fn=pair_kernel,
             signature={
                 "x": "*bf16", "order_ptr": "*i32", "up_desc": described, "down_desc": described,
                 "act_ptr": "*bf16", "out_ptr": "*bf16",
                 **dict.fromkeys((*pointers, "done_ptr", "ticket_ptr", "joined_ptr"), "*i32"),
                 "weights_ptr": "*bf16" if found == "map" else "*fp32", "sum_ptr": "*bf16",
+                "counters_ptr": "*i32",
                 **dict.fromkeys(("hidden", "inner", "up_n_tiles", "down_n_tiles"), "i32"),
                 **dict.fromkeys(("top_k", "experts"), "i32"),
                 **dict.fromkeys(("limit", "alpha", "up_offset"), "fp32"),
             },
             constexprs={
                 **_constants(
-                    config, 8 if found == "one" else 128, True, found, 0 if found == "map" else 8
+                    config, 8 if found == "one" else 128, True, found,
+                    0 if found == "map" else 8, counted,
                 ),
                 "ACTIVATION": "silu", "HAS_LIMIT": False, "PDL": True,
             },
             options=_options(config) | {"launch_pdl": True},
             archs=(90,),
             aligned=("hidden", "inner"),
-            unaligned=("ticket_ptr", "done_ptr", "joined_ptr"),
+            unaligned=("ticket_ptr", "done_ptr", "joined_ptr", "counters_ptr"),
             ptx={90: ("cp.async.bulk.tensor", "griddepcontrol.launch_dependents")},
             wgmma=True,
             gluon=True,

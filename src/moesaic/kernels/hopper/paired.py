@@ -25,8 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .few import count_few, join_few, locate_few, number_slots, plain, slots_few
-from .operands import Pair
+from .few import add_counts, count_few, join_few, locate_few, number_slots, plain, slots_few
+from .operands import Pair, fetch_maps
 from .tiles import activate, activate_alone
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -245,19 +245,10 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total, tasks):
 
 
 @gluon.jit
-def _fetch_maps(p):
-    """Have the SM fetch both tensor maps, by loads past the end of a row: zeros, nothing read."""
-    loaded = p.full.index(p.NB)
-    mbarrier.expect(loaded, 2 * p.up_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(p.up_desc, [0, 0, 0, 0, p.hidden], loaded, p.b_bufs.index(0))
-    tma.async_copy_global_to_shared(p.down_desc, [0, 0, 0, 0, p.inner], loaded, p.b_bufs.index(1))
-
-
-@gluon.jit
 def _load(p, up_n_tiles, down_n_tiles):
     """Four warps: draw tiles, bring their weights and rows."""
     if p.WARM:
-        _fetch_maps(p)
+        fetch_maps(p)
     if p.PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -266,6 +257,8 @@ def _load(p, up_n_tiles, down_n_tiles):
     # Loads first: they run while the draw is on its way.
     held = _lanes(p)
     t = _draw(p)
+    if p.COUNT:
+        add_counts(p, held)
     row_tiles = t * 0 + p.N
     if p.FEW:
         row_tiles = count_few(held)
@@ -393,10 +386,11 @@ def _multiply(p, up_buf, down_buf):
 def pair_kernel(
     x, order_ptr, up_desc, down_desc, act_ptr, out_ptr,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr,
-    weights_ptr, sum_ptr, hidden, inner, up_n_tiles, down_n_tiles, top_k, experts, limit, alpha,
-    up_offset, N: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr, FEW: gl.constexpr,
-    TOP_K: gl.constexpr, SUM: gl.constexpr, GATED: gl.constexpr,
-    ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    weights_ptr, sum_ptr, counters_ptr, hidden, inner, up_n_tiles, down_n_tiles, top_k, experts,
+    limit, alpha, up_offset, N: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr,
+    FEW: gl.constexpr, TOP_K: gl.constexpr, SUM: gl.constexpr, COUNT: gl.constexpr,
+    GATED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr,
     BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, WARM: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[token of row] @ up[e].T) @ down[e].T for the rows of every task.
@@ -410,7 +404,7 @@ def pair_kernel(
     kept by slot. Of both task_ptr is int32 or int64 ids and done_ptr (N,) zeros, put back at the
     end. SUM: of one or few tokens, also sum_ptr (T, H) = the rows weighted by weights_ptr (N,) and
     summed in slot order, counted by joined_ptr, a zero for each BN columns of H, put back at the
-    end.
+    end. COUNT: of these tokens, rows and tiles of each expert are added to counters_ptr (3, E).
     """
     A: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], up_desc.dtype)
     COLS: gl.constexpr = BN // 2 if GATED else BN
@@ -441,10 +435,10 @@ def pair_kernel(
         )
     p = Pair(
         x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr, row_start_ptr,
-        rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, a_bufs, b_bufs, notes,
-        slots, full, empty, hidden, inner, top_k, experts, limit, alpha, up_offset, N, LANES, ONE,
-        FEW, TOP_K, SUM, GATED,
-        ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL, WARM,
+        rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, counters_ptr, a_bufs,
+        b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts, limit, alpha, up_offset,
+        N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
+        WARM,
     )  # fmt: skip
     gl.warp_specialize(
         [(_multiply, (p, up_buf, down_buf)), (_load, (p, up_n_tiles, down_n_tiles))], [4], [LREG]
