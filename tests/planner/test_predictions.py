@@ -20,7 +20,6 @@ from moesaic.parallel.placement import Placement
 from moesaic.planner.cluster import load_cluster
 from moesaic.planner.command import main as plan_command
 from moesaic.planner.costs import distinct, exchange_s
-from moesaic.planner.engines import figures, part_of, way
 from moesaic.planner.exchange import table_from
 from moesaic.planner.kernels import KernelTable, Measured, expert_layer_s, fit_table
 from moesaic.planner.model import Attention, Model
@@ -412,13 +411,3 @@ def test_a_serving_engine_adds_what_it_says_and_nothing_by_default() -> None:
     expected = (at(twice).step_s + 1e-3 + 2 * TINY.layers * 1e-4) * 1.5
     assert found.step_s == pytest.approx(expected)
     assert found.breakdown["engine"] == pytest.approx(expected - at(twice).step_s)
-
-
-def test_figures_of_an_engine_agree_with_one_another() -> None:
-    """Rates follow from requests and lengths; more requests at once: more in all, slower each."""
-    cluster, cut = part_of("H200", 2), way(2, 1)
-    some, more = (figures(TINY, cluster, cut, requests=r, prompt=128, output=64) for r in (8, 32))
-    assert some["total_tokens_per_s"] == pytest.approx(3 * some["output_tokens_per_s"])
-    assert some["output_tokens_per_s"] == pytest.approx(64 * some["requests_per_s"])
-    assert more["output_tokens_per_s"] > some["output_tokens_per_s"]
-    assert more["tpot_ms"] > some["tpot_ms"] > some["itl_ms"]

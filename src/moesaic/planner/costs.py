@@ -105,7 +105,7 @@ def attention_s(
     return seconds + decode_core_s(gpu, a, shared, context, model.cache_bytes / parts, tp)
 
 
-def mlp_s(model: Model, gpu: Gpu, tokens: int, width: float, cut: int) -> float:
+def mlp_s(model: Model, gpu: Gpu, tokens: float, width: float, cut: int) -> float:
     """A dense MLP of so many inner numbers, cut over `cut` GPUs that share cut * tokens tokens."""
     if not width:
         return 0.0

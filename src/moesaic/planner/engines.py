@@ -1,12 +1,9 @@
-"""Published figures of serving engines, each beside what the planner says of its conditions.
+"""Published figures of serving engines, each beside what the simulated engine says of it.
 
-    C requests at once · T tokens of a GPU in a step
+    C requests at once · T tokens of a step
 
-A figure's engine prefills and decodes on the same GPUs: in the time in which C requests come and go
-it does `output` decode steps of C sequences and the prefill of C prompts, one after the other.
-Of a `burst`, all requests that there are count as at once.
-Everything that a source does not give is the same for all rows: routing ``lognormal:0.4``, chunks
-of 8192 tokens, no overlap of micro-batches, 16-bit products on the roofline.
+Conditions are those of the source; what it does not give is the same for all rows: the engine's
+defaults (`serving.ENGINES`), routing ``lognormal:0.4``, ten times as many requests as are at once.
 """
 
 from __future__ import annotations
@@ -17,17 +14,17 @@ from pathlib import Path
 
 from .cluster import Cluster, load_cluster
 from .documents import Block
-from .kernels import ROOFLINE, KernelTable
 from .model import Model, load_model
 from .own import Row
-from .predict import predict
-from .strategies import Strategy
-from .workload import Serving, Workload
+from .serving import ENGINES, Deployment, Load, serve
 
 # A number in fp8 with its share of the scales and of a row's header: 7408 bytes for 7168 numbers.
 FP8_WIRE = 7408 / 7168
-CHUNK = 8192
-FIGURES = ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s", "tpot_ms", "itl_ms")
+REPEATS = 10
+FIGURES = (
+    "output_tokens_per_s", "input_tokens_per_s", "total_tokens_per_s", "requests_per_s", "ttft_ms",
+    "ttft_median_ms", "tpot_ms", "tpot_median_ms", "itl_ms", "latency_ms",
+)  # fmt: skip
 
 
 def known_model(name: str) -> Model:
@@ -43,55 +40,47 @@ def part_of(preset: str, gpus: int) -> Cluster:
     return cluster
 
 
-def way(tp: int, ep: int) -> Strategy:
-    """Experts cut over `tp` GPUs, or spread over `ep`, with attention cut over `tp` of them."""
-    if ep == 1:
-        return Strategy(family="tp-pp", ranks=tp, tp=tp)
-    return Strategy(family="ep" if tp == 1 else "tp-ep-dp", ranks=ep, tp=tp)
-
-
-def figures(
-    model: Model, cluster: Cluster, strategy: Strategy, *, requests: int, prompt: int, output: int,
-    table: KernelTable = ROOFLINE,
-) -> dict[str, float]:  # fmt: skip
-    """What an engine with `requests` requests at once would report, by the names in `FIGURES`."""
-    workload = Workload(
-        sequences=requests, total=True, prompt=prompt, output=output, serving=Serving(),
-        context=prompt + output // 2, wire_bytes=FP8_WIRE if model.itemsize == 1 else 2.0,
+def deployment(block: Block) -> Deployment:
+    """What a row serves, and on what."""
+    name, dtype = block.text("model"), block.text("dtype")
+    card, gpus = block.text("preset"), block.integer("gpus")
+    block.integer("tp", 1)  # as the source puts it; `gpus` over `dp` is what attention is cut over
+    engine = ENGINES[block.text("engine", among=tuple(ENGINES))].on(card)
+    if "budget" in block:
+        engine = replace(engine, budget=block.integer("budget"))
+    if "most" in block:
+        engine = replace(engine, most=block.integer("most"))
+    return Deployment(
+        model=replace(known_model(name), dtype=dtype), cluster=part_of(card, gpus), card=card,
+        engine=engine, gpus=gpus, dp=block.integer("dp", 1), ep=block.integer("ep", 1),
     )  # fmt: skip
-    step = predict(model, cluster, workload, strategy).step_s
-    copies = cluster.gpus // strategy.gpus
-    chunk = min(CHUNK, max(1, requests // copies) * prompt)
-    chunks = replace(workload, phase="prefill", total=False, forwarded=True,
-                     prefill_tokens=max(1, round(chunk / strategy.gpus)))  # fmt: skip
-    rate = predict(model, cluster, chunks, strategy, table=table).tokens_per_s
-    first = requests * prompt / rate
-    cycle = output * step + first
-    return {
-        "output_tokens_per_s": requests * output / cycle,
-        "total_tokens_per_s": requests * (prompt + output) / cycle,
-        "requests_per_s": requests / cycle,
-        "tpot_ms": 1e3 * (step + first * (1 - 1 / requests) / output),
-        "itl_ms": 1e3 * step,
-    }
 
 
-def served(block: Block, experts: KernelTable) -> Row:
-    """One figure of a whole deployment; `experts`: measured times of DeepSeek's prefill."""
-    source, name, dtype = block.text("source"), block.text("model"), block.text("dtype")
-    preset, gpus = block.text("preset"), block.integer("gpus")
-    tp, ep = block.integer("tp", 1), block.integer("ep", 1)
-    requests, prompt = block.integer("requests"), block.integer("input")
-    output = block.integer("output")
-    what = block.text("figure", among=FIGURES)
-    published, burst = block.number("value", above=True), block.boolean("burst", False)
+def load_of(block: Block) -> Load:
+    """The requests of a row: all in a burst, or so many at once."""
+    requests, burst = block.integer("requests"), block.boolean("burst", False)
+    return Load(
+        total=block.integer("total", requests if burst else REPEATS * requests),
+        prompt=block.integer("input"), output=block.integer("output"),
+        at_once=None if burst else requests, spread=block.boolean("spread", False),
+        rate=block.number("rate", None, above=True),
+    )  # fmt: skip
+
+
+def served(block: Block) -> Row:
+    """One figure of a whole deployment."""
+    source, what = block.text("source"), block.text("figure", among=FIGURES)
+    published, number = block.number("value", above=True), block.integer("round")
+    d, load = deployment(block), load_of(block)
     block.done()
-    model = replace(known_model(name), dtype=dtype)
-    table = experts if dtype == "fp8" and model.shared_experts else ROOFLINE
-    found = figures(model, part_of(preset, gpus), way(tp, ep), requests=requests, prompt=prompt,
-                    output=output, table=table)  # fmt: skip
-    shape = f"TP{tp}" + (f" EP{ep}" if ep > 1 else "")
-    load = f"{requests} requests at once of {prompt} + {output}"
-    kind = "all requests in a burst" if burst else "requests at once given"
-    where = f"{name} {dtype}, {what}, {gpus} {preset}, {shape}, {load}"
-    return Row(f"end to end, blind, round 2: {kind}", where, source, published, found[what])
+    found = serve(d, load).figures()[what]
+    shape = f"TP{d.cut}" + (f" DP{d.dp}" if d.dp > 1 else "") + (f" EP{d.ep}" if d.ep > 1 else "")
+    many = f"{load.at_once} requests at once" if load.at_once else f"{load.total} in a burst"
+    where = (
+        f"{d.model.name.split('-')[0]} {d.model.dtype}, {what}, {d.gpus} {d.card}, {shape}, "
+        f"{d.engine.name}, {many} of {load.prompt} + {load.output}"
+    )
+    kind = "all requests in a burst" if load.at_once is None else "requests at once given"
+    if number == 2:
+        return Row(f"end to end, seen, round 2: {kind}", where, source, published, found, "seen")
+    return Row(f"end to end, blind, round {number}", where, source, published, found)
