@@ -205,6 +205,13 @@ def control(rank: int, world: int) -> dict:
         except ValueError as error:
             words = ("make the layer", "parts()", "the bound is 5")
             told[name] = any(w in str(error) for w in words)
+    group = dist.group.WORLD
+    met = [memory.meet(group, f"{rank}.{i}", 60.0) for i in range(5)]
+    told["met"] = met == [[f"{r}.{i}" for r in range(world)] for i in range(5)]
+    (name,) = memory.MET
+    kept = dist.PrefixStore(name, memory._store(group))
+    numbers = range(memory.MET[name])
+    told["forgotten"] = [n for n in numbers if kept.check([f"{n}/{rank}"])] == [numbers[-1]]
     if rank == 0:
         memory.MADE.append(256)  # as if for a group that rank 1 is not in
     try:

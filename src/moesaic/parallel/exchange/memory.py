@@ -67,6 +67,9 @@ def meet(group: dist.ProcessGroup, value: str, timeout_s: float) -> list[str]:
                 "order; restart the group"
             ) from error
         said.append(store.get(key).decode())
+    # Who came to this meeting has read all of the one before.
+    if number:
+        store.delete_key(f"{number - 1}/{own}")
     return said
 
 
