@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 from moesaic import ExpertSpec, moe
 from moesaic.dispatch import hopper_problem
 from moesaic.kernels.batching import batch_rows_ref
-from moesaic.kernels.hopper.fit import layer_problem, tile_problem
+from moesaic.kernels.hopper import chain
+from moesaic.kernels.hopper.fit import chain_problem, layer_problem, tile_problem
 from moesaic.kernels.hopper.launch import (
     HopperConfig,
     aot_cases,
@@ -32,6 +33,10 @@ from moesaic.types import ExpertWeights
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")
+CHAINS = (
+    chain.ChainTiles(160, 256, 32, 4), chain.ChainTiles(256, 128, 128, 4),
+    chain.ChainTiles(48, 256, 32, 4), chain.ChainTiles(192, 128, 64, 4, 2, 2),
+)  # fmt: skip
 SHAPES = ((8, 2, 1024), (16, 2, 2048), (32, 4, 4096), (64, 16, 1024))
 
 
@@ -98,6 +103,29 @@ def test_the_choices_are_those_that_were_measured_best() -> None:
     assert choose_mlp(2, 8, 1024, 3, 132).tiles[0].bn == 64, "a lone token's tiles are narrow"
 
 
+def test_tiles_of_one_launch_for_three_layers() -> None:
+    assert all(chain_problem(tile._asdict()) is None for tile in CHAINS)
+    assert "stages" in str(chain_problem({"bm": 16}))
+    tile = CHAINS[0]._asdict()
+    assert "shared memory" in str(chain_problem(tile | {"stages": 5}))
+    assert "bn and rest" in str(chain_problem(tile | {"rest": 64}))
+    config = choose_mlp(256, 8, 1024, 3, 132)._replace(chain=CHAINS[0])
+    assert config_of(row_of(config)) == config and layer_problem(row_of(config)) is None
+    assert "chain" in str(layer_problem(row_of(config._replace(chain=CHAINS[0]._replace(bm=200)))))
+
+
+def test_the_twin_of_one_launch_is_three_products() -> None:
+    _, tasks = batch_rows_ref(torch.tensor([[0], [1]]), 2, heights=(16,))
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    weights = (torch.ones(2, 1, 2), -torch.ones(2, 1, 1), torch.ones(2, 2, 1))
+    biases = (torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [9.0]]), torch.zeros(2, 2))
+    got = chain.chain_mm_hopper_ref(
+        x, chain.Experts(weights, biases), tasks, order_S=torch.tensor([0, 1]), top_k=1,
+        activation="relu",
+    )  # fmt: skip
+    assert got.tolist() == [[0.0, 0.0], [1.0, 1.0]]
+
+
 def test_every_tile_is_compiled_ahead_of_time() -> None:
     names = {case.name for case in aot_cases()}
     assert {f"hopper/{t.kernel}-{t.bm}x{t.bn}-relu-bf16" for t in TILES} <= names
@@ -155,6 +183,40 @@ def test_bits_do_not_depend_on_tiles_budget_or_path(tokens: int, poisoned_empty:
             assert torch.equal(experts_mlp(**case, num_sms=budget), want), budget
     moved = case | {"up": case["up"].roll(1, 1)}
     assert not torch.equal(experts_mlp(**moved), want)
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", [2, 3, 40, 700, 3000])
+def test_one_launch_for_three_layers_has_the_bits_of_three(tokens: int) -> None:
+    """Also where SMs are few, rows of nobody, in graphs, and twice on two streams at once."""
+    case = draw(tokens)
+    case["topk_ids"][::5, 1] = -1
+    want = triton(case)
+    for tile in CHAINS:
+        config = MlpConfig(TILES[:1] * 3, chain=tile)
+        for budget in (None, 1, 7, 66):
+            got = experts_mlp(**case, config=config, num_sms=budget)
+            assert torch.equal(got, want), (tile, budget)
+        counted = [torch.zeros(3, 24, dtype=torch.int32, device="cuda") for _ in range(2)]
+        again = [experts_mlp(**case, config=config, counters=each) for each in counted]
+        assert all(torch.equal(got, want) for got in again) and torch.equal(*counted)
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        found = []
+        for _ in range(20):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    found.append(experts_mlp(**case, config=config))
+        torch.cuda.synchronize()
+        assert all(torch.equal(got, want) for got in found)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = experts_mlp(**case, config=config)
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, want)
+    case["topk_ids"][:] = -1
+    assert torch.equal(experts_mlp(**case, config=config), triton(case))
 
 
 @needs_hopper

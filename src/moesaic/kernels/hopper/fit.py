@@ -65,11 +65,35 @@ def tile_problem(row: Mapping[str, Any]) -> str | None:
     return None
 
 
+def chain_problem(row: Any) -> str | None:
+    """Why tiles of one launch for three products cannot exist, or None.
+
+    >>> chain_problem({"bm": 160, "bn": 256, "rest": 32, "stages": 4, "buffers": 1, "split": 1})
+    >>> chain_problem({"bm": 192, "bn": 256, "rest": 32, "stages": 4, "buffers": 1, "split": 1})
+    'bm must be a multiple of 16 in [16, 160], got 192'
+    """
+    names = {"bm", "bn", "rest", "stages", "buffers", "split"}
+    if not isinstance(row, dict) or set(row) != names:
+        return f"it must have {', '.join(sorted(names))}"
+    if not all(isinstance(row[name], int) and row[name] > 0 for name in names):
+        return "its values must be positive whole numbers"
+    if (row["bn"], row["rest"]) not in ((128, 32), (128, 64), (128, 128), (256, 32)):
+        got = f"{row['bn']} and {row['rest']}"
+        return f"bn and rest must be 128 and 32, 64 or 128, or 256 and 32, got {got}"
+    most = 128 + row["rest"]
+    if row["bm"] % 16 or row["bm"] > most:
+        return f"bm must be a multiple of 16 in [16, {most}], got {row['bm']}"
+    used = row["stages"] * 128 * (most + row["bn"]) + 16384 * row["buffers"] + 1024
+    if used > SHARED_LIMIT:
+        return f"{used} bytes of shared memory are needed, an SM has {SHARED_LIMIT}"
+    return None
+
+
 def layer_problem(row: Any) -> str | None:
     """Why a table's row, two or three tiles and an order, cannot exist, or None."""
-    known = {"up", "mid", "down", "order"}
+    known = {"up", "mid", "down", "order", "chain"}
     if not isinstance(row, dict) or not {"up", "down"} <= set(row) <= known:
-        return "a row must have up, down and perhaps mid and order"
+        return "a row must have up, down and perhaps mid, order and chain"
     names = [name for name in ("up", "mid", "down") if name in row]
     for name in names:
         if not isinstance(row[name], dict):
@@ -81,6 +105,8 @@ def layer_problem(row: Any) -> str | None:
         return f"{' and '.join(names)} share one map: bm {' and '.join(map(str, heights))} differ"
     if "pair" in (row["up"]["kernel"], row["down"]["kernel"]) and row["up"] != row["down"]:
         return "a pair is one launch: up and down must be the same tile"
+    if "chain" in row and (problem := chain_problem(row["chain"])):
+        return f"chain: {problem}"
     if row.get("order", "index") not in ORDERS:
         return f"order must be one of {', '.join(ORDERS)}, got {row['order']!r}"
     return None

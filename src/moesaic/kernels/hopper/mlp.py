@@ -1,4 +1,4 @@
-"""Ungated experts of two or three layers on Hopper, with biases: one launch a layer.
+"""Ungated experts of two or three layers on Hopper, with biases: a launch a layer, or one for all.
 
     T tokens · H hidden width · I intermediate width · E experts · K top-k · S = T*K routed rows
 
@@ -7,7 +7,8 @@
 
 The first product reads the tokens through the order of the sort, or a sorted copy of them where its
 tiles are tall; the others read sorted rows. All share one task map, so one tile height. Launches
-overlap as in `experts`: each product begins to load weights while the one before still runs.
+overlap as in `experts`: each product begins to load weights while the one before still runs. Three
+layers with biases and ReLU may also be one launch, see `chained`.
 """
 
 from __future__ import annotations
@@ -26,16 +27,21 @@ from ..gather import gather_rows
 from ..sorting import ONE_LAUNCH_SLOTS
 from ..taskmap import TaskMap
 from ..tune import Problem, device_family, hopper_row
+from .chain import ChainTiles, Experts, chain_mm_hopper
 from .launch import HopperConfig, grouped_mm_hopper
 from .plans import planned
 from .single import constants, one_token
 
 
 class MlpConfig(NamedTuple):
-    """The tiles of each product, which share one task map, and its order."""
+    """The tiles of each product, which share one task map, and its order.
+
+    `chain`: tiles of one launch for three layers with biases and ReLU, where that is better.
+    """
 
     tiles: tuple[HopperConfig, ...]
     order: str = "index"
+    chain: ChainTiles | None = None
 
     @property
     def height(self) -> int:
@@ -128,14 +134,17 @@ def choose_measured(
 def config_of(row: dict[str, Any]) -> MlpConfig:
     """A table's row as a configuration."""
     names = [name for name in ("up", "mid", "down") if name in row]
-    return MlpConfig(tuple(HopperConfig(**row[n]) for n in names), row.get("order", "index"))
+    chain = ChainTiles(**row["chain"]) if "chain" in row else None
+    tiles = tuple(HopperConfig(**row[name]) for name in names)
+    return MlpConfig(tiles, row.get("order", "index"), chain)
 
 
 def row_of(config: MlpConfig) -> dict[str, Any]:
     """The table's row of a configuration."""
     names = ("up", "mid", "down") if len(config.tiles) == 3 else ("up", "down")
     tiles = {name: tile._asdict() for name, tile in zip(names, config.tiles, strict=True)}
-    return tiles | {"order": config.order}
+    chain = {} if config.chain is None else {"chain": config.chain._asdict()}
+    return tiles | {"order": config.order} | chain
 
 
 def layers_of(
@@ -148,6 +157,12 @@ def layers_of(
     """The chain of products; `biases` of up, mid and down."""
     middle = [] if mid is None else [Layer(mid, biases[1], activation)]
     return [Layer(up, biases[0], activation), *middle, Layer(down, biases[2], "none")]
+
+
+def together_of(config: MlpConfig, layers: Sequence[Layer]) -> ChainTiles | None:
+    """The tiles of one launch for all layers, where these have one: three, with biases, ReLU."""
+    relu = [layer.activation for layer in layers] == ["relu", "relu", "none"]
+    return config.chain if relu and all(layer.bias is not None for layer in layers) else None
 
 
 def chain(
@@ -235,6 +250,7 @@ def rows_mlp(
         (experts, up.shape[2], up.shape[1]), len(layers), hidden.dtype, hidden.device, num_sms,
     )  # fmt: skip
     one = topk_ids.shape[0] == 1 and counters is None and out is None
+    together = None if one else together_of(config, layers)
     # Slots of nobody are tasks there too: weights and bias of no expert are read as zeros.
     if one:
         order_S, tasks = one_token(topk_ids)
@@ -243,12 +259,20 @@ def rows_mlp(
         sort, tasks = batch_rows(
             topk_ids,
             experts,
-            heights=(config.height,),
+            heights=(together.bm if together else config.height,),
             order=config.order,  # type: ignore[arg-type]
             counters=counters,
             pdl=True,
         )
         order_S, position_S = sort.order_S, sort.position_S
+    if together is not None:
+        rows_SH = hidden.new_empty((slots, hidden.shape[1])) if out is None else out
+        chain_mm_hopper(
+            hidden, Experts(*zip(*(layer[:2] for layer in layers), strict=True)), tasks, rows_SH,
+            tiles=together, num_sms=num_sms, order_S=order_S, top_k=topk_ids.shape[1],
+            activation=activation, pdl=True,
+        )  # fmt: skip
+        return rows_SH, position_S
     rows_SH = chain(
         hidden, order_S, tasks, layers, top_k=topk_ids.shape[1], config=config, num_sms=num_sms,
         limit=limit if mid is None else None, alpha=alpha, draw=not one, out=out,

@@ -1,4 +1,4 @@
-"""What the partitions of `paired` share.
+"""What the partitions of `paired` and of `chained` share.
 
 E experts · H hidden width · I intermediate width · N entries of the task map · NB stages
 """
@@ -112,6 +112,96 @@ class Pair:
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
         self.WARM = gl.constexpr(WARM)
+
+
+@aggregate
+class Chain:
+    """What the partitions share: operands, shared memory, barriers, the task map."""
+
+    x: gl.tensor
+    order_ptr: gl.tensor
+    up_desc: tma.tensor_descriptor
+    mid_desc: tma.tensor_descriptor
+    down_desc: tma.tensor_descriptor
+    first_ptr: gl.tensor
+    second_ptr: gl.tensor
+    out_ptr: gl.tensor
+    up_bias_ptr: gl.tensor
+    mid_bias_ptr: gl.tensor
+    down_bias_ptr: gl.tensor
+    tile_end_ptr: gl.tensor
+    task_ptr: gl.tensor
+    row_start_ptr: gl.tensor
+    rows_ptr: gl.tensor
+    done_ptr: gl.tensor
+    ticket_ptr: gl.tensor
+    a_bufs: gl.shared_memory_descriptor
+    rest_bufs: gl.shared_memory_descriptor
+    b_bufs: gl.shared_memory_descriptor
+    c_bufs: gl.shared_memory_descriptor
+    notes: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    hidden: gl.tensor
+    inner: gl.tensor
+    top_k: gl.tensor
+    N: gl.constexpr
+    LANES: gl.constexpr
+    BM: gl.constexpr
+    REST: gl.constexpr
+    CB: gl.constexpr
+    BN: gl.constexpr
+    BK: gl.constexpr
+    NB: gl.constexpr
+    PDL: gl.constexpr
+    SPLIT: gl.constexpr
+    ACTIVATION: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, x, order_ptr, up_desc, mid_desc, down_desc, first_ptr, second_ptr, out_ptr,
+        up_bias_ptr, mid_bias_ptr, down_bias_ptr, tile_end_ptr, task_ptr, row_start_ptr, rows_ptr,
+        done_ptr, ticket_ptr, a_bufs, rest_bufs, b_bufs, c_bufs, notes, full, empty, hidden, inner,
+        top_k, N, LANES, BM, REST, CB, BN, BK, NB, PDL, SPLIT, ACTIVATION,
+    ):  # fmt: skip
+        self.x = x
+        self.order_ptr = order_ptr
+        self.up_desc = up_desc
+        self.mid_desc = mid_desc
+        self.down_desc = down_desc
+        self.first_ptr = first_ptr
+        self.second_ptr = second_ptr
+        self.out_ptr = out_ptr
+        self.up_bias_ptr = up_bias_ptr
+        self.mid_bias_ptr = mid_bias_ptr
+        self.down_bias_ptr = down_bias_ptr
+        self.tile_end_ptr = tile_end_ptr
+        self.task_ptr = task_ptr
+        self.row_start_ptr = row_start_ptr
+        self.rows_ptr = rows_ptr
+        self.done_ptr = done_ptr
+        self.ticket_ptr = ticket_ptr
+        self.a_bufs = a_bufs
+        self.rest_bufs = rest_bufs
+        self.b_bufs = b_bufs
+        self.c_bufs = c_bufs
+        self.notes = notes
+        self.full = full
+        self.empty = empty
+        self.hidden = hidden
+        self.inner = inner
+        self.top_k = top_k
+        self.N = gl.constexpr(N)
+        self.LANES = gl.constexpr(LANES)
+        self.BM = gl.constexpr(BM)
+        self.REST = gl.constexpr(REST)
+        self.CB = gl.constexpr(CB)
+        self.BN = gl.constexpr(BN)
+        self.BK = gl.constexpr(BK)
+        self.NB = gl.constexpr(NB)
+        self.PDL = gl.constexpr(PDL)
+        self.SPLIT = gl.constexpr(SPLIT)
+        self.ACTIVATION = gl.constexpr(ACTIVATION)
 
 
 @gluon.jit
