@@ -390,8 +390,8 @@ def _arrivals(load: Load, engine: Engine, seed: int) -> Floats:
     """When each request could be let in: a front end takes them in one by one."""
     if load.rate:
         random = np.random.default_rng(seed)
-        gaps_R: Floats = random.standard_exponential(load.total) / load.rate
-        return gaps_R.cumsum()
+        gaps_R = random.exponential(1 / load.rate, load.total)
+        return np.asarray(gaps_R.cumsum(), dtype=np.float64)
     found: Floats = (np.arange(load.total) + 1) * engine.front_s
     if load.at_once is not None:
         found[load.at_once :] = 0.0
