@@ -38,7 +38,7 @@ def wall_ms(work, *, head_start):
 
 def main() -> None:
     torch.set_num_threads(1)
-    exchanges.capture, exchanges.CHAIN, exchanges.LAYER_CHAIN = plain_capture, 1, 1
+    ranks.capture, exchanges.CHAIN, exchanges.LAYER_CHAIN = plain_capture, 1, 1
     exchanges.in_graphs = lambda team: True
     ranks._events_ms = wall_ms
     spec = ExpertSpec(num_experts=4, hidden_size=64, intermediate_size=48)

@@ -191,3 +191,32 @@ def test_samples_are_taken_in_the_same_order_everywhere() -> None:
 def test_gpus_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         ranks.relaunch(0, [])
+
+
+def test_a_capture_that_fails_on_one_rank_is_given_up_by_all(monkeypatch) -> None:
+    """Else the others would wait in the next collective for one that never comes."""
+    from moesaic.bench import ranks
+    from moesaic.bench.timing import Captured, GraphError
+
+    class Two:
+        def __init__(self, other: float) -> None:
+            self.other, self.votes = other, []
+
+        def largest(self, value: float) -> float:
+            self.votes.append(value)
+            return max(value, self.other)
+
+    held = Captured(None, 1, None, ())
+    monkeypatch.setattr(ranks, "capture", lambda calls: held)
+    assert ranks.capture_together(Two(0.0), []) is held
+    with pytest.raises(GraphError, match="another rank"):
+        ranks.capture_together(Two(1.0), [])
+
+    def broken(calls):
+        raise GraphError("why")
+
+    monkeypatch.setattr(ranks, "capture", broken)
+    team = Two(0.0)
+    with pytest.raises(GraphError, match="why"):
+        ranks.capture_together(team, [])
+    assert team.votes == [1.0]

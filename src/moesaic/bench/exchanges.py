@@ -24,10 +24,10 @@ from ..parallel.exchange.symmetric import SymmetricExchange
 from ..parallel.expert_parallel import ExpertParallel, Options, take_experts
 from ..parallel.placement import contiguous
 from ..types import ExpertWeights, Measurement
-from .ranks import Team, loop_sampler, replay_sampler, take_turns
+from .ranks import Team, capture_together, loop_sampler, replay_sampler, take_turns
 from .results import Line, make_line, stamp
 from .suite import Cell, Context
-from .timing import Call, Sampler, capture, reason
+from .timing import Call, Sampler, reason
 from .workloads import make_weights, popularity, routing_ids
 
 if TYPE_CHECKING:
@@ -222,11 +222,11 @@ def exchange_lines(team: Team, cell: Cell, width: int, fixed: Line, seed: int) -
         bad = team.largest(float(not same)) > 0
         for clock, call in calls.items():
             key = (clock, impl, "graph")
-            samplers[key] = replay_sampler(team, capture([call] * CHAIN))
+            samplers[key] = replay_sampler(team, capture_together(team, [call] * CHAIN))
             wrong[key] = bad
     for key, call in nccl_calls(team, batch).items():
         if key[2] == "graph":
-            samplers[key] = replay_sampler(team, capture([call] * CHAIN))
+            samplers[key] = replay_sampler(team, capture_together(team, [call] * CHAIN))
         else:
             call()
             samplers[key] = loop_sampler(team, call, 16)
@@ -296,7 +296,7 @@ def layer_lines(
         bad.update({impl: float(not torch.equal(call(), wants)) for impl, call in calls.items()})
         for impl, call in calls.items():
             if impl == "moesaic" and in_graphs(team):
-                held = capture([call] * LAYER_CHAIN)
+                held = capture_together(team, [call] * LAYER_CHAIN)
                 held.graph.replay()
                 bad[impl] = max(bad[impl], float(not torch.equal(held.first_output, wants)))
                 samplers[impl, "graph"] = replay_sampler(team, held)

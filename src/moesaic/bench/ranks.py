@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ..types import Measurement
 from .results import Line, Recorder
-from .timing import Captured, Sampler, _events_ms, summary
+from .timing import Call, Captured, GraphError, Sampler, _events_ms, capture, summary
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -131,6 +131,22 @@ class Team:
         """Leave the group that this made."""
         if self.started:
             dist.destroy_process_group()
+
+
+def capture_together(team: Team, calls: Sequence[Call]) -> Captured:
+    """All calls in one CUDA graph on every rank, or on none.
+
+    Raises:
+        GraphError: a rank could not capture them; on that rank why.
+    """
+    held, error = None, None
+    try:
+        held = capture(calls)
+    except GraphError as raised:
+        error = raised
+    if team.largest(float(error is not None)) or held is None:
+        raise error or GraphError("another rank could not capture this")
+    return held
 
 
 def replay_sampler(team: Team, captured: Captured) -> Sampler:

@@ -15,6 +15,7 @@ its share of the time, so that clock drift, heat and neighbours fall on all of t
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import random
 import time
@@ -233,6 +234,19 @@ class Captured:
     held: tuple[Call, ...] = ()
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside, Python collects nothing: a graph of before that dies in a capture invalidates it."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def capture(calls: Sequence[Call]) -> Captured:
     """All calls in one CUDA graph, warmed up on the stream that captures.
 
@@ -250,7 +264,7 @@ def capture(calls: Sequence[Call]) -> Captured:
     outer.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=side):
+        with _no_collection(), torch.cuda.graph(graph, stream=side):
             first = calls[0]()
             _run(calls[1:])
     except Exception as error:
