@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from moesaic.bench.colocation_counters import stack_bytes
 from moesaic.bench.stacks import Stack, Tenant
-from moesaic.bench.whole_layers import ROPE_BASE, Heads, WholeLayer
+from moesaic.bench.whole_layers import EPSILON, ROPE_BASE, Heads, WholeLayer
 from moesaic.bench.workloads import Model, make_weights
 
 MODEL, HEADS, TOKENS = Model("tiny", 4, 2, 64, 128), Heads(4, 2, 16, context=6), 3
@@ -54,9 +54,10 @@ def test_a_layer_is_what_plain_torch_says() -> None:
     weights = make_weights(MODEL.spec(), dtype=torch.float32, generator=generator)
     layer = WholeLayer(MODEL, HEADS, TOKENS, weights, torch.float32, generator)
     hidden_TH = torch.randn(TOKENS, 64, generator=generator)
-    found = layer(hidden_TH)
-    behind_TH = hidden_TH + attention(layer, F.rms_norm(hidden_TH, (64,)))
-    expected = behind_TH + experts(layer, F.rms_norm(behind_TH, (64,)))
+    first_TH = hidden_TH / 3
+    found = sum(layer(first_TH, hidden_TH - first_TH))
+    behind_TH = hidden_TH + attention(layer, F.rms_norm(hidden_TH, (64,), eps=EPSILON))
+    expected = behind_TH + experts(layer, F.rms_norm(behind_TH, (64,), eps=EPSILON))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, behind_TH, atol=1e-2)
 

@@ -29,7 +29,7 @@ HIGHEST, LOWEST = -5, 0
 STEP_SMS, PLAN_SMS, FINE_SMS = 8, 4, 2
 """SMs of an atom that every driver gives, by which planners change sizes, and by which the GPU is
 cut; the last two where the driver can."""
-CLOSE = range(24, 97)
+CLOSE = range(24, 81)
 """Sizes of the watched tenant that are swept in planners' steps, others in steps of `STEP_SMS`."""
 log = logging.getLogger("moesaic")
 

@@ -15,6 +15,7 @@ from ..runtime.policies.guard import Guard
 from ..runtime.tenants import protect
 from .colocation_targets import LOOPS, OURS
 from .stacks import Tenant
+from .whole_layers import Heads
 from .workloads import MODELS, Model
 
 DUTY = 0.5
@@ -33,7 +34,8 @@ class Setting:
     @property
     def name(self) -> str:
         """What the lines call it."""
-        return f"{self.decode.model.name} beside {self.prefill.model.name}"
+        layers = ", whole layers," if self.decode.heads else ""
+        return f"{self.decode.model.name}{layers} beside {self.prefill.model.name}"
 
     @property
     def key(self) -> tuple[str, int]:
@@ -42,14 +44,13 @@ class Setting:
 
 
 GRANITE = Model("Granite-1B-A400M", 32, 8, 1024, 512, family="granitemoe")
-"""A model whose steps of one token are bound by latency: a layer reads 25 MB."""
+"""A model whose steps of one token are bound by latency: 24 layers of many small launches."""
+WHOLE_GRANITE = Tenant(GRANITE, tokens=1, layers=24, turns=2, heads=Heads(16, 8, 64))
 SETTINGS = {
     setting.key: setting
     for setting in (
-        Setting(
-            Tenant(GRANITE, tokens=1, layers=24, turns=8),
-            Tenant(MODELS["Mixtral-8x7B"], tokens=8192, layers=1, turns=1),
-        ),
+        Setting(WHOLE_GRANITE, Tenant(MODELS["OLMoE"], tokens=4096, layers=4, turns=1)),
+        Setting(WHOLE_GRANITE, Tenant(MODELS["Mixtral-8x7B"], tokens=8192, layers=1, turns=1)),
         Setting(
             Tenant(MODELS["Qwen3-30B-A3B"], tokens=1, layers=4, turns=16),
             Tenant(MODELS["OLMoE"], tokens=4096, layers=4, turns=1),
@@ -60,6 +61,7 @@ SETTINGS = {
         ),
     )
 }
+"""Two of whole layers, bound by latency; two of experts alone, bound by reading their weights."""
 
 
 def groups_of(loop: str) -> tuple[SliceGroup, SliceGroup]:

@@ -1,8 +1,8 @@
 """Co-location with borrowed SMs: the other tenant's work uses what the watched one leaves idle.
 
-As a split into two green contexts, but the watched tenant's part has two streams: its own at the
-highest priority, and one at the lowest for guests of the other tenant's products (see
-`runtime.borrowing`). A step raises the flag before it and lowers it behind it, on its own stream.
+As a split into two green contexts, but the watched tenant's part has two streams: its own, and one
+for guests of the other tenant's products (see `runtime.borrowing`). A step raises the flag before
+it and lowers it behind it, on its own stream.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from .stacks import Replays, Stack
 from .tenants import EventMark, GpuLine
 
 LEND = "lend"
-STEP_PRIORITY = -5
-GUEST_PRIORITY = 0
-WHOLE = False
+PRIORITY = -5
+"""Of steps and of guests: a guest that finds no tile left must not wait for steps to leave."""
 
 
 class WantingLine(GpuLine):
@@ -90,7 +89,7 @@ def borrower_of(stack: Stack, grounds: Grounds) -> Borrower:
             )
         )
         hidden_TH = layers[-1].out_TH
-    made = BorrowingStack(layers, whole=WHOLE)
+    made = BorrowingStack(layers, whole=True)
     made.prepare()
     return Borrower(made, grounds.own.stream)
 
@@ -100,11 +99,10 @@ def lend(
 ) -> tuple[LendingStep, Borrower]:
     """Both tenants on the two parts of a split, the first of which is lent."""
     device = step.weights[0].up.device
-    ranks = (STEP_PRIORITY, GUEST_PRIORITY)
-    high, low = (gpu.second_stream(parts[0], priority=rank) for rank in ranks)
+    steps, guests = (gpu.second_stream(parts[0], priority=PRIORITY) for _ in range(2))
     lending = Lending(gpu, device)
-    grounds = Grounds(Seat(parts[1].sms, parts[1].stream), Seat(parts[0].sms, low), lending)
-    step.work.prepare(Seat(parts[0].sms, high, LEND))
+    grounds = Grounds(Seat(parts[1].sms, parts[1].stream), Seat(parts[0].sms, guests), lending)
+    step.work.prepare(Seat(parts[0].sms, steps, LEND))
     return (
         LendingStep(step.work.use(parts[0].sms, LEND), lending),
         borrower_of(other, grounds),

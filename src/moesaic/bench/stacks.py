@@ -79,16 +79,20 @@ class Stack:
         """The output (T, H) of all layers on the inputs of a turn."""
         hidden_TH = self.inputs[turn][0].hidden_TH
         if self.whole:
-            with torch.no_grad():
-                for layer in self.whole:
-                    hidden_TH = layer(hidden_TH, num_sms)
-            return hidden_TH
+            return self._forward_whole(hidden_TH, num_sms)
         for weights, inputs in zip(self.weights, self.inputs[turn], strict=True):
             hidden_TH = run_budgeted(
                 hidden_TH, inputs.topk_ids_TK, inputs.topk_weights_TK, weights, self.spec,
                 num_sms=num_sms, impl=self.impl,  # type: ignore[arg-type]
             )  # fmt: skip
         return hidden_TH
+
+    def _forward_whole(self, hidden_TH: Tensor, num_sms: int | None) -> Tensor:
+        behind_TH: Tensor | None = None
+        with torch.no_grad():
+            for layer in self.whole:
+                hidden_TH, behind_TH = layer(hidden_TH, behind_TH, num_sms)
+            return hidden_TH if behind_TH is None else hidden_TH + behind_TH
 
     def warm_up(self) -> None:
         """Compile and load every kernel under the primary context, before any seat is used."""

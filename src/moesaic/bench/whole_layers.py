@@ -3,10 +3,11 @@
     T tokens, each of its own sequence · H hidden width · A heads · G heads of keys and values
     D width of a head · L positions of the cache · E experts · U rows of a dense weight
 
-Norm, one product for queries, keys and values, rotary positions, attention over a cache of L
-positions (the last of which is written), the product behind it; norm, router, experts; two
-residual sums. Dense products are grouped products of a single task, so they obey a budget of SMs
-as the experts do, and every launch is the same whatever the seat: equal bits are expected.
+Residual sum and norm, one product for queries, keys and values, rotary positions and the cache's
+last entry, attention over L positions, the product behind it; sum and norm, router, experts: ten
+launches or so. A layer's last sum is made by the next one. Dense products are grouped products of a
+single task, so they obey a budget of SMs as the experts do, and every launch is the same whatever
+the seat: equal bits are expected.
 
 >>> from moesaic.bench.workloads import make_weights
 >>> heads = Heads(4, 2, 16, context=8)
@@ -14,8 +15,9 @@ as the experts do, and every launch is the same whatever the seat: equal bits ar
 >>> generator = torch.Generator().manual_seed(0)
 >>> weights = make_weights(model.spec(), dtype=torch.float32, generator=generator)
 >>> layer = WholeLayer(model, heads, 3, weights, torch.float32, generator)
->>> layer(torch.randn(3, 64)).shape
-torch.Size([3, 64])
+>>> hidden, behind = layer(torch.randn(3, 64))
+>>> hidden.shape, behind.shape
+(torch.Size([3, 64]), torch.Size([3, 64]))
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from .workloads import Model
 LEAST_ROWS = 64
 """Rows of the smallest tile of a dense product: a router of fewer experts is padded to it."""
 ROPE_BASE = 10000.0
+EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class WholeLayer:
         self.values_TGLD = normal(tokens, a.kv_heads, a.context, a.dim)
         powers = -torch.arange(0, a.dim, 2, device=device) / a.dim
         angle_D2 = (a.context - 1) * ROPE_BASE**powers
-        self.turn_D2 = torch.polar(torch.ones_like(angle_D2), angle_D2)
+        self.cos_D2, self.sin_D2 = angle_D2.cos(), angle_D2.sin()
         self._tasks = dense_tasks(tokens, device) if device.type == "cuda" else None
 
     @property
@@ -93,34 +96,43 @@ class WholeLayer:
         dense = (self.qkv_1UH, self.out_1HU, self.gate_1EH, self.keys_TGLD, self.values_TGLD)
         return sum(tensor.numel() for tensor in dense)
 
-    def __call__(self, hidden_TH: Tensor, num_sms: int | None = None) -> Tensor:
-        """The layer's output (T, H); products held to `num_sms` SMs."""
-        hidden_TH = hidden_TH + self._attention(self._norm(hidden_TH, 0), num_sms)
-        normed_TH = self._norm(hidden_TH, 1)
+    def __call__(
+        self, hidden_TH: Tensor, behind_TH: Tensor | None = None, num_sms: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What comes before the experts and what they give, both (T, H); their sum is the output.
+
+        Args:
+            hidden_TH, behind_TH: what the layer before gave, or the input and nothing.
+            num_sms: SMs that products are held to.
+        """
+        hidden_TH, normed_TH = self._add_norm(hidden_TH, behind_TH, 0)
+        mixed_TH = self._attention(normed_TH, num_sms)
+        hidden_TH, normed_TH = self._add_norm(hidden_TH, mixed_TH, 1)
         logits_TE = self._dense(normed_TH, self.gate_1EH, num_sms)[:, : self.spec.num_experts]
         routing = route(logits_TE.contiguous(), self.router)
-        return hidden_TH + run_budgeted(
+        return hidden_TH, run_budgeted(
             normed_TH, routing.topk_ids_TK, routing.topk_weights_TK, self.experts, self.spec,
             num_sms=num_sms,
         )  # fmt: skip
 
-    def _norm(self, hidden_TH: Tensor, which: int) -> Tensor:
-        return F.rms_norm(hidden_TH, (self.spec.hidden_size,), self.norms_2H[which])
+    def _add_norm(self, x_TH: Tensor, y_TH: Tensor | None, which: int) -> tuple[Tensor, Tensor]:
+        from ..kernels.decoding import add_norm, add_norm_ref
+
+        some = add_norm if x_TH.is_cuda else add_norm_ref
+        return some(x_TH, y_TH, self.norms_2H[which], EPSILON)
 
     def _attention(self, hidden_TH: Tensor, num_sms: int | None) -> Tensor:
+        from ..kernels.decoding import turn, turn_ref
+
         a, tokens = self.heads, hidden_TH.shape[0]
-        turned = (a.heads + a.kv_heads) * a.dim
+        some = turn if hidden_TH.is_cuda else turn_ref
         qkv_TU = self._dense(hidden_TH, self.qkv_1UH, num_sms)
-        pairs = qkv_TU[:, :turned].float().view(tokens, a.heads + a.kv_heads, a.dim // 2, 2)
-        qk_TD = torch.view_as_real(torch.view_as_complex(pairs) * self.turn_D2)
-        qk_TD = qk_TD.view(tokens, -1, a.dim).to(hidden_TH.dtype)
-        self.keys_TGLD[:, :, -1] = qk_TD[:, a.heads :]
-        self.values_TGLD[:, :, -1] = qkv_TU[:, turned:].view(tokens, a.kv_heads, a.dim)
-        backend = SDPBackend.MATH if self._tasks is None else SDPBackend.FLASH_ATTENTION
+        q_TAD = some(qkv_TU, self.cos_D2, self.sin_D2, self.keys_TGLD, self.values_TGLD)
+        # Heads that share keys are positions of one: each key is read once for all of them.
+        q_TGRD = q_TAD.view(tokens, a.kv_heads, a.heads // a.kv_heads, a.dim)
+        backend = SDPBackend.FLASH_ATTENTION if hidden_TH.is_cuda else SDPBackend.MATH
         with sdpa_kernel(backend):
-            mixed = F.scaled_dot_product_attention(
-                qk_TD[:, : a.heads, None], self.keys_TGLD, self.values_TGLD, enable_gqa=True
-            )
+            mixed = F.scaled_dot_product_attention(q_TGRD, self.keys_TGLD, self.values_TGLD)
         return self._dense(mixed.reshape(tokens, -1), self.out_1HU, num_sms)
 
     def _dense(self, x_TK: Tensor, weight_1UK: Tensor, num_sms: int | None) -> Tensor:

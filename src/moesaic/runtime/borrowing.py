@@ -2,7 +2,7 @@
 
 A fixed split of the GPU leaves a tenant's SMs idle while it has nothing to do. Here the other
 tenant's products are drawn tile by tile by two launches: the *owner's* on SMs of its own, and
-*guests'* on the SMs lent by the neighbour, at low priority. When the neighbour has work it raises a
+*guests'* on the SMs lent by the neighbour. When the neighbour has work it raises a
 flag (`Lending.want`); guests end after the tile that they are at, and the owner's launch draws
 what they would have drawn. When the flag falls (`Lending.release`), the next guest comes in. So
 the neighbour waits for one tile at most and has all its SMs while it computes, and nothing is cut
@@ -12,8 +12,8 @@ On the lent SMs a row of launches is queued for every product: a door (it sleeps
 wanted and there are tiles left) and a guest behind it, `visits` times. Both use no host: raising
 and lowering the flag are the neighbour's own stream's work.
 
-    neighbour ─ want ─ step ─ release ─ ...             its SMs, high priority
-    guests      door guest door guest ...               the same SMs, low priority
+    neighbour ─ want ─ step ─ release ─ ...             its SMs
+    guests      door guest door guest ...               the same SMs, another stream
     owner     ─ sort, gather ─ up ─ down ─ combine      SMs of its own
 
 T tokens · H hidden width · I intermediate width · K top-k · S = T*K routed rows
@@ -61,7 +61,7 @@ class Lending:
 
 @dataclass(frozen=True)
 class Grounds:
-    """Where a borrowing layer runs: its own seat, the lent one (low priority), and the flag."""
+    """Where a borrowing layer runs: its own seat, the lent one, and the flag."""
 
     own: Seat
     lent: Seat

@@ -75,14 +75,14 @@ from ..suite import Cell, Context, Suite
 from ..tenants import Trial, pooled
 from ..timing import reason
 
-LENT_SIZES = range(24, 104, 8)
+LENT_SIZES = range(40, 97, 8)
 """Decode parts that are lent in the sweep of the open loop."""
 CALIBRATION = 300
-NEAR, REFINED_S = 0.15, 1.5
+NEAR, REFINED_S = 0.1, 1.5
 """How near a promise sizes are measured longer, and for how many seconds."""
 ROUNDS = 2
 COUNTED_S = 0.8
-ALLOWED = {BUDGET: 0.2, PLAIN: 4.0, PRIORITY: 4.0}
+ALLOWED = {BUDGET: 0.2, PLAIN: 3.0, PRIORITY: 3.0}
 """Time of ways whose steps are long, over that of the others: the first does not need all steps."""
 
 
@@ -214,7 +214,7 @@ def curves_of(
     decode, prefill = {total: alone.at(0.99)}, {total: 1e3 / bench.other_per_s}
     for size in sizes:
         step_sms, other_sms = pair.splits[size]
-        found = bench.run(loop, seats_of(pair, way, size), CALIBRATION, 0.3)
+        found = bench.run(loop, seats_of(pair, way, size), CALIBRATION, 0.25)
         if near_promise(found, alone, loop):
             found = bench.run(loop, seats_of(pair, way, size), STEPS, REFINED_S)
         decode[step_sms] = found.at(0.99)
