@@ -78,12 +78,12 @@ from ..timing import reason
 LENT_SIZES = range(40, 97, 8)
 """Decode parts that are lent in the sweep of the open loop."""
 CALIBRATION = 300
-NEAR, REFINED_S = 0.1, 1.5
-"""How near a promise sizes are measured longer, and for how many seconds."""
+NEAR, SHORT_S, LONG_S = 0.1, 0.45, 2.2
+"""How near a promise sizes are measured longer, and seconds of a short and a long trial."""
 ROUNDS = 2
 COUNTED_S = 0.8
-ALLOWED = {BUDGET: 0.2, PLAIN: 3.0, PRIORITY: 3.0}
-"""Time of ways whose steps are long, over that of the others: the first does not need all steps."""
+ALLOWED = {BUDGET: 0.015, PLAIN: 0.12, PRIORITY: 0.12}
+"""Parts of the budget for ways whose steps are long; the first does not need all steps."""
 
 
 def cells() -> list[Cell]:
@@ -216,7 +216,7 @@ def curves_of(
         step_sms, other_sms = pair.splits[size]
         found = bench.run(loop, seats_of(pair, way, size), CALIBRATION, 0.25)
         if near_promise(found, alone, loop):
-            found = bench.run(loop, seats_of(pair, way, size), STEPS, REFINED_S)
+            found = bench.run(loop, seats_of(pair, way, size), STEPS, LONG_S)
         decode[step_sms] = found.at(0.99)
         if found.other_per_s:
             prefill[other_sms] = 1e3 / found.other_per_s
@@ -255,7 +255,7 @@ def ways_of(plans: dict[str, Plan], sizes: Sequence[int]) -> dict[str, Way]:
 def measure(bench: Bench, cell: Cell, context: Context) -> None:
     """One loop: alone, curves of both at work, the named ways in rounds, the sweep, alone again."""
     loop, pair = cell.clock, bench.pair
-    limit_s = max(1.0, 0.08 * context.budget_s)
+    limit_s = 0.1 * context.budget_s
     seats = (whole(pair.step), None)
     alone = [bench.run(loop, seats, STEPS, limit_s)]
     bench.curves |= calibrate(bench, loop, alone[0])
@@ -266,7 +266,7 @@ def measure(bench: Bench, cell: Cell, context: Context) -> None:
     trials: dict[Way, list[Trial]] = {way: [] for way in ways.values()}
     for _ in range(ROUNDS):
         for (way, size), found in trials.items():
-            allowed_s = ALLOWED.get(way, 1.0) * limit_s / ROUNDS
+            allowed_s = ALLOWED.get(way, 0.1) * context.budget_s / ROUNDS
             found.append(bench.run(loop, seats_of(pair, way, size), STEPS // ROUNDS, allowed_s))
     points = [(GREEN, size) for size in sorted(pair.splits)]
     if bench.interval(loop):
@@ -274,9 +274,9 @@ def measure(bench: Bench, cell: Cell, context: Context) -> None:
     swept = dict[tuple[str, int], Trial]()
     for way, size in points:
         on = seats_of(pair, way, size)
-        swept[way, size] = bench.run(loop, on, STEPS, 0.08 * limit_s)
+        swept[way, size] = bench.run(loop, on, STEPS, SHORT_S)
         if near_promise(swept[way, size], alone[0], loop):
-            swept[way, size] = bench.run(loop, on, STEPS, limit_s)
+            swept[way, size] = bench.run(loop, on, STEPS, LONG_S)
     alone.append(bench.run(loop, seats, STEPS, limit_s))
     bench.alone[loop] = pooled(alone)
     lines = [bench.line(loop, ALONE, bench.alone[loop], sms=pair.gpu.cut.total_sms)]
