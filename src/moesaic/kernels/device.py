@@ -1,10 +1,15 @@
-"""Facts of a device that launches need, read once."""
+"""Facts of a device that launches need, read once; memory that is made once and kept."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
+
+Made = TypeVar("Made")
 
 
 @lru_cache(maxsize=64)
@@ -13,6 +18,38 @@ def sm_count(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def for_good(make: Callable[[], Made], device: torch.device) -> Made:
+    """What `make` makes, to be kept beyond this call; complete, so that any stream may use it.
+
+    A thread of its own makes it, on the caller's stream. The caller's may be allocating in a pool
+    that is taken back as a whole (torch.compile's CUDA graph trees, a user's), where nothing may
+    stay, or may have forbidden to wait for the device. Not for use inside a capture.
+    """
+    if device.type != "cuda":
+        return make()
+    stream = torch.cuda.current_stream(device)
+    made: list[Made] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.cuda.stream(stream):
+                made.append(make())
+                event = torch.cuda.Event()
+                event.record(stream)
+                while not event.query():
+                    pass
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="moesaic-for-good")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return made[0]
 
 
 @lru_cache(maxsize=8)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from ..device import for_good
 from ..launching import Recording, recorded
 from .raw import CELL, RawLaunch, TensorMap, Unsupported, check, driver
 from .zeros import given, zeroed
@@ -162,12 +163,17 @@ class LayerPlan:
         A little scratch is kept for the eager calls of a stream, which follow one another. A graph
         has its own, from its own pool.
         """
-        arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=self.device)
-        made: tuple[Tensor, ...] = (arena,)
-        if self._zeros_at is not None:
-            made = (arena, zeroed(self.device, arena.data_ptr() + self._zeros_at))
+
+        def make() -> tuple[Tensor, ...]:
+            arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=self.device)
+            if self._zeros_at is None:
+                return (arena,)
+            return arena, zeroed(self.device, arena.data_ptr() + self._zeros_at)
+
+        keep = self.arena_bytes <= KEPT_BYTES and not torch._C._cuda_isCurrentStreamCapturing()
+        made = for_good(make, self.device) if keep else make()
         held = tuple(tensor.data_ptr() for tensor in made), made
-        if self.arena_bytes <= KEPT_BYTES and not torch._C._cuda_isCurrentStreamCapturing():
+        if keep:
             if len(self._kept) >= MAX_STREAMS:
                 self._kept.clear()
             self._kept[stream] = held

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..device import for_good
 from ..taskmap import TaskMap
 
 _made: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
@@ -23,13 +24,18 @@ def constants(top_k: int, device: torch.device) -> tuple[Tensor, ...]:
     A capture that finds none makes its own, for they have no values before its graph has run.
     """
     found = _made.get((top_k, device))
-    if found is None:
+    if found is not None:
+        return found
+
+    def make() -> tuple[Tensor, ...]:
         slots = torch.arange(top_k + 1, dtype=torch.int32, device=device)
         total = torch.full((2,), top_k, dtype=torch.int32, device=device)
         ones = torch.ones(top_k, dtype=torch.int32, device=device)
-        found = slots[:-1], slots[1:].clone(), total, ones
-        if not _capturing(device):
-            _made[top_k, device] = found
+        return slots[:-1], slots[1:].clone(), total, ones
+
+    if _capturing(device):
+        return make()
+    _made[top_k, device] = found = for_good(make, device)
     return found
 
 

@@ -16,6 +16,8 @@ import threading
 import torch
 from torch import Tensor
 
+from ..device import for_good
+
 WORDS = 512
 """int32 counters of one set."""
 SETS = 4096
@@ -32,8 +34,7 @@ def prepare(device: torch.device) -> None:
         return
     if sum(key[0] == device for key in tuple(_given)) >= MOST_SETS:
         return
-    block = torch.zeros((SETS, WORDS), dtype=torch.int32, device=device)
-    torch.cuda.current_stream(device).synchronize()
+    block = for_good(lambda: torch.zeros((SETS, WORDS), dtype=torch.int32, device=device), device)
     with _lock:
         if not _free.get(device):
             _free[device] = list(block.unbind(0))
