@@ -32,7 +32,7 @@ from moesaic.bench.suites.colocation import (
 )
 from moesaic.bench.tenants import Trial
 from moesaic.hardware.green import GreenDevice
-from moesaic.runtime.plan import Curve, MachineSlices
+from moesaic.runtime.plan import Curve, MachineSlices, Plan, Share
 
 FIRST = f"{cells()[0].model}, {cells()[0].tokens} tokens"
 STAMPED = dict.fromkeys(("device", "torch", "triton", "commit", "date"), "x")
@@ -147,6 +147,19 @@ def test_bandwidth_bounds_what_is_left_for_prefill() -> None:
     assert left_for_prefill(4e12, 4e12, 1.6, 1.0) == pytest.approx(0.5)
     assert left_for_prefill(4e12, 4e12, 1.6, 0.5) == pytest.approx(0.8 * 0.5 + 0.2)
     assert left_for_prefill(9e12, 4e12, 1.0, 1.0) == 0.0
+
+
+def test_sizes_that_were_not_captured_are_rounded_up() -> None:
+    lent = (Share("decode", 60), Share("prefill", 72, borrows=True))
+    plans = {
+        OURS: Plan(policy="protect", reason="", shares=lent),
+        "static": Plan(policy="static", reason="", shares=(Share("decode", 60),)),
+        "none": Plan(policy="none", reason=""),
+    }
+    ways = colocation.ways_of(plans, (48, 60, 64), (56, 64))
+    assert ways[OURS] == (LEND, 64) and ways["policy:static"] == (GREEN, 60)
+    assert ways["policy:none"] == ways[NO_CONTROL] == (PLAIN, None)
+    assert ways["sm-budgets"] == (colocate.BUDGET, 60)
 
 
 def test_curves_survive_their_lines() -> None:

@@ -75,7 +75,7 @@ from ..suite import Cell, Context, Suite
 from ..tenants import Trial, pooled
 from ..timing import reason
 
-LENT_SIZES = range(40, 97, 8)
+LENT_SIZES = (40, *range(48, 81, 4), 88)
 """Decode parts that are lent in the sweep of the open loop."""
 CALIBRATION = 300
 NEAR, SHORT_S, LONG_S = 0.1, 0.45, 2.2
@@ -235,7 +235,9 @@ def near_promise(found: Trial, alone: Trial, loop: str) -> bool:
 Way = tuple[str, int | None]
 
 
-def ways_of(plans: dict[str, Plan], sizes: Sequence[int]) -> dict[str, Way]:
+def ways_of(
+    plans: dict[str, Plan], sizes: Sequence[int], lent_sizes: Sequence[int] = ()
+) -> dict[str, Way]:
     """How every named way is carried out; not to slice is no control.
 
     Sizes that were not captured are rounded up, to the benefit of decode.
@@ -246,9 +248,10 @@ def ways_of(plans: dict[str, Plan], sizes: Sequence[int]) -> dict[str, Way]:
         ways[BUDGETS] = (BUDGET, prepared_size(sizes, ours.sizes["decode"]))
     for name, plan in plans.items():
         impl = name if name == OURS else f"policy:{name}"
-        lent = LEND if any(share.borrows for share in plan.shares) else GREEN
-        size = prepared_size(sizes, plan.sizes["decode"]) if plan.sliced else None
-        ways[impl] = (lent if plan.sliced else PLAIN, size)
+        lent = any(share.borrows for share in plan.shares)
+        known = lent_sizes if lent else sizes
+        size = prepared_size(known, plan.sizes["decode"]) if plan.sliced else None
+        ways[impl] = ((LEND if lent else GREEN) if plan.sliced else PLAIN, size)
     return ways
 
 
@@ -260,7 +263,7 @@ def measure(bench: Bench, cell: Cell, context: Context) -> None:
     alone = [bench.run(loop, seats, STEPS, limit_s)]
     bench.curves |= calibrate(bench, loop, alone[0])
     plans = plans_of(loop, bench.curves, pair.machine)
-    ways = ways_of(plans, list(pair.splits))
+    ways = ways_of(plans, list(pair.splits), list(pair.lent))
     if size := ways.get(BUDGETS, (BUDGET, None))[1]:
         prepare_budgets(pair, size)
     trials: dict[Way, list[Trial]] = {way: [] for way in ways.values()}
