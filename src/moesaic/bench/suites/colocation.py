@@ -256,7 +256,10 @@ def ways_of(
 
 
 def measure(bench: Bench, cell: Cell, context: Context) -> None:
-    """One loop: alone, curves of both at work, the named ways in rounds, the sweep, alone again."""
+    """One loop: alone, curves of both at work, the named ways in rounds, the sweep, alone again.
+
+    The named ways are recorded before the sweep, and again over both trials alone behind it.
+    """
     loop, pair = cell.clock, bench.pair
     limit_s = 0.1 * context.budget_s
     seats = (whole(pair.step), None)
@@ -271,31 +274,55 @@ def measure(bench: Bench, cell: Cell, context: Context) -> None:
         for (way, size), found in trials.items():
             allowed_s = ALLOWED.get(way, 0.1) * context.budget_s / ROUNDS
             found.append(bench.run(loop, seats_of(pair, way, size), STEPS // ROUNDS, allowed_s))
-    points = [(GREEN, size) for size in sorted(pair.splits)]
-    if bench.interval(loop):
-        points += [(LEND, size) for size in sorted(pair.lent)]
-    swept = dict[tuple[str, int], Trial]()
-    for way, size in points:
-        on = seats_of(pair, way, size)
-        swept[way, size] = bench.run(loop, on, STEPS, SHORT_S)
-        if near_promise(swept[way, size], alone[0], loop):
-            swept[way, size] = bench.run(loop, on, STEPS, LONG_S)
+    bench.alone[loop] = pooled(alone)
+    context.record(curve_lines(bench.fixed, bench.curves) + counted(bench, loop, ways[OURS]))
+    lines = named_lines(bench, loop, plans, ways, trials)
+    context.record(lines)
+    context.say(f"{loop} loop: " + told_of(lines))
+    swept = sweep(bench, loop, alone[0])
     alone.append(bench.run(loop, seats, STEPS, limit_s))
     bench.alone[loop] = pooled(alone)
-    lines = [bench.line(loop, ALONE, bench.alone[loop], sms=pair.gpu.cut.total_sms)]
+    lines = named_lines(bench, loop, plans, ways, trials) + swept_lines(bench, loop, swept)
+    context.record(lines)
+    context.say(f"{loop} loop: " + told_of(lines))
+
+
+def named_lines(
+    bench: Bench, loop: str, plans: dict[str, Plan], ways: dict[str, Way],
+    trials: dict[Way, list[Trial]],
+) -> list[Line]:  # fmt: skip
+    """The lines of decode alone and of every named way."""
+    total = bench.pair.gpu.cut.total_sms
+    lines = [bench.line(loop, ALONE, bench.alone[loop], sms=total)]
     for impl, (way, size) in ways.items():
         plan = plans.get(impl.removeprefix("policy:"))
         told = {} if plan is None else {"policy": plan.policy, "reason": plan.reason}
-        lines.append(
-            bench.line(loop, impl, pooled(trials[way, size]), **told, **sizes_of(pair, size))
-        )
-    for (way, size), trial_ in swept.items():
-        more = sizes_of(pair, size) | {"probed": list(pair.ran_on[size])}
-        impl = f"{LENT if way == LEND else SPLIT}{size}"
-        lines.append(bench.line(loop, impl, trial_, **more))
-    lines += counted(bench, loop, ways[OURS])
-    context.record(curve_lines(bench.fixed, bench.curves) + lines)
-    context.say(f"{loop} loop: " + told_of(lines))
+        found, sizes = pooled(trials[way, size]), sizes_of(bench.pair, size)
+        lines.append(bench.line(loop, impl, found, **told, **sizes))
+    return lines
+
+
+def sweep(bench: Bench, loop: str, alone: Trial) -> dict[tuple[str, int], Trial]:
+    """A trial of every size, of those near decode's promise a longer one."""
+    pair, swept = bench.pair, dict[tuple[str, int], Trial]()
+    points = [(GREEN, size) for size in sorted(pair.splits)]
+    if bench.interval(loop):
+        points += [(LEND, size) for size in sorted(pair.lent)]
+    for way, size in points:
+        on = seats_of(pair, way, size)
+        swept[way, size] = bench.run(loop, on, STEPS, SHORT_S)
+        if near_promise(swept[way, size], alone, loop):
+            swept[way, size] = bench.run(loop, on, STEPS, LONG_S)
+    return swept
+
+
+def swept_lines(bench: Bench, loop: str, swept: dict[tuple[str, int], Trial]) -> list[Line]:
+    """The lines of the sweep."""
+    lines = []
+    for (way, size), found in swept.items():
+        more = sizes_of(bench.pair, size) | {"probed": list(bench.pair.ran_on[size])}
+        lines.append(bench.line(loop, f"{LENT if way == LEND else SPLIT}{size}", found, **more))
+    return lines
 
 
 def counted(bench: Bench, loop: str, ours: Way) -> list[Line]:
