@@ -227,8 +227,8 @@ def test_a_router_whose_bias_alone_is_trained_is_not_one_op(monkeypatch: Any) ->
     model = tiny_model("gpt_oss").bfloat16().requires_grad_(False)
     moesaic.attach(model, fuse_routers="always")
     calls: list[int] = []
-    real = routers.choose_op
-    monkeypatch.setattr(routers, "choose_op", lambda *a: (calls.append(1), real(*a))[1])
+    real = routers.route_hidden_op
+    monkeypatch.setattr(routers, "route_hidden_op", lambda *a: (calls.append(1), real(*a))[1])
     router = next(m for m in model.modules() if routers.PLAN in vars(m))
     hidden_TH = torch.randn(5, router.weight.shape[1]).bfloat16()
     router(hidden_TH)

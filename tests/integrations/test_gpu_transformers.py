@@ -8,8 +8,9 @@ from hf_checks import output, select, token_ids
 from hf_families import tiny_model
 
 import moesaic
-from moesaic.bench.whole_models import random_model
+from moesaic.bench.whole_models import random_model, typical_error
 from moesaic.integrations.blocks import BLOCK
+from moesaic.ops import router_product
 from moesaic.run.generate import Decoder
 from moesaic.runtime.capture import CudaCapturer
 
@@ -56,6 +57,30 @@ def test_a_shared_expert_beside_the_others_changes_no_bit(family: str) -> None:
             graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(found, want) for found in got)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_a_compiled_block_gives_the_answers_of_its_parts(family: str) -> None:
+    model = tiny_model(family).to(CUDA, torch.bfloat16).eval().requires_grad_(False)
+    moesaic.attach(model)
+    block = next(module for module in model.modules() if BLOCK in vars(module))
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=False)
+    for tokens in (1, 5, 600):
+        hidden = torch.randn(1, tokens, model.config.hidden_size).to(CUDA, torch.bfloat16)
+        want = type(block).forward(block, hidden)
+        assert torch.equal(block(hidden), want)
+        assert typical_error([compiled(hidden)], [want]) < 5e-3
+
+
+def test_fp32_logits_of_16_bit_states_are_those_of_fp32() -> None:
+    gen = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 7168, generator=gen).to(CUDA, torch.bfloat16) for n in (70, 9))
+    exact = hidden.double() @ weight.double().T
+    errors = []
+    for logits in (router_product(hidden, weight, None, True), hidden @ weight.T):
+        errors.append(float((logits.double() - exact).abs().max() / exact.abs().max()))
+    assert errors[0] < 2e-5 < 1e-3 < errors[1]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])

@@ -26,11 +26,11 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn import parameter_names
-from ..ops import WEIGHT_NAMES, choose_op, experts_op
+from ..ops import WEIGHT_NAMES, choose_op, experts_op, route_hidden_op
 from ..types import ExpertSpec
 from ..validate import values_wanted
 from .layouts import ACTIVATIONS
-from .routers import BIAS, PLAN, RouterPlan, fused_forward, router_logits
+from .routers import BIAS, PLAN, RouterPlan, fused_forward, product_outside
 
 BLOCK = "_moesaic_block"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -39,8 +39,9 @@ BESIDE = 512
 
 torch.library.define(
     "moesaic::block",
-    "(Tensor hidden, Tensor logits, Tensor? correction, Tensor?[] params, Tensor[] shared, "
-    "str rule, bool as_logits, str spec, str impl) -> Tensor",
+    "(Tensor hidden, Tensor? logits, Tensor? router, Tensor? router_bias, Tensor? correction, "
+    "Tensor?[] params, Tensor[] shared, str rule, bool fp32, bool as_logits, str spec, str impl)"
+    " -> Tensor",
 )
 
 
@@ -101,17 +102,25 @@ def _sum_with_shared(
 
 def _block(
     hidden: Tensor,
-    logits: Tensor,
+    logits: Tensor | None,
+    router: Tensor | None,
+    router_bias: Tensor | None,
     correction: Tensor | None,
     params: list[Tensor | None],
     shared: list[Tensor],
     rule: str,
+    fp32: bool,
     as_logits: bool,
     spec: str,
     impl: str,
 ) -> Tensor:
     def routed() -> Tensor:
-        ids, weights = choose_op(logits, correction, rule, as_logits)
+        if logits is not None:
+            ids, weights = choose_op(logits, correction, rule, as_logits)
+        else:
+            _, ids, weights = route_hidden_op(
+                hidden, router, router_bias, correction, rule, fp32, as_logits
+            )
         return experts_op(hidden, ids, weights, *params, spec, impl)
 
     return _sum_with_shared(hidden, shared, routed) if shared else routed()
@@ -168,7 +177,7 @@ def _shared_weights(block: nn.Module, parts: Parts) -> list[Tensor] | None:
 
 
 def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, ...] | None:
-    """What `block_op` takes after the hidden states, its logits; None: the block's own forward."""
+    """Everything that `block_op` takes after the hidden states; None: the block's own forward."""
     router, experts = block._modules[plan.parts.router], block._modules[plan.parts.experts]
     if router is None or experts is None or block.training or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
@@ -203,10 +212,10 @@ def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, 
     rule: RouterPlan = vars(router)[PLAN]
     correction = router._buffers.get(BIAS) if rule.spec.scoring == "sigmoid" else None
     correction = None if correction is None else correction.float()
-    logits_TE = router_logits(hidden_TH, weight, router_bias, rule.fp32)
+    outside = product_outside(hidden_TH, weight, router_bias, rule.fp32)
     return (
-        logits_TE, correction, params, shared, rule.spec.key(), rule.as_logits, plan.spec.key(),
-        state.impl,
+        outside, None if outside is not None else weight, router_bias, correction, params, shared,
+        rule.spec.key(), rule.fp32, rule.as_logits, plan.spec.key(), state.impl,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..functional import route
-from ..ops import choose_op
+from ..ops import choose_op, one_launch, route_hidden_op
 from ..types import RouterSpec
 from ..validate import values_wanted
 
@@ -49,26 +49,41 @@ def fused_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tenso
     hidden_TH = hidden_states.reshape(-1, weight.shape[1])
     correction = getattr(self, BIAS, None) if plan.spec.scoring == "sigmoid" else None
     correction = None if correction is None else correction.float()
-    logits_TE = router_logits(hidden_TH, weight, bias, plan.fp32)
     if _without_gradients(hidden_TH, weight, bias):
-        ids_TK, weights_TK = choose_op(logits_TE, correction, plan.spec.key(), plan.as_logits)
+        rule = (plan.spec.key(), plan.fp32, plan.as_logits)
+        outside = product_outside(hidden_TH, weight, bias, plan.fp32)
+        if outside is not None:
+            ids_TK, weights_TK = choose_op(outside, correction, rule[0], plan.as_logits)
+            return outside, weights_TK, ids_TK
+        logits_TE, ids_TK, weights_TK = route_hidden_op(hidden_TH, weight, bias, correction, *rule)
         return logits_TE, weights_TK, ids_TK
+    logits_TE = _product(hidden_TH, weight, bias, plan.fp32)
     routing = route(logits_TE, plan.spec, bias_E=correction)
     dtype = logits_TE.dtype if plan.as_logits else torch.float32
     return logits_TE, routing.topk_weights_TK.to(dtype), routing.topk_ids_TK
 
 
-def router_logits(
-    hidden_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, fp32: bool
-) -> Tensor:
-    """The product of a router, (T, E); `fp32`: in fp32, whatever it is given.
-
-    It stands outside the ops, so that a compiler can fuse it with the norm before it.
-    """
+def _product(hidden_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, fp32: bool) -> Tensor:
+    """Logits (T, E); `fp32`: in fp32, whatever it is given."""
     if fp32:
         hidden_TH, weight_EH = hidden_TH.float(), weight_EH.float()
         bias_E = None if bias_E is None else bias_E.float()
     return F.linear(hidden_TH, weight_EH, bias_E)
+
+
+def product_outside(
+    hidden_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, fp32: bool
+) -> Tensor | None:
+    """Logits (1, E) of a single token that is compiled, else None: the op makes them.
+
+    A compiler that is told to tune writes products of one row itself, fused with the norm before,
+    which is faster where the op would not make product and choice in one launch.
+    """
+    if not torch.compiler.is_compiling() or hidden_TH.shape[0] != 1:
+        return None
+    if not fp32 and one_launch(1, len(weight_EH)):
+        return None
+    return _product(hidden_TH, weight_EH, bias_E, fp32)
 
 
 def _without_gradients(hidden_TH: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
