@@ -107,7 +107,7 @@ def launch_sort(
 
     counters: (3, E) int32, contiguous; the rows of each expert are added to its second line, the
         tiles of the map to its third.
-    pdl: a single launch starts while the one before still runs, and waits for it on the device.
+    pdl: launches start while the one before still runs, and wait for it on the device.
     """
     ids_TK = _check_ids(topk_ids_TK, num_experts)
     slots, device = ids_TK.numel(), ids_TK.device
@@ -117,52 +117,33 @@ def launch_sort(
         torch.empty(num_experts + 1, dtype=torch.int32, device=device),
     )
     stride = 0 if table is None else table.stride(0)
-    constants = {
-        "ORDER": "" if table is None else order,
-        "HEIGHTS": heights,
-        "E_POW2": lanes(num_experts),
-    }
+    named = "" if table is None else order
+    constants = {"ORDER": named, "HEIGHTS": heights, "E_POW2": lanes(num_experts)}
     outputs = (*rows, rows.offsets_E1 if table is None else table)
+    overlap: dict[str, Any] = {"PDL": True, "launch_pdl": True} if pdl else {}
     if slots <= ONE_LAUNCH_SLOTS:
         launch(
             sort_small_kernel,
             1 + triton.cdiv(slots, SMALL["ROWS"]),
-            ids_TK,
-            *outputs,
-            slots,
-            num_experts,
-            stride,
-            **constants,
-            **SMALL,
-            COUNT=512 if slots <= 512 else 2048,
-            counters_ptr=counters,
-            **({"PDL": True, "launch_pdl": True} if pdl else {}),
-            **WIDE,
-        )
+            ids_TK, *outputs, slots, num_experts, stride,
+            **constants, **SMALL, COUNT=512 if slots <= 512 else 2048, counters_ptr=counters,
+            **overlap, **WIDE,
+        )  # fmt: skip
         return rows
     chunk = chunk_size(slots)
     chunks = triton.cdiv(slots, chunk)
     hist = torch.empty((chunks + 1, num_experts), dtype=torch.int32, device=device)
     count_chunks_kernel[(chunks,)](
         ids_TK, hist, slots, num_experts, E_POW2=constants["E_POW2"], CHUNK=chunk, num_warps=4,
-        enable_fp_fusion=True,
+        enable_fp_fusion=True, **overlap,
     )  # fmt: skip
     scan_chunks_kernel[(triton.cdiv(num_experts, SCAN["EXPERTS"]),)](
-        hist, chunks, num_experts, **SCAN, num_warps=4, enable_fp_fusion=True
+        hist, chunks, num_experts, **SCAN, num_warps=4, enable_fp_fusion=True, **overlap
     )
     scatter_chunks_kernel[(1 + chunks,)](
-        ids_TK,
-        hist,
-        *outputs,
-        slots,
-        num_experts,
-        chunks,
-        stride,
-        **constants,
-        CHUNK=chunk,
-        counters_ptr=counters,
-        **WIDE,
-    )
+        ids_TK, hist, *outputs, slots, num_experts, chunks, stride,
+        **constants, CHUNK=chunk, counters_ptr=counters, **overlap, **WIDE,
+    )  # fmt: skip
     return rows
 
 
@@ -276,13 +257,17 @@ def write_places(slot, ids, place, live, order_ptr, position_ptr, slots, experts
 
 @triton.jit
 def count_chunks_kernel(
-    ids_ptr, hist_ptr, slots, experts, E_POW2: tl.constexpr, CHUNK: tl.constexpr
-):
+    ids_ptr, hist_ptr, slots, experts, E_POW2: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
     """Count the ids of each chunk of CHUNK slots.
 
     ids_ptr: int32|int64 (S,). hist_ptr: int32 (chunks + 1, E), the last row untouched.
     Ids [2, 0, 0, 3, 2, 1] in chunks of 4, 3 experts: rows [2, 0, 1] and [0, 1, 1].
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     chunk = tl.program_id(0)
     e = tl.arange(0, E_POW2)
     ids_C = load_ids(ids_ptr, chunk * CHUNK + tl.arange(0, CHUNK), slots, experts)
@@ -291,12 +276,22 @@ def count_chunks_kernel(
 
 
 @triton.jit
-def scan_chunks_kernel(hist_ptr, chunks, experts, CHUNKS: tl.constexpr, EXPERTS: tl.constexpr):
+def scan_chunks_kernel(
+    hist_ptr,
+    chunks,
+    experts,
+    CHUNKS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
     """Turn each column of the histogram into its exclusive prefix, the total in the last row.
 
     hist_ptr: int32 (chunks + 1, E). Rows [2, 0, 1], [0, 1, 1] become
     [0, 0, 0], [2, 0, 1] and totals [2, 1, 2].
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     e_1E = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)[None, :]
     before_E = tl.zeros((EXPERTS,), tl.int32)
     for first in range(0, chunks, CHUNKS):
@@ -328,6 +323,7 @@ def scatter_chunks_kernel(
     E_POW2: tl.constexpr,
     CHUNK: tl.constexpr,
     counters_ptr=None,
+    PDL: tl.constexpr = False,
 ):
     """Program 0 writes offsets and map; each other program sorts and places one chunk of slots.
 
@@ -338,6 +334,9 @@ def scatter_chunks_kernel(
 
     Pointers as in `sort_small_kernel`; hist_ptr: int32 (chunks + 1, E), see `scan_chunks_kernel`.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     program = tl.program_id(0)
     e = tl.arange(0, E_POW2)
     counts_E = tl.load(hist_ptr + chunks * experts + e, mask=e < experts, other=0)
@@ -367,6 +366,7 @@ def aot_cases() -> list[Any]:
     outs = ("order_ptr", "position_ptr", "offsets_ptr", "table_ptr")
     pointers = dict.fromkeys(outs, "*i32")
     sizes = dict.fromkeys(("slots", "experts", "stride"), "i32")
+    more = {"chunks": "i32"}
     uncounted: dict[str, Any] = {"counters_ptr": None, "PDL": False}
     cases = []
     for width, order in ((32, "index"), (256, "mixed"), (1024, "large_first"), (1024, "")):
@@ -387,14 +387,8 @@ def aot_cases() -> list[Any]:
             AotCase(
                 name=f"sorting/scatter{chunk}-{tag}",
                 fn=scatter_chunks_kernel,
-                signature={
-                    "ids_ptr": "*i64",
-                    "hist_ptr": "*i32",
-                    **pointers,
-                    **sizes,
-                    "chunks": "i32",
-                },
-                constexprs={**constants, "CHUNK": chunk, "counters_ptr": None},
+                signature={"ids_ptr": "*i64", "hist_ptr": "*i32", **pointers, **sizes} | more,
+                constexprs={**constants, "CHUNK": chunk, **uncounted},
                 options=WIDE,
                 quick=width == 256 and chunk == 512,
             )
@@ -404,13 +398,8 @@ def aot_cases() -> list[Any]:
             AotCase(
                 name=f"sorting/count-{tag}",
                 fn=count_chunks_kernel,
-                signature={
-                    "ids_ptr": "*i64",
-                    "hist_ptr": "*i32",
-                    "slots": "i32",
-                    "experts": "i32",
-                },
-                constexprs={"E_POW2": width, "CHUNK": 512 if width < 1024 else 1024},
+                signature={"ids_ptr": "*i64", "hist_ptr": "*i32", "slots": "i32", "experts": "i32"},
+                constexprs={"E_POW2": width, "CHUNK": min(1024, max(512, width)), "PDL": False},
                 options={"num_warps": 4, "enable_fp_fusion": True},
                 quick=width == 256,
             )
@@ -431,9 +420,11 @@ def aot_cases() -> list[Any]:
         AotCase(
             name="sorting/scatter-counted",
             fn=scatter_chunks_kernel,
-            signature={**given, "hist_ptr": "*i32", "chunks": "i32"},
-            constexprs={**constants, "CHUNK": 512},
-            **counted,
+            signature={**given, "hist_ptr": "*i32", **more},
+            constexprs={**constants, "CHUNK": 512, "PDL": True},
+            options=counted["options"] | {"launch_pdl": True},
+            archs=(90, 100),
+            ptx={90: ("griddepcontrol.wait",)},
         ),
     ]
     cases.append(
@@ -441,8 +432,10 @@ def aot_cases() -> list[Any]:
             name="sorting/scan",
             fn=scan_chunks_kernel,
             signature={"hist_ptr": "*i32", "chunks": "i32", "experts": "i32"},
-            constexprs=SCAN,
-            options={"num_warps": 4, "enable_fp_fusion": True},
+            constexprs=SCAN | {"PDL": True},
+            options={"num_warps": 4, "enable_fp_fusion": True, "launch_pdl": True},
+            archs=(90, 100),
+            ptx={90: ("griddepcontrol.wait",)},
         )
     )
     return cases
