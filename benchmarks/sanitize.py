@@ -1,30 +1,37 @@
-"""Run every kernel on a small grid under compute-sanitizer and write what it found.
+"""Run every kernel on a small grid under compute-sanitizer and ConSan, and write what they found.
 
     python benchmarks/sanitize.py [--out benchmarks/results] [--sanitizer path/compute-sanitizer]
 
 One process per tool (memcheck, racecheck) and path runs the layer, every kind of Hopper tile,
-routing, sorting, the fused three-layer expert and the LoRA application. More run planted faults: an
-out-of-bounds store, a shared-memory race, and a Hopper kernel whose consumer gives a stage of the
-ring back before it has read it. The tools must find them: one that finds nothing there proves
-nothing. Versions before 2026.1 report hand-overs through mbarriers as races (their release notes).
+routing, sorting, the fused three-layer expert and the LoRA application. ConSan, which Triton
+compiles in, watches the rings of the Hopper kernels (`sanitize_rings.py`). More processes run
+planted faults, which the tools must find: one that finds nothing there proves nothing. Controls say
+which reports of right code are a tool's own (`sanitize_faults.py`, suite `sanitizer`).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import sanitize_faults as faults
+import sanitize_rings as rings
 import torch
+import triton
 
 from moesaic import ExpertSpec, ExpertWeights, RouterSpec, moe, route
 from moesaic.bench.results import Recorder, device_slug, make_line, stamp
-from moesaic.bench.suites.sanitizer import GRIDS, SUITE, TOOLS, line_of
+from moesaic.bench.suites.sanitizer import CHECKS, SUITE, asserted, line_of
+from moesaic.kernels import hopper
+from moesaic.kernels.hopper.launch import KERNELS
 
 
 def tiles() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -123,9 +130,9 @@ def run_grid(impl: str) -> None:
         sys.stdout.write(f"ran {name}\n")
 
 
-def run_wide() -> None:
-    """The Hopper path with every one-warp loader made four warps."""
-    faults.widen()
+def run_arriving() -> None:
+    """The Hopper path with every lane of its loaders arriving."""
+    faults.install(faults.arriving())
     run_grid("hopper")
 
 
@@ -141,14 +148,30 @@ def run_planted(plant: Callable[[], None]) -> None:
 JOBS: dict[str, Callable[[], None]] = {
     "grid_triton": lambda: run_grid("triton"),
     "grid_hopper": lambda: run_grid("hopper"),
-    "grid_wide": run_wide,
+    "grid_arriving": run_arriving,
     "controls": faults.run_controls,
     "plant_memcheck": faults.plant_memcheck,
     "plant_racecheck": faults.plant_racecheck,
     "plant_note": lambda: run_planted(faults.plant_note),
-    "plant_ring": lambda: run_planted(faults.plant_ring),
+    **rings.JOBS,
 }
-PLANTED = {"memcheck": ("plant_memcheck",), "racecheck": ("plant_racecheck", "plant_hopper")}
+LOADER = re.compile(r"\[(4, )?1\],\s*\[(CREG, )?LREG\]")
+
+
+def note_lines() -> dict[str, dict[str, range]]:
+    """Lines of the functions that write notes, by file, for each kernel with a one-warp loader."""
+    files: dict[str, range] = {}
+    for source in Path(str(hopper.__file__)).parent.glob("*.py"):
+        for node in ast.parse(source.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.lstrip("_") == "write_note":
+                files[source.name] = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    found: dict[str, dict[str, range]] = {}
+    for kernel in KERNELS.values():
+        source = Path(kernel.fn.__code__.co_filename)
+        own = source.name if source.name in files else "pipeline.py"
+        if LOADER.search(source.read_text(encoding="utf-8")):
+            found[kernel.fn.__name__] = {own: files[own]}
+    return found
 
 
 def version_of(sanitizer: str) -> str:
@@ -160,13 +183,26 @@ def version_of(sanitizer: str) -> str:
 
 def check(tool: str, job: str, sanitizer: str) -> dict[str, object]:
     """Run `job` of this file under `tool`; what it reported."""
+    child = [sys.executable, __file__, "--job", job]
+    if tool == "consan":
+        with tempfile.TemporaryDirectory() as cache:
+            modes = {"TRITON_INSTRUMENTATION_MODE": "consan", "CUDA_LAUNCH_BLOCKING": "1"}
+            text, status = _run(child, modes | {"TRITON_CACHE_DIR": cache})
+        found = asserted(text)
+        counts = [len(found)] if found or status == 0 else []
+        return line_of(tool, job, text, counts, status, f"Triton {triton.__version__}")
     command = [sanitizer, "--tool", tool, "--target-processes", "all", "--print-limit", "400"]
-    child = [*command, sys.executable, __file__, "--job", job]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(child, capture_output=True, text=True, env=environment, check=False)
-    text = (done.stdout + done.stderr).replace(f"{Path.cwd()}/", "")
+    text, status = _run([*command, *child], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     counts = [int(n) for n in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)]
-    return line_of(tool, job, text, counts, done.returncode, version_of(sanitizer))
+    return line_of(tool, job, text, counts, status, version_of(sanitizer), note_lines())
+
+
+def _run(command: list[str], more: dict[str, str]) -> tuple[str, int]:
+    environment = os.environ | more
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, errors="replace"
+    )
+    return (done.stdout + done.stderr).replace(f"{Path.cwd()}/", ""), done.returncode
 
 
 def main() -> int:
@@ -175,6 +211,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--only", nargs="*", default=[], help="tool/job pairs, all by default")
     parser.add_argument("--job", choices=JOBS)
+    parser.add_argument("--processes", type=int, default=1, help="checks that run at a time")
     parser.add_argument("--sanitizer", default="compute-sanitizer", help="the program to run")
     args = parser.parse_args()
     if args.job:
@@ -184,14 +221,13 @@ def main() -> int:
     device = torch.device("cuda")
     stamped = stamp(device) | {"suite": SUITE.name}
     recorder = Recorder(args.out, device_slug(device), SUITE.name, SUITE.summarize)
-    for grid in GRIDS:
-        JOBS[grid]()
-    for tool in TOOLS:
-        for job in (*GRIDS, *PLANTED[tool]):
-            if not args.only or f"{tool}/{job}" in args.only:
-                line = make_line(stamped, **check(tool, job, args.sanitizer))
-                recorder.record([line])
-                print(tool, job, "reported", line["reported"], "in", line["calls"], "calls")
+    wanted = [pair for pair in CHECKS if not args.only or "/".join(pair) in args.only]
+    with ThreadPoolExecutor(args.processes) as pool:
+        running = {pool.submit(check, *pair, args.sanitizer): pair for pair in wanted}
+        for done in as_completed(running):
+            line = make_line(stamped, **done.result())
+            recorder.record([line])
+            print(*running[done], "reported", line["reported"], "in", line["calls"], "calls")
     return 0 if all(target.met for target in recorder.targets()) else 1
 
 

@@ -1,19 +1,17 @@
 """What `sanitize.py` plants and controls: faults the tools must find, and right code they report.
 
 A one-warp loader hands its notes over by a barrier of its warp and one lane's arrival at an
-mbarrier. ptxas leaves nothing of such a barrier where the warp has converged (a NOP stands there),
-and racecheck, which reads the machine code, takes the other 31 lanes' writes for races. Two
-controls show it, one small and one large:
+mbarrier, which the consumers wait for: PTX orders all 32 lanes' writes before the reads. Racecheck
+follows only what a thread that arrives has written itself, and reports the other lanes' writes.
+Two controls show it, one small and one large:
 
-- `CONTROLS`, five kernels in CUDA that hand one number over through a pair of mbarriers;
-- `widen`, which makes every loader four warps: the same text of the same kernels, but the
-  barrier is one that stays in the machine code.
+- `CONTROLS`, kernels in CUDA that hand one number over through a pair of mbarriers;
+- `arrive_all`, the Hopper kernels with one change, that every lane of a loader arrives.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import re
+import importlib
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +22,6 @@ import triton
 import triton.language as tl
 
 PACKAGE = "moesaic.kernels.hopper"
-LOADER = re.compile(r"\[(4, )?1\],\s*\[(CREG, )?LREG\]")
 SOURCE = """
 __device__ unsigned at(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ void arrive(unsigned bar) {
@@ -36,62 +33,66 @@ __device__ void wait(unsigned bar, int phase) {
                  " @!done bra again; }" :: "r"(bar), "r"(phase) : "memory");
 }
 __device__ void readers_meet() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
-__device__ void block_meets() { asm volatile("bar.sync 2, 128;" ::: "memory"); }
+__device__ void writers_meet() { asm volatile("bar.sync 2, 128;" ::: "memory"); }
 
 extern "C" __global__ void NAME(int* out) {
     __shared__ int note;
     __shared__ unsigned long long full, empty;
     int lane = threadIdx.x - 128, sum = 0;
     if (threadIdx.x == 0) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(at(&full)) : "memory");
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(at(&empty)) : "memory");
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                     :: "r"(at(&full)), "r"(EACH ? WRITERS : 1) : "memory");
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                     :: "r"(at(&empty)), "r"(EACH ? 128 : 1) : "memory");
     }
     __syncthreads();
     for (int round = 0; round < 4; ++round) {
         if (lane < 0) {
-            READ
+            if (WAIT) wait(at(&full), round & 1);
             sum += *(volatile int*)&note;
             readers_meet();
-            if (threadIdx.x == 0) arrive(at(&empty));
+            if (EACH || threadIdx.x == 0) arrive(at(&empty));
         } else {
             wait(at(&empty), (round & 1) ^ 1);
-            WRITE *(volatile int*)&note = round;
-            MEET
-            if (lane == 0) arrive(at(&full));
+            *(volatile int*)&note = round;
+            if (WRITERS == 32) __syncwarp(); else writers_meet();
+            if (EACH || lane == 0) arrive(at(&full));
         }
     }
     out[threadIdx.x] = sum;
 }
 """
-
-
-WAIT = "wait(at(&full), round & 1);"
-CONTROLS: dict[str, tuple[int, str, str, str]] = {
-    "hand_over_warp": (32, WAIT, "", "__syncwarp();"),
-    "hand_over_lane": (32, WAIT, "if (lane == 0)", "__syncwarp();"),
-    "hand_over_block": (128, WAIT, "", "block_meets();"),
-    "hand_over_unmet": (128, WAIT, "", ""),
-    "hand_over_unread": (32, "", "if (lane == 0)", "__syncwarp();"),
+CONTROLS = {
+    "hand_over_warp": (32, False, True),
+    "hand_over_block": (128, False, True),
+    "hand_over_each": (32, True, True),
+    "hand_over_unread": (32, True, False),
 }
-"""Writing threads and the three places of `SOURCE` that differ. Right hand-overs by one warp that
-writes as a whole, by one lane and by four warps; and two that are wrong: four warps that do not
-meet before one thread arrives, and readers who do not wait."""
+"""How many threads write, whether each of them (and each reader) arrives, whether readers wait: a
+warp and four warps that meet before one thread arrives, a warp whose every lane arrives, and the
+same with readers who do not wait, which is wrong."""
 
 
 def control_source(name: str) -> str:
     """The CUDA text of one of `CONTROLS`."""
-    _, read, write, meet = CONTROLS[name]
-    text = SOURCE.replace("NAME", name)
-    return text.replace("READ", read).replace("WRITE", write).replace("MEET", meet)
+    writers, each, waits = CONTROLS[name]
+    constants = f"enum {{ WRITERS = {writers}, EACH = {int(each)}, WAIT = {int(waits)} }};"
+    return constants + SOURCE.replace("NAME", name)
 
 
 def run_controls() -> None:
-    """Run every one of `CONTROLS` with 128 readers."""
-    for name, (writers, *_) in CONTROLS.items():
+    """Run every one of `CONTROLS` with 128 readers.
+
+    Raises:
+        RuntimeError: a right hand-over brought a wrong number.
+    """
+    for name, (writers, _, waits) in CONTROLS.items():
         kernel = torch.cuda._compile_kernel(control_source(name), name)
         out = torch.empty(128 + writers, device="cuda", dtype=torch.int32)
         kernel((1, 1, 1), (128 + writers, 1, 1), (out,))
         torch.cuda.synchronize()
+        if waits and not bool((out[:128] == 6).all()):
+            raise RuntimeError(f"{name}: the readers did not read 0, 1, 2 and 3")
         sys.stdout.write(f"ran {name}\n")
 
 
@@ -121,78 +122,107 @@ def plant_racecheck() -> None:
     kernel((1, 1, 1), (64, 1, 1), (torch.empty(64, device="cuda"),))
 
 
-def rewritten(kind: str, edits: Sequence[tuple[str, str]]) -> str:
-    """The text of the module of a Hopper kernel with each of `edits` made where it occurs once.
+def text_of(module: str, edits: Sequence[tuple[str, str]] = ()) -> str:
+    """The text of a module of the Hopper kernels with each of `edits` made where it occurs once.
 
     Raises:
         RuntimeError: a text to replace does not occur, or more than once.
     """
-    from moesaic.kernels.hopper.launch import KERNELS
-
-    text = Path(str(sys.modules[KERNELS[kind].fn.__module__].__file__)).read_text(encoding="utf-8")
+    found = importlib.import_module(f"{PACKAGE}.{module}")
+    text = Path(str(found.__file__)).read_text(encoding="utf-8")
     for old, new in edits:
         if text.count(old) != 1:
-            raise RuntimeError(f"{kind}: {text.count(old)} times {old!r}; plant the fault anew")
+            raise RuntimeError(f"{module}: {text.count(old)} times {old!r}; plant the fault anew")
         text = text.replace(old, new)
     return text
 
 
 def install(texts: Mapping[str, str]) -> None:
-    """Use the kernels of these module texts, by kind, instead of the package's own."""
+    """Use these texts instead of the package's modules of the same names, and their kernels."""
     from moesaic.kernels.hopper import launch
 
     # Triton reads the source of its functions, so they must lie in files for as long as it runs.
     folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
-    for kind, text in texts.items():
-        name = f"planted_{kind}"
-        path = folder / f"{name}.py"
-        path.write_text(text.replace("from .", f"from {PACKAGE}."), encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        launch.KERNELS[kind] = getattr(module, launch.KERNELS[kind].fn.__name__)
+    sys.path.insert(0, str(folder))
+    for name, text in texts.items():
+        for other in texts:
+            text = text.replace(f"from .{other} import", f"from planted_{other} import")
+        text = text.replace("from .", f"from {PACKAGE}.")
+        (folder / f"planted_{name}.py").write_text(text, encoding="utf-8")
+    for kind, kernel in launch.KERNELS.items():
+        if kind in texts:
+            planted = importlib.import_module(f"planted_{kind}")
+            launch.KERNELS[kind] = getattr(planted, kernel.fn.__name__)
 
 
-def wide(text: str) -> str:
-    """A kernel's text with every loader of one warp made one of four."""
-    return LOADER.sub(lambda m: m[0].replace("1]", "4]", 1), text)
-
-
-def widen() -> None:
-    """Make every one-warp loader of the Hopper products four warps.
+def inside(text: str, function: str, edits: Sequence[tuple[str, str]]) -> str:
+    """`text` with `edits` made in one of its functions, at the last place each.
 
     Raises:
-        RuntimeError: no kernel has a one-warp loader.
+        RuntimeError: the function or a text to replace is not there.
     """
-    from moesaic.kernels.hopper.launch import KERNELS
+    head, name, tail = text.partition(f"def {function}(")
+    body, decorator, rest = tail.partition("\n\n\n")
+    for old, new in edits:
+        before, there, after = body.rpartition(old)
+        if not (name and there):
+            raise RuntimeError(f"{function}: no {old!r}; write the control anew")
+        body = before + new + after
+    return head + name + body + decorator + rest
 
-    texts = {kind: rewritten(kind, ()) for kind in KERNELS}
-    wider = {kind: wide(text) for kind, text in texts.items() if LOADER.search(text)}
-    if not wider:
-        raise RuntimeError("no Hopper kernel has a loader of one warp any more")
-    install(wider)
 
-
+ALL = "async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)"
+END = "    mbarrier.arrive(p.full.index(i), count=1)"
+COUNT = "count=129 if GATHER else 1)"
+WAITED = """async_copy.commit_group()
+            async_copy.wait_group(0)
+            mbarrier.arrive(p.full.index(i), count=1)
+"""
 FULL = "            mbarrier.wait(p.full.index(i), (c // p.NB) & 1)\n"
 ARRIVE = "mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1"
 LAST = f"        {ARRIVE})\n"
-STALE = """        L1: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        again = gl.max(p.notes.index(4 * (first % p.NB) + 1).load(L1), axis=0)
-        m += gl.where(again == -12345, 1, 0)
+NEXT = "        row_start, rows, m, n = read_note(p, c)\n"
+EARLY = """        L1: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        early = gl.max(p.notes.index(4 * (c % p.NB) + 1).load(L1), axis=0)
 """
+USED = "        m += gl.where(early == -12345, 1, 0)\n"
+
+
+def arriving() -> dict[str, str]:
+    """The modules in which every lane of a loader of sorted rows arrives at each stage."""
+    lanes, ended = "count=129 if GATHER else 33)", (END, f"{END}\n    {ALL}")
+    step = "            c += 1"
+    steps = [(step, f"            {ALL}\n{step}"), ended]
+    tall = text_of("tall", [(".init(full.index(i), count=1)", ".init(full.index(i), count=33)")])
+    tall = inside(tall, "_load_tile", [(step[4:], f"        {ALL}\n{step[4:]}")])
+    known = "from triton.experimental.gluon.language.nvidia.hopper import ("
+    copies = "from triton.experimental.gluon.language.nvidia.ampere import async_copy\n"
+    return {
+        "pipeline": inside(text_of("pipeline"), "load_rows", steps),
+        "decode": text_of("decode", [(COUNT, lanes)]),
+        "prefill": text_of("prefill", [(COUNT, lanes)]),
+        "tall": inside(tall, "_end", [ended]).replace(known, copies + known, 1),
+    }
+
+
+def waiting() -> dict[str, str]:
+    """The modules in which gathering loaders wait for their copies, then arrive once."""
+    twice = (f"{END}\n    {ALL}", f"{END}\n{END}")
+    edits = [(f"            {ALL}\n", f"            {WAITED}"), twice]
+    lanes = (COUNT, "count=2 if GATHER else 1)")
+    texts = {"pipeline": inside(text_of("pipeline"), "load_gathered", edits)}
+    return texts | {name: text_of(name, [lanes]) for name in ("decode", "prefill")}
 
 
 def plant_note() -> None:
-    """The decode kernel with a wide loader that reads a note again when it gave its stage back."""
-    begin = "        acc = gl.zeros((p.BN, p.BM), gl.float32, layout=L)\n"
-    edits = [(begin, f"{begin}        first = c\n"), (LAST, LAST + STALE)]
-    install({"decode": wide(rewritten("decode", edits))})
+    """Kernels whose loaders arrive as a whole; consumers of decode read notes before they wait."""
+    texts = arriving()
+    texts["decode"] = inside(texts["decode"], "_multiply", [(NEXT, EARLY + NEXT + USED)])
+    install(texts)
 
 
 def plant_ring() -> None:
     """The decode kernel with its stages given back before they are read."""
     early = "            mbarrier.arrive(p.empty.index(i), count=1)\n"
     late = f"            {ARRIVE}, pred=k > 0)\n"
-    edits = [(late, ""), (LAST, ""), (FULL, FULL + early)]
-    install({"decode": rewritten("decode", edits)})
+    install({"decode": text_of("decode", [(late, ""), (LAST, ""), (FULL, FULL + early)])})
