@@ -92,7 +92,7 @@ def layers(impl: str) -> Iterator[tuple[str, Callable[[], object]]]:
             logits = torch.randn(tokens, spec.num_experts, device="cuda")
             routing = route(logits, RouterSpec(num_experts=8, top_k=2))
             call = (hidden, routing.topk_ids_TK, routing.topk_weights_TK, weights, spec)
-            if impl == "triton" or (kind == "swiglu" and sm_90):
+            if impl == "triton" or (kind != "gpt-oss" and sm_90):
                 yield f"{kind}, {tokens} tokens, {impl}", lambda c=call: moe(*c, impl=impl)
 
 
@@ -101,12 +101,18 @@ def pieces() -> Iterator[tuple[str, Callable[[], object]]]:
     from moesaic.kernels.batching import batch_rows
     from moesaic.kernels.experts import experts_triton
     from moesaic.kernels.ragged_lora import add_lora_
+    from moesaic.ops import choose_op, route_hidden_op
 
     half = torch.bfloat16
     for scoring in ("softmax", "topk_softmax", "sigmoid"):
         spec = RouterSpec(num_experts=40, top_k=6, scoring=scoring, n_group=8, topk_group=4)
         logits = torch.randn(33, 40, device="cuda")
         yield f"route {scoring}", lambda s=spec, x=logits: route(x, s)
+        half_TE = logits.to(half)
+        yield f"choose {scoring}", lambda s=spec, x=half_TE: choose_op(x, None, s.key(), True)
+    few = RouterSpec(num_experts=8, top_k=2)
+    states, rows = torch.randn(9, 128, device="cuda").to(half), torch.randn(8, 128).cuda().to(half)
+    yield "router", lambda: route_hidden_op(states, rows, None, None, few.key(), False, True)
     mlp = {n: torch.randn(8, 128, 128, device="cuda").to(half) for n in ("up", "mid", "down")}
     hidden, share = torch.randn(50, 128, device="cuda").to(half), torch.rand(50, 2, device="cuda")
     chosen = torch.randint(0, 8, (50, 2), device="cuda")
