@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 from moesaic.kernels.batching import batch_rows, batch_rows_ref
 from moesaic.kernels.combine import combine_ref
-from moesaic.kernels.hopper import pair, zeros
+from moesaic.kernels.hopper import pair, plans, zeros
 from moesaic.kernels.hopper.experts import LayerConfig, choose_layer, experts_hopper
 from moesaic.kernels.hopper.fit import tile_problem
 from moesaic.kernels.hopper.launch import HopperConfig, weight_descriptor
@@ -67,7 +67,7 @@ def test_both_views_of_a_weight_have_one_box() -> None:
 
 def test_few_rows_take_one_launch() -> None:
     for top_k, up_rows, kernel, stages in (
-        (8, 1536, "pair", 5), (8, 4096, "pair", 8), (2, 28672, "decode", 12),
+        (8, 1536, "pair", 5), (8, 4096, "pair", 12), (2, 28672, "decode", 12),
     ):  # fmt: skip
         one = choose_layer(1, top_k, 128, up_rows, 132)
         assert (one.up.kernel, one.up.stages) == (kernel, stages) and one.up == one.down
@@ -75,6 +75,7 @@ def test_few_rows_take_one_launch() -> None:
     for tokens, experts, up_rows, kernel in (
         (4, 64, 2048, "pair"), (128, 64, 2048, "pair"), (256, 64, 2048, "decode"),
         (64, 256, 4096, "pair"), (64, 128, 28672, "decode"), (8192, 64, 2048, "tall"),
+        (8, 128, 28672, "decode"), (64, 64, 2048, "pair"),
     ):  # fmt: skip
         tile = choose_layer(tokens, 8, experts, up_rows, 132).up
         assert tile.kernel == kernel and tile_problem(tile._asdict()) is None
@@ -84,23 +85,24 @@ def by_twin(seen: list[dict[str, Any]]) -> Any:
     def pair_mm(x: Any, up: Any, down: Any, tasks: Any, act: Any, out: Any, **how: Any) -> Any:
         seen.append(how)
         arithmetic = {k: how[k] for k in ("gated", "activation", "limit", "alpha", "up_offset")}
-        order_S, top_k = how["order_S"], how["top_k"]
-        rows = pair.pair_mm_hopper_ref(
-            x, up, down, tasks, order_S=order_S, top_k=top_k, **arithmetic
-        )
+        given = {"order_S": how.get("order_S"), "top_k": how["top_k"], **arithmetic}
+        rows = pair.pair_mm_hopper_ref(x, up, down, tasks, **given)
         out.copy_(rows)
         if how.get("weighted"):
             weights, total = how["weighted"]
-            total.copy_(combine_ref(rows, order_S.view(1, -1), weights))
-        if how.get("counted") is not None:
-            how["counted"][1:, tasks.task_N.long()] += 1
+            ids = tasks if isinstance(tasks, torch.Tensor) else tasks.task_N.view(1, -1)
+            slots = torch.arange(ids.numel()).view(ids.shape)
+            owned = (ids >= 0) & (ids < up.shape[0])
+            total.copy_(combine_ref(rows, torch.where(owned, slots, -1), weights))
+            if how.get("counted") is not None:
+                how["counted"][1] += ids[owned].long().bincount(minlength=up.shape[0]).int()
         return out
 
     return pair_mm
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its other kernels are interpreted")
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, 3, 9])
 @pytest.mark.parametrize("counted", [False, True])
 def test_a_layer_is_put_together(
     monkeypatch: pytest.MonkeyPatch, tokens: int, counted: bool
@@ -128,6 +130,8 @@ def test_a_layer_is_put_together(
 
     monkeypatch.setattr(pair, "WORDS", pair.FIRST_COLUMN + 6)
     assert tokens > 1 or layer() is None
+    if counters is not None:
+        counters.zero_()
     monkeypatch.setattr(pair, "WORDS", zeros.WORDS)
     monkeypatch.setattr(pair, "zeroed", lambda device, address: torch.zeros(zeros.WORDS).int())
     sort, tasks = batch_rows_ref(case["topk_ids"], 24, heights=(16,))
@@ -136,7 +140,7 @@ def test_a_layer_is_put_together(
     )
     exact = combine_ref(rows, sort.position_S.view(tokens, 4), case["topk_weights"])
     torch.testing.assert_close(layer(), exact, rtol=1e-6, atol=1e-6)
-    assert ("weighted" in seen[-1]) == (tokens == 1)
+    assert ("weighted" in seen[-1]) == (tokens <= pair.FEW_TOKENS)
     if counters is not None:
         assert int(counters[1].sum()) == tokens * 4 and not counters[0].any()
 
@@ -204,6 +208,30 @@ def test_any_ids_weights_and_counters(tokens: int) -> None:
             got = experts_hopper(**case, config=alike(tile), counters=counters)
             assert torch.equal(wanted, got)
     assert torch.equal(*counted) and int(counted[0].sum()) > 0
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", [2, 3, 16])
+def test_few_tokens_find_their_tasks(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    getattr(plans._threads, "plans", {}).clear()
+    monkeypatch.setattr(pair, "FEW_TOKENS", 16)
+    monkeypatch.setattr(pair, "batch_rows", None)
+    case = draw(tokens)
+    shape, like = (tokens, 4), {"dtype": torch.int32, "device": "cuda"}
+    choices = {
+        "same": case["topk_ids"][:1].expand(shape).contiguous(),
+        "twice": torch.randint(0, 2, shape, **like),
+        "nobody's too": torch.randint(-3, 27, shape, **like),
+        "nobody's": torch.full(shape, -1, **like),
+        "long": case["topk_ids"].long(),
+    }
+    for name, ids in choices.items():
+        wanted = experts_hopper(**case | {"topk_ids": ids}, config=alike(APART))
+        for tile in (TILES[1], TILES[2], HopperConfig("pair", 16, 128, 12)):
+            for budget in (None, 1):
+                got = experts_hopper(**case | {"topk_ids": ids}, config=alike(tile), num_sms=budget)
+                assert torch.equal(wanted, got), (name, tile, budget)
+    getattr(plans._threads, "plans", {}).clear()
 
 
 @needs_hopper

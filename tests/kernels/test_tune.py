@@ -181,6 +181,8 @@ def test_a_row_that_cannot_run_is_refused_and_the_others_stay(
         (("tall", 128, 128, 6), 229832),
         (("decode", 16, 128, 10), 188916),
         (("decode", 128, 128, 6), 229748),
+        (("pair", 16, 128, 12), 230660),
+        (("pair", 16, 64, 10), 108676),
     ],
 )
 def test_the_shared_memory_of_a_hopper_tile_is_an_upper_bound(tile, compiled) -> None:

@@ -20,7 +20,7 @@ from ..sorting import ONE_LAUNCH_SLOTS
 from ..taskmap import TaskMap
 from ..tune import Problem, device_family, hopper_row
 from .launch import GLUON_DTYPES, HopperConfig, grouped_mm_hopper
-from .pair import layer_pair
+from .pair import FEW_TOKENS, layer_pair
 from .plans import planned
 from .single import constants, one_token
 from .tiles import triton_problem
@@ -68,21 +68,25 @@ def choose(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) ->
 def choose_layer(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) -> LayerConfig:
     """`choose`, but both products in one launch where few rows make the launches between show.
 
-    Up to about sixteen rows an expert that saves some three microseconds. A single token is then
-    one launch, sum included, with a ring as short as its tiles are few: programs that run ahead
-    take bandwidth from those that all wait for. Experts as wide as Mixtral's keep two launches, for
-    a column of their down-projection is too long for one program (169 us a token against 181).
+    Up to about sixteen rows an expert that saves some three microseconds. Up to `pair.FEW_TOKENS`
+    tokens are then one launch, sort and sum included. A ring is as long as fits, so that down
+    weights come while up tiles are waited for; where not every SM has an up tile, short rings
+    leave the next launch room to begin beside. Experts as wide as Mixtral's keep two launches, for
+    a column of their down-projection is too long for one program; narrow tiles spread it.
     """
-    if tokens == 1:
-        tiles = top_k * up_rows // 64
-        if tiles < 6 * num_sms:
-            tile = HopperConfig("pair", 16, 64, 5 if tiles <= 2 * num_sms else 8, ctas_per_sm=2)
-            return LayerConfig(tile, tile)
+    tiles = min(tokens * top_k, experts) * up_rows // 128
+    if up_rows >= 8192 and tokens <= 16:
+        tile = HopperConfig("decode", 16, 64, 12)
+    elif tokens == 1 and tiles < num_sms:
+        tile = HopperConfig("pair", 16, 64, 5, ctas_per_sm=2)
+    elif tokens <= FEW_TOKENS:
+        tile = HopperConfig("pair", 16, 128, 12)
     elif up_rows < 8192 and tokens * top_k / experts <= 20:
         few = tokens * top_k / experts <= 2
         tile = HopperConfig("pair", 16 if few else 32, 128, 10 if few else 8)
-        return LayerConfig(tile, tile)
-    return choose(tokens, top_k, experts, up_rows, num_sms)
+    else:
+        return choose(tokens, top_k, experts, up_rows, num_sms)
+    return LayerConfig(tile, tile)
 
 
 @lru_cache(maxsize=4096)

@@ -7,10 +7,13 @@ of BM lead a task of up to BM rows, the slots of the ranks that follow; tasks ar
 order of their leaders. Rows are kept by slot, not sorted, and ids outside [0, E) are one expert
 whose weights lie outside the tensor: zeros, which the sum leaves out.
 
-    ids 7 2 7 7 5, BM = 2:  ranks 0 0 1 2 0,  leaders 0 1 3 4,  tasks (0, 2) (1) (3) (4)
+>>> few_tasks([7, 2, 7, 7, 5], 8, 2)  # of ranks 0 0 1 2 0
+[(7, [0, 2]), (2, [1]), (7, [3]), (5, [4])]
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,6 +21,19 @@ from triton.experimental.gluon import language as gl
 MAX_SLOTS = 128
 """More would not fit a key's low byte beside their expert, nor a program's registers."""
 NOBODY = gl.constexpr(0x7FFFFFFF)
+
+
+def few_tasks(ids_S: Sequence[int], experts: int, bm: int) -> list[tuple[int, list[int]]]:
+    """The expert, -1 for nobody, and the slots of each task, in the order of their numbers."""
+    tasks: list[tuple[int, list[int]]] = []
+    last: dict[int, list[int]] = {}
+    for slot, chosen in enumerate(ids_S):
+        expert = chosen if 0 <= chosen < experts else -1
+        if len(last.get(expert, ())) in (0, bm):
+            last[expert] = []
+            tasks.append((expert, last[expert]))
+        last[expert].append(slot)
+    return tasks
 
 
 @gluon.constexpr_function
@@ -39,14 +55,23 @@ def _experts_of(p, slot):
 
 
 @gluon.jit
-def number_slots(p):
-    """Of each slot the key, expert * 256 + rank, and the number of the task it leads, or -1."""
+def load_slots(p):
+    """The expert of every slot."""
+    G: gl.constexpr = grid_layout(p.LANES)
+    return _experts_of(p, gl.arange(0, p.LANES, layout=gl.SliceLayout(1, G)))
+
+
+@gluon.jit
+def number_slots(p, mine):
+    """Of each slot the key, expert * 256 + rank, and the number of the task it leads, or -1.
+
+    `mine`: from `load_slots`, whose lines the loads here find near.
+    """
     G: gl.constexpr = grid_layout(p.LANES)
     lane = gl.arange(0, p.LANES, layout=gl.SliceLayout(1, G))
     other = gl.arange(0, 16, layout=gl.SliceLayout(0, G))
-    mine = _experts_of(p, lane)
     same = gl.zeros([p.LANES, 16], gl.int32, layout=G)
-    for first in gl.static_range(0, p.LANES, 16):
+    for first in range(0, p.N, 16):
         theirs = _experts_of(p, first + other)
         before = (first + other)[None, :] < lane[:, None]
         same += (before & (theirs[None, :] == mine[:, None])).to(gl.int32)
@@ -99,11 +124,32 @@ def slots_few(p, held, first, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def plain(OP: gl.constexpr, x, y):
+def _plain(OP: gl.constexpr, x, y):
     """x OP y, rounded on its own: never part of a fused multiply-add."""
     return gl.inline_asm_elementwise(
         OP + ".rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def join_one(p, n):
+    """The weighted sum over the N slots of a token, as `combine` computes it.
+
+    Done for BN columns by the program that wrote the last of their N rows.
+    """
+    joined = p.joined_ptr + n
+    if gl.atomic_add(joined, 1, sem="acq_rel") == p.N - 1:
+        gl.store(joined, 0)
+        L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        column = n * p.BN + gl.arange(0, p.BN, layout=L)
+        inside = column < p.hidden
+        acc = gl.zeros([p.BN], gl.float32, layout=L)
+        for slot in gl.static_range(p.N):
+            weight = gl.load(p.weights_ptr + slot + column * 0).to(gl.float32)
+            at = p.out_ptr + slot * p.hidden + column
+            value = gl.load(at, mask=inside, other=0.0, cache_modifier=".cg").to(gl.float32)
+            acc = _plain("add", acc, _plain("mul", weight, value))
+        gl.store(p.sum_ptr + column, acc.to(p.sum_ptr.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
@@ -122,15 +168,17 @@ def join_few(p, n, tasks):
         ROWS: gl.constexpr = 128 // ACROSS
         for start in range(0, p.N // p.TOP_K, ROWS):
             token = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
+            here = (token * p.TOP_K < p.N)[:, None] & inside
             acc = gl.zeros([ROWS, p.BN], gl.float32, layout=L)
             for k in gl.static_range(p.TOP_K):
+                # Nobody's rows are there too, of no weights: no load waits for another.
                 slot = token * p.TOP_K + k
+                weight = gl.load(p.weights_ptr + slot, mask=slot < p.N, other=0.0).to(gl.float32)
                 owned = _experts_of(p, slot) >= 0
-                weight = gl.load(p.weights_ptr + slot, mask=owned, other=0.0).to(gl.float32)
+                weight = gl.where(owned, weight, 0.0)
                 at = p.out_ptr + slot[:, None] * p.hidden + column[None, :]
-                here = owned[:, None] & inside
                 value = gl.load(at, mask=here, other=0.0, cache_modifier=".cg").to(gl.float32)
-                acc = plain("add", acc, plain("mul", weight[:, None], value))
+                value = gl.where(owned[:, None], value, 0.0)
+                acc = _plain("add", acc, _plain("mul", weight[:, None], value))
             at = p.sum_ptr + token[:, None] * p.hidden + column[None, :]
-            here = (token * p.TOP_K < p.N)[:, None] & inside
             gl.store(at, acc.to(p.sum_ptr.dtype.element_ty), mask=here)

@@ -24,6 +24,8 @@ ROWS = {
     "pair": (16, 32, 64, 128),
 }
 COLUMNS = {"prefill": (256,), "tall": (128,), "decode": (64, 128), "pair": (64, 128)}
+FOUND_BYTES = 2560
+"""Through which a launch of pairs that finds its tasks itself numbers slots, and their list."""
 STAGED = {"decode": 2, "pair": 3}
 """Bytes of staged output for each element of a tile: of a gated product's half, and of a whole."""
 DEFAULTS = {"bk": 64, "group_m": 8, "ctas_per_sm": 1}
@@ -38,7 +40,8 @@ def shared_bytes(kernel: str, bm: int, bn: int, stages: int, bk: int = 64) -> in
     230400
     """
     staged = bm * bn * STAGED[kernel] if kernel in STAGED else STAGED_BYTES
-    return stages * (bm + bn) * bk * 2 + staged + BARRIER_BYTES
+    found = FOUND_BYTES if (kernel, bm) == ("pair", 16) else 0
+    return stages * (bm + bn) * bk * 2 + staged + found + BARRIER_BYTES
 
 
 def tile_problem(row: Mapping[str, Any]) -> str | None:

@@ -19,6 +19,7 @@ class Pair:
     out_ptr: gl.tensor
     up_desc: tma.tensor_descriptor
     down_desc: tma.tensor_descriptor
+    down_ptr: gl.tensor
     tile_end_ptr: gl.tensor
     task_ptr: gl.tensor
     row_start_ptr: gl.tensor
@@ -58,14 +59,15 @@ class Pair:
     NB: gl.constexpr
     PDL: gl.constexpr
     WARM: gl.constexpr
+    NEAR: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
-        self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
+        self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, down_ptr, tile_end_ptr, task_ptr,
         row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr,
         counters_ptr, a_bufs, b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts,
         limit, alpha, up_offset, N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION,
-        HAS_LIMIT, BM, BN, BK, NB, PDL, WARM,
+        HAS_LIMIT, BM, BN, BK, NB, PDL, WARM, NEAR,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -73,6 +75,7 @@ class Pair:
         self.out_ptr = out_ptr
         self.up_desc = up_desc
         self.down_desc = down_desc
+        self.down_ptr = down_ptr
         self.tile_end_ptr = tile_end_ptr
         self.task_ptr = task_ptr
         self.row_start_ptr = row_start_ptr
@@ -112,6 +115,7 @@ class Pair:
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
         self.WARM = gl.constexpr(WARM)
+        self.NEAR = gl.constexpr(NEAR)
 
 
 @aggregate
@@ -211,3 +215,21 @@ def fetch_maps(p):
     mbarrier.expect(loaded, 2 * p.up_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(p.up_desc, [0, 0, 0, 0, p.hidden], loaded, p.b_bufs.index(0))
     tma.async_copy_global_to_shared(p.down_desc, [0, 0, 0, 0, p.inner], loaded, p.b_bufs.index(1))
+
+
+@gluon.jit
+def bring_near(p, e, n):
+    """Have the L2 fetch the weights of a down tile, whose rows lie one after the other."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    row = n * p.BN + gl.arange(0, p.BN, layout=L)
+    here = (e.to(gl.int64) * p.hidden + row) * p.inner
+    size = gl.where((row < p.hidden) & (e >= 0) & (e < p.experts), p.inner * 2, 0)
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred some;
+        setp.ne.s32 some, $2, 0;
+        @some cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, $2;
+        }""",
+        "=r,l,r", [p.down_ptr + here, size], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

@@ -14,11 +14,11 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..aot import AotCase
-from ..batching import batch_rows
+from ..batching import batch_rows, batch_rows_ref
 from ..combine import combine
 from ..launching import launch
 from ..taskmap import Order, TaskMap
-from .few import MAX_SLOTS
+from .few import MAX_SLOTS, few_tasks
 from .launch import HopperConfig, _descriptor, _layout, grouped_mm_hopper_ref, weight_descriptor
 from .paired import pair_kernel
 from .single import one_token
@@ -30,8 +30,10 @@ FIRST_COLUMN = 1 + MAX_SLOTS
 """Counters of few tokens: a ticket, their slots, and from here on the column tiles of H."""
 WARM = False
 """Whether an SM fetches the tensor maps while it waits for the launch before."""
-FEW_TOKENS = 1
-"""Up to so many tokens a task is one tile; of more the sort is worth its launch."""
+NEAR = False
+"""Whether the weights of a down tile that must wait for its rows are fetched into the L2."""
+FEW_TOKENS = 4
+"""Of more tokens the sort and the combine are worth their launches; to 16 a task is one tile."""
 
 
 def rows_descriptor(weight: Tensor, config: HopperConfig) -> TensorDescriptor:
@@ -60,6 +62,7 @@ def _constants(
         "BK": config.bk,
         "NB": config.stages,
         "WARM": WARM,
+        "NEAR": NEAR,
         "LREG": LOADER_REGISTERS,
     }
 
@@ -122,6 +125,7 @@ def pair_mm_hopper(
         x if order_S is None else order_S,
         weight_descriptor(up, True, config) if gated else rows_descriptor(up, config),
         rows_descriptor(down, config),
+        down,
         act,
         out,
         *_map_of(tasks),
@@ -214,18 +218,35 @@ def is_few(tokens: int, top_k: int, config: HopperConfig) -> bool:
 
 
 def pair_mm_hopper_ref(
-    x: Tensor, up: Tensor, down: Tensor, tasks: TaskMap, *, order_S: Tensor, top_k: int, **how: Any
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    tasks: TaskMap | Tensor,
+    *,
+    order_S: Tensor | None = None,
+    top_k: int,
+    **how: Any,
 ) -> Tensor:
     """The torch twin of `pair_mm_hopper`; `how`: gated, activation, limit, alpha, up_offset."""
-    act_SI = grouped_mm_hopper_ref(x, up, tasks, order_S=order_S, top_k=top_k, **how)
-    return grouped_mm_hopper_ref(act_SI, down, tasks)
+    if isinstance(tasks, TaskMap):
+        act_SI = grouped_mm_hopper_ref(x, up, tasks, order_S=order_S, top_k=top_k, **how)
+        return grouped_mm_hopper_ref(act_SI, down, tasks)
+    found = [t for t in few_tasks(tasks.view(-1).tolist(), up.shape[0], 16) if t[0] >= 0]
+    rows_SH = x.new_zeros((tasks.numel(), x.shape[1]))
+    for expert, slots in found:
+        own = torch.zeros(len(slots), 1, dtype=torch.int32)
+        _, one = batch_rows_ref(own, 1, heights=(max(16, len(slots)),))
+        order = torch.tensor(slots, dtype=torch.int32)
+        weights = up[expert : expert + 1], down[expert : expert + 1]
+        rows_SH[slots] = pair_mm_hopper_ref(x, *weights, one, order_S=order, top_k=top_k, **how)
+    return rows_SH
 
 
 def aot_cases() -> list[AotCase]:
     """The tiles that `experts.choose_layer` picks, of one token and of more, and a taller one."""
     cases = []
-    few = (("one", 16, 64, 5), ("one", 16, 64, 8), ("few", 16, 128, 12), ("few", 16, 64, 5))
-    many = (("map", 16, 128, 10), ("map", 32, 128, 8), ("map", 64, 128, 8))
+    few = (("one", 16, 64, 5), ("one", 16, 128, 12), ("few", 16, 128, 12), ("few", 16, 64, 10))
+    many = (("map", 16, 128, 12), ("map", 16, 128, 10), ("map", 32, 128, 8), ("map", 64, 128, 8))
     each = [(*tile, counted) for counted in (False, True) for tile in few]
     for found, bm, bn, stages, counted in [*each, *((*tile, False) for tile in many)]:
         config = HopperConfig("pair", bm, bn, stages)
@@ -237,7 +258,7 @@ def aot_cases() -> list[AotCase]:
             fn=pair_kernel,
             signature={
                 "x": "*bf16", "order_ptr": "*i32", "up_desc": described, "down_desc": described,
-                "act_ptr": "*bf16", "out_ptr": "*bf16",
+                "down_ptr": "*bf16", "act_ptr": "*bf16", "out_ptr": "*bf16",
                 **dict.fromkeys((*pointers, "done_ptr", "ticket_ptr", "joined_ptr"), "*i32"),
                 "weights_ptr": "*bf16" if found == "map" else "*fp32", "sum_ptr": "*bf16",
                 "counters_ptr": "*i32",

@@ -25,8 +25,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .few import add_counts, count_few, join_few, locate_few, number_slots, plain, slots_few
-from .operands import Pair, fetch_maps
+from .few import (
+    add_counts,
+    count_few,
+    join_few,
+    join_one,
+    load_slots,
+    locate_few,
+    number_slots,
+    slots_few,
+)
+from .operands import Pair, bring_near, fetch_maps
 from .tiles import activate, activate_alone
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -45,7 +54,7 @@ def _lanes(p):
     if p.ONE:
         return gl.load(p.task_ptr + lane, mask=lane < p.N, other=0).to(gl.int32)
     elif p.FEW:
-        return number_slots(p)
+        return load_slots(p)
     else:
         return gl.load(p.tile_end_ptr + lane, mask=lane < p.N, other=0x7FFFFFFF)
 
@@ -216,6 +225,8 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total, tasks):
         ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.NB)
         if done >= wanted:
             ahead = 0
+        elif p.NEAR:
+            bring_near(p, e, n)
         for s in range(0, ahead):
             i = (c + s) % p.NB
             if s == 0:
@@ -257,6 +268,8 @@ def _load(p, up_n_tiles, down_n_tiles):
     # Loads first: they run while the draw is on its way.
     held = _lanes(p)
     t = _draw(p)
+    if p.FEW:
+        held = number_slots(p, held)
     if p.COUNT:
         add_counts(p, held)
     row_tiles = t * 0 + p.N
@@ -331,27 +344,6 @@ def _put(p, y, c_buf, base, width, row, col, COLS: gl.constexpr):
 
 
 @gluon.jit
-def _join(p, n):
-    """The weighted sum over the N slots of a token, as `combine` computes it.
-
-    Done for BN columns by the program that wrote the last of their N rows.
-    """
-    joined = p.joined_ptr + n
-    if gl.atomic_add(joined, 1, sem="acq_rel") == p.N - 1:
-        gl.store(joined, 0)
-        L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        column = n * p.BN + gl.arange(0, p.BN, layout=L)
-        inside = column < p.hidden
-        acc = gl.zeros([p.BN], gl.float32, layout=L)
-        for slot in gl.static_range(p.N):
-            weight = gl.load(p.weights_ptr + slot + column * 0).to(gl.float32)
-            at = p.out_ptr + slot * p.hidden + column
-            value = gl.load(at, mask=inside, other=0.0, cache_modifier=".cg").to(gl.float32)
-            acc = plain("add", acc, plain("mul", weight, value))
-        gl.store(p.sum_ptr + column, acc.to(p.sum_ptr.dtype.element_ty), mask=inside)
-
-
-@gluon.jit
 def _multiply(p, up_buf, down_buf):
     """One warpgroup: every up tile, activated and announced, then every down tile."""
     COLS: gl.constexpr = p.BN // 2 if p.GATED else p.BN
@@ -378,20 +370,21 @@ def _multiply(p, up_buf, down_buf):
         if p.SUM & p.FEW:
             join_few(p, n, row_start)
         elif p.SUM:
-            _join(p, n)
+            join_one(p, n)
         row_start, rows, m, n, j = _read_note(p, c)
 
 
 @gluon.jit(do_not_specialize=["up_n_tiles", "down_n_tiles", "top_k", "experts"])
 def pair_kernel(
-    x, order_ptr, up_desc, down_desc, act_ptr, out_ptr,
+    x, order_ptr, up_desc, down_desc, down_ptr, act_ptr, out_ptr,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr,
     weights_ptr, sum_ptr, counters_ptr, hidden, inner, up_n_tiles, down_n_tiles, top_k, experts,
     limit, alpha, up_offset, N: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr,
     FEW: gl.constexpr, TOP_K: gl.constexpr, SUM: gl.constexpr, COUNT: gl.constexpr,
     GATED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr,
-    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, WARM: gl.constexpr, LREG: gl.constexpr,
+    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, WARM: gl.constexpr,
+    NEAR: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[token of row] @ up[e].T) @ down[e].T for the rows of every task.
 
@@ -434,11 +427,12 @@ def pair_kernel(
             gl.int32, [NB, BM], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
         )
     p = Pair(
-        x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr, row_start_ptr,
+        x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, down_ptr, tile_end_ptr, task_ptr,
+        row_start_ptr,
         rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, counters_ptr, a_bufs,
         b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts, limit, alpha, up_offset,
         N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
-        WARM,
+        WARM, NEAR,
     )  # fmt: skip
     gl.warp_specialize(
         [(_multiply, (p, up_buf, down_buf)), (_load, (p, up_n_tiles, down_n_tiles))], [4], [LREG]

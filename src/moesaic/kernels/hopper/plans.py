@@ -28,7 +28,7 @@ from triton import knobs
 from ..device import for_good
 from ..launching import Recording, recorded
 from .raw import CELL, RawLaunch, TensorMap, Unsupported, check, driver
-from .zeros import given, zeroed
+from .zeros import given, prepare, zeroed
 
 ALIGNMENT = 16
 ARENA_ALIGNMENT = 256
@@ -262,6 +262,8 @@ def _first(
 ) -> Tensor:
     """The first call of a key: run as ever, recorded, and laid out for the next."""
     kept = constants()
+    if inputs[0].is_cuda:
+        prepare(inputs[0].device)
     with recorded() as recording:
         out = call()
     _told["the first of its shapes"] += 1
