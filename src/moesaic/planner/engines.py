@@ -62,7 +62,8 @@ def load_of(block: Block) -> Load:
     return Load(
         total=block.integer("total", requests if burst else REPEATS * requests),
         prompt=block.integer("input"), output=block.integer("output"),
-        at_once=None if burst or "rate" in block else requests, spread=block.boolean("spread", False),
+        at_once=None if burst or "rate" in block else requests,
+        spread=block.boolean("spread", False),
         rate=block.number("rate", None, above=True),
     )  # fmt: skip
 
@@ -71,7 +72,7 @@ def served(block: Block) -> Row:
     """One figure of a whole deployment."""
     source, what = block.text("source"), block.text("figure", among=FIGURES)
     published, number = block.number("value", above=True), block.integer("round")
-    older = block.boolean("older", False)
+    shown = block.text("shown", "")
     d, load = deployment(block), load_of(block)
     block.done()
     found = serve(d, load).figures()[what]
@@ -84,5 +85,5 @@ def served(block: Block) -> Row:
     kind = "all requests in a burst" if load.at_once is None else "requests at once given"
     if number == 2:
         return Row(f"end to end, seen, round 2: {kind}", where, source, published, found, "seen")
-    status = "shown" if older else "counted"
+    status = "shown" if shown else "counted"
     return Row(f"end to end, blind, round {number}", where, source, published, found, status)

@@ -392,7 +392,7 @@ def _arrivals(load: Load, engine: Engine, seed: int) -> Floats:
         random = np.random.default_rng(seed)
         gaps_R = random.exponential(1 / load.rate, load.total)
         return np.asarray(gaps_R.cumsum(), dtype=np.float64)
-    found: Floats = (np.arange(load.total) + 1) * engine.front_s
+    found: Floats = np.arange(1, load.total + 1, dtype=np.float64) * engine.front_s
     if load.at_once is not None:
         found[load.at_once :] = 0.0
     return found

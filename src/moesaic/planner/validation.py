@@ -243,7 +243,8 @@ GOALS: tuple[tuple[tuple[str, ...], tuple[str, ...], str, float | None, float | 
         0.20,
         None,
     ),
-    (("end to end, blind",), COUNTED, "- of these, predicted blind, round 3", 0.20, None),
+    (("end to end, blind, round 3",), COUNTED, "- of these, predicted blind, round 3", 0.20, None),
+    (("end to end, blind, round 4",), COUNTED, "- of these, predicted blind, round 4", 0.20, None),
     (
         ("end to end, named",),
         ANY,
