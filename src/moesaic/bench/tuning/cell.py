@@ -199,8 +199,7 @@ def combinations(
     found = [lab.combined(g, cuts, "index") for g, cuts in chosen.items()]
     for group in ranked[:1]:
         found += [lab.combined(group, chosen[group], order) for order in ORDERS[1:]]
-        found += lab.more(found[0])
-    return found
+    return [*found, *(one for config in found[:2] for one in lab.more(config))]
 
 
 def time_whole(

@@ -33,6 +33,7 @@ from .routing import route_with, row_blocks
 DRY_TOKENS = 16
 DONE = "done"
 ORDERS = ("index", "large_first", "mixed")
+FEW = "few "
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,20 @@ def jobs(request: Request) -> list[tuple[str, bool, Group, str, Any]]:
                 one = replace(cut, ctas_per_sm=1) if hopper else cut._replace(ctas_per_sm=0)
                 found[impl, hopper and tokens == 1, group, part, one] = None
             for pair in space.both:
-                one = replace(pair, ctas_per_sm=1)
-                found[impl, tokens == 1, (pair.bm,), "both", one] = None
+                one, found_at = replace(pair, ctas_per_sm=1), few_tokens(request, tokens, pair)
+                part = f"{FEW}{tokens}" if found_at else "both"
+                found[impl, tokens == 1, (pair.bm,), part, one] = None
     for tokens in request.tokens:
         for block in row_blocks(request.model.num_experts):
             found["routing", tokens <= 2 * block, (), "ids", block] = None
     return [*dict.fromkeys(around_products(request)), *found]
+
+
+def few_tokens(request: Request, tokens: int, pair: Tile) -> bool:
+    """Whether one launch of these tiles is a whole layer of so many tokens."""
+    from ...kernels.hopper.pair import is_few
+
+    return tokens > 1 and is_few(tokens, request.model.top_k, hopper_config(pair))
 
 
 def around_products(request: Request) -> Iterator[tuple[str, bool, Group, str, Any]]:
@@ -132,6 +141,8 @@ def plan_of(requests: Sequence[Request]) -> list[list[tuple[str, bool, Group, st
                 own_key = (model.num_experts, model.top_k)
             elif impl == "sort":
                 own_key = model.num_experts
+            elif job[3].startswith(FEW):
+                own_key = (model.num_experts, model.top_k)
             elif impl == "combine":
                 own_key = (model.top_k, model.hidden_size)
             key = (job, request.dtype, own_key)
@@ -183,11 +194,13 @@ def launch(
 
     if impl == "hopper":
         tile: Tile = cut
-        if part == "both":
+        if part == "both" or part.startswith(FEW):
+            few = int(part.removeprefix(FEW)) if part != "both" else 0
             pair_products(
-                model, hopper_config(tile), rows(1 if one_token else DRY_TOKENS, model.hidden_size),
+                model, hopper_config(tile),
+                rows(1 if one_token else few or DRY_TOKENS, model.hidden_size),
                 sort.order_S[: model.top_k] if one_token else sort.order_S, tasks, weights,
-                num_sms=request.num_sms, one_token=one_token,
+                num_sms=request.num_sms, one_token=one_token, few=few > 0,
             )  # fmt: skip
             return
         first, last = hopper_products(

@@ -177,12 +177,15 @@ def tiles_of(bm: int, *, few_rows: bool) -> tuple[Tile, ...]:
 
 
 def pairs_of(bm: int) -> tuple[Tile, ...]:
-    """Tiles of both products in one launch, under tiles of `bm` rows; none where rows are many."""
+    """Tiles of both products in one launch, under tiles of `bm` rows; none where rows are many.
+
+    Of taller tiles only wide ones with an SM to themselves and narrow ones two by two.
+    """
     if bm > 64:
         return ()
     return tuple(
         Tile("pair", bm, bn, deepest("pair", bm, bn, ctas), ctas_per_sm=ctas)
-        for bn in COLUMNS["pair"] for ctas in (1, 2)
+        for bn in COLUMNS["pair"] for ctas in (1, 2) if bm == 16 or (bn > 64) == (ctas == 1)
     )  # fmt: skip
 
 
@@ -208,6 +211,7 @@ def hopper_space(problem: Problem, heuristic: Any) -> Space[Tile]:
             more = (own,) if own.bm == bm and own.kernel != "pair" else ()
             cuts[(bm,)][part] = tuple(dict.fromkeys((*more, *tiles)))
     paper = (("expert GEMM 128/128/64", "down", lambda g, t: (*g, t.bn, t.bk) == PAPER_GEMM),)
-    pairs = [pair for bm in rows_of_tiles(rows) if rows <= 128 for pair in pairs_of(bm)]
+    few = (*rows_of_tiles(rows), *above) if rows <= 128 else ()
+    pairs = [pair for bm in few for pair in pairs_of(bm)]
     pairs += [Tile(*heuristic.up)] if heuristic.up.kernel == "pair" else []
     return Space("hopper", cuts, paper, tuple(dict.fromkeys(pairs)))

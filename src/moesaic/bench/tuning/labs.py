@@ -287,22 +287,28 @@ def hopper_batch(ids_TK: Tensor, experts: int, group: Group) -> tuple[Tensor, An
 
 def pair_products(
     model: Model, tile: Any, hidden: Tensor, order_S: Tensor, tasks: Any, weight: ExpertWeights,
-    *, num_sms: int, one_token: bool,
+    *, num_sms: int, one_token: bool, few: bool = False,
 ) -> None:  # fmt: skip
-    """The one launch of both products, as `experts_hopper` makes it, on scratch of its own."""
+    """The one launch of both products, as `experts_hopper` makes it, on scratch of its own.
+
+    `few`: the launch finds the tasks of the tokens itself, `order_S` and `tasks` are not read.
+    """
     from ...kernels.hopper.pair import pair_mm_hopper
     from ...kernels.hopper.zeros import WORDS
 
-    slots = order_S.numel()
-    one: dict[str, Any] = {}
-    if one_token:
-        shares = hidden.new_empty((1, model.top_k), dtype=torch.float32)
-        zeros = torch.zeros(WORDS, dtype=torch.int32, device=hidden.device)
-        one = {"counters": zeros, "weighted": (shares, torch.empty_like(hidden[:1]))}
+    tokens, device = hidden.shape[0], hidden.device
+    more: dict[str, Any] = {} if few else {"order_S": order_S}
+    slots = tokens * model.top_k if few else order_S.numel()
+    if one_token or few:
+        shares = hidden.new_empty((tokens, model.top_k), dtype=torch.float32)
+        more["counters"] = torch.zeros(WORDS, dtype=torch.int32, device=device)
+        more["weighted"] = (shares, torch.empty_like(hidden))
+    ids = torch.zeros((tokens, model.top_k), dtype=torch.int32, device=device)
     pair_mm_hopper(
-        hidden, weight.up, weight.down, tasks, hidden.new_empty((slots, model.intermediate_size)),
+        hidden, weight.up, weight.down, ids if few else tasks,
+        hidden.new_empty((slots, model.intermediate_size)),
         hidden.new_empty((slots, model.hidden_size)), config=tile, num_sms=num_sms,
-        order_S=order_S, top_k=model.top_k, pdl=True, **arithmetic(model), **one,
+        top_k=model.top_k, pdl=True, **arithmetic(model), **more,
     )  # fmt: skip
 
 
