@@ -203,6 +203,7 @@ def test_any_ids_weights_and_counters(tokens: int) -> None:
     counted = [torch.zeros(3, 24, dtype=torch.int32, device="cuda") for _ in range(2)]
     for _ in range(2):
         assert torch.equal(wanted, experts_hopper(**longer, config=alike(TILES[0])))
+        assert torch.equal(wanted, experts_hopper(**longer, config=alike(APART)))
         assert torch.equal(rounded, experts_hopper(**half, config=alike(TILES[0])))
         for tile, counters in zip((APART, TILES[0]), counted, strict=True):
             got = experts_hopper(**case, config=alike(tile), counters=counters)

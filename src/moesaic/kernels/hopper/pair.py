@@ -207,7 +207,7 @@ def layer_pair(
     if tokens > 1:
         pair_mm_hopper(hidden, up, down, topk_ids, act_SI, rows_SH, **given)
         return out
-    order_S, tasks = one_token(topk_ids, as_given=True)
+    order_S, tasks = one_token(topk_ids)
     pair_mm_hopper(hidden, up, down, tasks, act_SI, rows_SH, order_S=order_S, **given)
     return out
 

@@ -39,14 +39,11 @@ def constants(top_k: int, device: torch.device) -> tuple[Tensor, ...]:
     return found
 
 
-def one_token(topk_ids: Tensor, *, as_given: bool = False) -> tuple[Tensor, TaskMap]:
+def one_token(topk_ids: Tensor) -> tuple[Tensor, TaskMap]:
     """Order and task map of a single token's ids (1, K): each slot is a task of one row.
 
-    `as_given`: int64 ids stay int64, for a launch that takes both.
+    The ids stay int32 or int64, as the products take both.
     """
     top_k, device = topk_ids.shape[1], topk_ids.device
     start, end, total, ones = constants(top_k, device)
-    ids = topk_ids.view(-1)
-    if ids.dtype != torch.int32 and not as_given:
-        ids = ids.to(torch.int32)
-    return start, TaskMap(end, ids, start, ones, ones, total, total)
+    return start, TaskMap(end, topk_ids.view(-1), start, ones, ones, total, total)

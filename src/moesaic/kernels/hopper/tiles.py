@@ -163,7 +163,7 @@ def locate(t, work):
     j = find_entry(work.tile_end_ptr, t // work.n_tiles, work.N, work.LANES)
     first = gl.load(work.tile_end_ptr + j - 1, mask=j > 0, other=0)
     m_tiles = gl.load(work.tile_end_ptr + j) - first
-    e = gl.load(work.task_ptr + j)
+    e = gl.load(work.task_ptr + j).to(gl.int32)
     row_start = gl.load(work.row_start_ptr + j)
     rows = gl.load(work.rows_ptr + j)
     q = t - first * work.n_tiles
