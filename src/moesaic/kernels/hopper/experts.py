@@ -19,6 +19,7 @@ from ..gather import gather_rows
 from ..sorting import ONE_LAUNCH_SLOTS
 from ..taskmap import TaskMap
 from ..tune import Problem, device_family, hopper_row
+from .flex import layer_flex
 from .launch import GLUON_DTYPES, HopperConfig, grouped_mm_hopper
 from .pair import FEW_TOKENS, layer_pair
 from .plans import planned
@@ -230,11 +231,11 @@ def _launches(
     config = config or choose_measured(
         tokens, top_k, up.shape, gated, hidden.dtype, hidden.device, num_sms
     )
+    epilogue = {
+        "gated": gated, "activation": activation, "limit": limit, "alpha": alpha,
+        "up_offset": up_offset,
+    }  # fmt: skip
     if config.up.kernel == "pair":
-        epilogue = {
-            "gated": gated, "activation": activation, "limit": limit, "alpha": alpha,
-            "up_offset": up_offset,
-        }  # fmt: skip
         out = layer_pair(
             hidden, topk_ids, topk_weights, up, down, config=config.up,
             order=config.order,  # type: ignore[arg-type]
@@ -244,6 +245,12 @@ def _launches(
             return out
         apart = config.up._replace(kernel="decode")
         config = LayerConfig(apart, apart, config.order)
+    if config.up.kernel == "flex":
+        return layer_flex(
+            hidden, topk_ids, topk_weights, up, down, config=config.up,
+            order=config.order,  # type: ignore[arg-type]
+            num_sms=num_sms, epilogue=epilogue, counters=counters,
+        )  # fmt: skip
     if tokens == 1:
         order_S, tasks = one_token(topk_ids)
         position = order_S

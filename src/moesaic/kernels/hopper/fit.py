@@ -22,8 +22,12 @@ ROWS = {
     "tall": (64, 128, 192, 256, 320, 384),
     "decode": (16, 32, 64, 128),
     "pair": (16, 32, 64, 128),
+    "flex": (64, 128),
 }
-COLUMNS = {"prefill": (256,), "tall": (128,), "decode": (64, 128), "pair": (64, 128)}
+COLUMNS = {
+    "prefill": (256,), "tall": (128,), "decode": (64, 128), "pair": (64, 128), "flex": (128, 256),
+}  # fmt: skip
+ONE_LAUNCH = ("pair", "flex")
 FOUND_BYTES = 2560
 """Through which a launch of pairs that finds its tasks itself numbers slots, and their list."""
 STAGED = {"decode": 2, "pair": 3}
@@ -40,6 +44,8 @@ def shared_bytes(kernel: str, bm: int, bn: int, stages: int, bk: int = 64) -> in
     230400
     """
     staged = bm * bn * STAGED[kernel] if kernel in STAGED else STAGED_BYTES
+    if kernel == "flex":
+        staged = 2 * 64 * (64 + (32 if bn == 128 else 0)) * 2
     found = FOUND_BYTES if (kernel, bm) == ("pair", 16) else 0
     return stages * (bm + bn) * bk * 2 + staged + found + BARRIER_BYTES
 
@@ -106,8 +112,10 @@ def layer_problem(row: Any) -> str | None:
     heights = [row[name]["bm"] for name in names]
     if len(set(heights)) > 1:
         return f"{' and '.join(names)} share one map: bm {' and '.join(map(str, heights))} differ"
-    if "pair" in (row["up"]["kernel"], row["down"]["kernel"]) and row["up"] != row["down"]:
-        return "a pair is one launch: up and down must be the same tile"
+    one = [name for name in names if row[name]["kernel"] in ONE_LAUNCH]
+    if one and row["up"] != row["down"]:
+        kernel = row[one[0]]["kernel"]
+        return f"{kernel} tiles are of one launch: up and down must be the same tile"
     if "chain" in row and (problem := chain_problem(row["chain"])):
         return f"chain: {problem}"
     if row.get("order", "index") not in ORDERS:

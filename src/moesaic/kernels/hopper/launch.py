@@ -39,10 +39,11 @@ class HopperConfig(NamedTuple):
     """How one grouped GEMM is tiled; moves time, never bits.
 
     `prefill` tiles are 128 rows by `bn` weight rows, `decode` tiles `bm` rows (16 to 128) by `bn`
-    (64 or 128), `tall` tiles up to `bm` sorted rows (a multiple of 64, to 384) by 128.
+    (64 or 128), `tall` tiles up to `bm` sorted rows (a multiple of 64, to 384) by 128. `pair` and
+    `flex` are both products in one launch, by tiles of `bm` rows and by such as tall as their rows.
     """
 
-    kernel: Literal["prefill", "tall", "decode", "pair"]
+    kernel: Literal["prefill", "tall", "decode", "pair", "flex"]
     bm: int
     bn: int
     stages: int

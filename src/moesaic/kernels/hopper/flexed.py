@@ -1,0 +1,493 @@
+"""Both products of a layer in one launch, by tiles as tall as their rows, for any routing.
+
+    S routed rows · T tokens · H hidden width · I intermediate width · N entries of the task map
+    BM most rows of a tile (64, 128 or 192) · BN weight rows (128 or 256) · BK depth of a stage
+    NB stages
+
+How many rows an expert will get is not known on the host. Here weights stand on the wide side of
+wgmma, and a tile is multiplied at the least of 16, 32, 64, 96, 128, 160 and 192 rows that hold its
+own, found when it is drawn: a short tile costs its own rows, and a task of up to BM rows reads its
+weights once. Two warpgroups share a tile, half of its weight rows each. BN = 256 halves how often
+rows pass from L2 to the SMs, which is what limits 64 and more rows of 128 weights.
+
+Both products are walked as in `paired`: every program draws tiles from one counter, first those of
+the up-projection, then those of the down-projection, whose weights are asked for before the up
+tiles of their entry are done. An up tile that somebody waits for has been drawn by a running
+program, which waits for nobody. Products, order of the K chain and rounding are those of
+`decode_kernel`: the bits are the same.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.core import _aggregate as aggregate
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .tiles import activate, activate_alone
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+UNIT = gl.constexpr(64)
+SECOND = gl.constexpr(1 << 20)
+"""Added to a note's column tile when it is of the down-projection."""
+
+
+@aggregate
+class Layer:
+    """What the partitions share: operands, shared memory, barriers, the task map."""
+
+    x: gl.tensor
+    order_ptr: gl.tensor
+    act_ptr: gl.tensor
+    out_ptr: gl.tensor
+    up_desc: tma.tensor_descriptor
+    down_desc: tma.tensor_descriptor
+    tile_end_ptr: gl.tensor
+    task_ptr: gl.tensor
+    row_start_ptr: gl.tensor
+    rows_ptr: gl.tensor
+    done_ptr: gl.tensor
+    ticket_ptr: gl.tensor
+    a_bufs: gl.shared_memory_descriptor
+    more: gl.shared_memory_descriptor
+    b_bufs: gl.shared_memory_descriptor
+    notes: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    hidden: gl.tensor
+    inner: gl.tensor
+    top_k: gl.tensor
+    limit: gl.tensor
+    alpha: gl.tensor
+    up_offset: gl.tensor
+    N: gl.constexpr
+    LANES: gl.constexpr
+    GATED: gl.constexpr
+    ACTIVATION: gl.constexpr
+    HAS_LIMIT: gl.constexpr
+    BM: gl.constexpr
+    BN: gl.constexpr
+    BK: gl.constexpr
+    NB: gl.constexpr
+    PDL: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
+        row_start_ptr, rows_ptr, done_ptr, ticket_ptr, a_bufs, more, b_bufs, notes, full, empty,
+        hidden, inner, top_k, limit, alpha, up_offset, N, LANES, GATED, ACTIVATION, HAS_LIMIT, BM,
+        BN, BK, NB, PDL,
+    ):  # fmt: skip
+        self.x = x
+        self.order_ptr = order_ptr
+        self.act_ptr = act_ptr
+        self.out_ptr = out_ptr
+        self.up_desc = up_desc
+        self.down_desc = down_desc
+        self.tile_end_ptr = tile_end_ptr
+        self.task_ptr = task_ptr
+        self.row_start_ptr = row_start_ptr
+        self.rows_ptr = rows_ptr
+        self.done_ptr = done_ptr
+        self.ticket_ptr = ticket_ptr
+        self.a_bufs = a_bufs
+        self.more = more
+        self.b_bufs = b_bufs
+        self.notes = notes
+        self.full = full
+        self.empty = empty
+        self.hidden = hidden
+        self.inner = inner
+        self.top_k = top_k
+        self.limit = limit
+        self.alpha = alpha
+        self.up_offset = up_offset
+        self.N = gl.constexpr(N)
+        self.LANES = gl.constexpr(LANES)
+        self.GATED = gl.constexpr(GATED)
+        self.ACTIVATION = gl.constexpr(ACTIVATION)
+        self.HAS_LIMIT = gl.constexpr(HAS_LIMIT)
+        self.BM = gl.constexpr(BM)
+        self.BN = gl.constexpr(BN)
+        self.BK = gl.constexpr(BK)
+        self.NB = gl.constexpr(NB)
+        self.PDL = gl.constexpr(PDL)
+
+
+@gluon.jit
+def _locate(p, end, t, n_tiles):
+    """Entry, expert, first row, rows, row tile, row tiles and column tile of tile `t` of a product.
+
+    `end`: the map's prefix of tiles, in every warp. The row tiles of an entry that meet the same
+    weights are neighbours.
+    """
+    passed = end <= t // n_tiles
+    j = gl.sum(passed.to(gl.int32), axis=0)
+    first = gl.max(gl.where(passed, end, 0), axis=0)
+    m_tiles = gl.min(gl.where(passed, 0x7FFFFFFF, end), axis=0) - first
+    e = gl.load(p.task_ptr + j)
+    row_start = gl.load(p.row_start_ptr + j)
+    rows = gl.load(p.rows_ptr + j)
+    q = t - first * n_tiles
+    return j, e, row_start, rows, q % m_tiles, m_tiles, q // m_tiles
+
+
+@gluon.jit
+def _write_note(p, stage, row_start, rows, m, n, j):
+    """Leave where the tile is beside its first stage: five numbers."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    p.notes.index(5 * stage).store(gl.full([1], row_start, gl.int32, layout=L))
+    p.notes.index(5 * stage + 1).store(gl.full([1], rows, gl.int32, layout=L))
+    p.notes.index(5 * stage + 2).store(gl.full([1], m, gl.int32, layout=L))
+    p.notes.index(5 * stage + 3).store(gl.full([1], n, gl.int32, layout=L))
+    p.notes.index(5 * stage + 4).store(gl.full([1], j, gl.int32, layout=L))
+
+
+@gluon.jit
+def _read_note(p, c):
+    """Wait for stage `c` of the ring and read its note; a tile without rows ends the work."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    stage = c % p.NB
+    mbarrier.wait(p.full.index(stage), (c // p.NB) & 1)
+    row_start = gl.max(p.notes.index(5 * stage).load(L), axis=0)
+    rows = gl.max(p.notes.index(5 * stage + 1).load(L), axis=0)
+    m = gl.max(p.notes.index(5 * stage + 2).load(L), axis=0)
+    n = gl.max(p.notes.index(5 * stage + 3).load(L), axis=0)
+    j = gl.max(p.notes.index(5 * stage + 4).load(L), axis=0)
+    return row_start, rows, m, n, j
+
+
+@gluon.jit
+def _draw(p):
+    """Draw a tile. Every program draws until it fails, so the last draw of all is known."""
+    return gl.atomic_add(p.ticket_ptr, 1, sem="relaxed")
+
+
+@gluon.jit
+def _settle(p, t, total):
+    """The program that drew last puts the counter back."""
+    if t == total + gl.num_programs(0) - 1:
+        gl.store(p.ticket_ptr, 0)
+
+
+@gluon.jit
+def _ask(p, desc, i, e, n, k, wanted):
+    """Have the weights of one stage brought by TMA."""
+    mbarrier.expect(p.full.index(i), p.up_desc.block_type.nbytes, pred=wanted)
+    tma.async_copy_global_to_shared(
+        desc, [e, n * (p.BN // 16), 0, 0, k], p.full.index(i), p.b_bufs.index(i), pred=wanted
+    )
+
+
+@gluon.jit
+def _ask_ahead(p, desc, c, ahead, row_start, rows, m, e, n, note_n, j):
+    """Have the weights of a tile's first stages brought before its rows are known."""
+    for s in range(0, ahead):
+        i = (c + s) % p.NB
+        mbarrier.wait(p.empty.index(i), (((c + s) // p.NB) & 1) ^ 1)
+        if s == 0:
+            _write_note(p, i, row_start, rows, m, note_n, j)
+        _ask(p, desc, i, e, n, s * p.BK, s >= 0)
+
+
+@gluon.jit
+def _pointers(p, base, index, width, first, rows, SORTED: gl.constexpr):
+    """Where 64 rows begin, and which there are: rows `index`, or the tokens of those slots."""
+    BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = first + gl.arange(0, UNIT, layout=gl.SliceLayout(1, BL))
+    cols = gl.arange(0, p.BK, layout=gl.SliceLayout(0, BL))
+    if SORTED:
+        at = index + row
+    else:
+        at = gl.load(p.order_ptr + index + row, mask=row < rows, other=0) // p.top_k
+    live = (row < rows)[:, None] & (cols >= 0)[None, :]
+    return base + at.to(gl.int64)[:, None] * width + cols[None, :], live
+
+
+@gluon.jit
+def _fill(
+    p, desc, c, ahead, depth, base, row_start, rows, m, e, n, note_n, j, SORTED: gl.constexpr
+):
+    """All stages of a tile; the weights of the first `ahead` have been asked for."""
+    first = m * p.BM
+    ptrs0, live0 = _pointers(p, base, row_start, depth, first, rows, SORTED)
+    if p.BM > 64:
+        ptrs1, live1 = _pointers(p, base, row_start, depth, first + 64, rows, SORTED)
+    if p.BM > 128:
+        ptrs2, live2 = _pointers(p, base, row_start, depth, first + 128, rows, SORTED)
+    for k in range(0, depth, p.BK):
+        i = c % p.NB
+        mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+        fresh = k >= ahead * p.BK
+        if (k == 0) & fresh:
+            _write_note(p, i, row_start, rows, m, note_n, j)
+        _ask(p, desc, i, e, n, k, fresh)
+        units = p.a_bufs.index(i)
+        async_copy.async_copy_global_to_shared(units.slice(0, 64, dim=0), ptrs0 + k, mask=live0)
+        if p.BM > 64:  # noqa: SIM102
+            if rows - first > 64:
+                async_copy.async_copy_global_to_shared(
+                    units.slice(64, 64, dim=0), ptrs1 + k, mask=live1
+                )
+        if p.BM > 128:  # noqa: SIM102
+            if rows - first > 128:
+                async_copy.async_copy_global_to_shared(p.more.index(i), ptrs2 + k, mask=live2)
+        async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
+        c += 1
+    return c
+
+
+@gluon.jit
+def _load(p, up_n_tiles, down_n_tiles):
+    """Four warps: draw tiles, bring their weights and rows; up tiles first, then down tiles."""
+    L: gl.constexpr = gl.BlockedLayout([p.LANES // 32], [32], [gl.num_warps()], [0])
+    if p.PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    t = _draw(p)
+    lane = gl.arange(0, p.LANES, layout=L)
+    end = gl.load(p.tile_end_ptr + lane, mask=lane < p.N, other=0x7FFFFFFF)
+    # Entries beyond the last that has rows repeat the total.
+    row_tiles = gl.max(gl.where(end == 0x7FFFFFFF, 0, end), axis=0)
+    tiles = row_tiles * up_n_tiles
+    total = tiles + row_tiles * down_n_tiles
+    _settle(p, t, total)
+    c = t * 0
+    # The first weights are asked for before the rows are looked up.
+    ahead = gl.minimum(gl.cdiv(p.hidden, p.BK), p.NB)
+    while t < tiles:
+        j, e, row_start, rows, m, _, n = _locate(p, end, t, up_n_tiles)
+        _ask_ahead(p, p.up_desc, c, ahead, row_start, rows, m, e, n, n, j)
+        t = _draw(p)
+        c = _fill(p, p.up_desc, c, ahead, p.hidden, p.x, row_start, rows, m, e, n, n, j, False)
+        ahead = 0
+        _settle(p, t, total)
+    while t < total:
+        j, e, row_start, rows, m, m_tiles, n = _locate(p, end, t - tiles, down_n_tiles)
+        wanted = 2 * m_tiles * up_n_tiles + p.BM
+        done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
+        ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.NB)
+        if done >= wanted:
+            ahead = 0
+        _ask_ahead(p, p.down_desc, c, ahead, row_start, rows, m, e, n, n + SECOND, j)
+        while done < wanted:
+            done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
+        t = _draw(p)
+        c = _fill(
+            p, p.down_desc, c, ahead, p.inner, p.act_ptr, row_start, rows, m, e, n, n + SECOND, j,
+            True,
+        )  # fmt: skip
+        _settle(p, t, total)
+    i = c % p.NB
+    mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
+    _write_note(p, i, 0, 0, 0, 0, 0)
+    mbarrier.arrive(p.full.index(i), count=1)
+    async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
+
+
+@gluon.jit
+def _chain(p, c, depth, PART: gl.constexpr, A: gl.constexpr, B: gl.constexpr):
+    """The transposed products (BN/2, A) and (BN/2, B): one in-order K chain per element.
+
+    B may be 0; then the second is the first.
+    """
+    LA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
+    acc0 = gl.zeros((p.BN // 2, A), gl.float32, layout=LA)
+    if B > 0:
+        LB: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, B, 16])
+        acc1 = gl.zeros((p.BN // 2, B), gl.float32, layout=LB)
+    for k in range(0, depth, p.BK):
+        i = c % p.NB
+        mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
+        fence_async_shared()
+        w = p.b_bufs.index(i).reshape([p.BN, p.BK]).slice(PART * (p.BN // 2), p.BN // 2, dim=0)
+        x = p.a_bufs.index(i)
+        acc0 = warpgroup_mma(w, x.slice(0, A, dim=0).permute((1, 0)), acc0, is_async=True)
+        if B > 0:
+            below = p.more.index(i) if A == 128 else x.slice(A, 64, dim=0)
+            acc1 = warpgroup_mma(w, below.slice(0, B, dim=0).permute((1, 0)), acc1, is_async=True)
+            acc0, acc1 = warpgroup_mma_wait(2, (acc0, acc1))
+        else:
+            acc0 = warpgroup_mma_wait(1, (acc0,))
+        mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
+        c += 1
+    if B > 0:
+        acc0, acc1 = warpgroup_mma_wait(0, (acc0, acc1))
+    else:
+        acc0 = warpgroup_mma_wait(0, (acc0,))
+    mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
+    if B > 0:
+        return acc0, acc1
+    else:
+        return acc0, acc0
+
+
+@gluon.jit
+def _put(p, y, c_buf, ROWS: gl.constexpr, base, width, row_start, rows, row, col):
+    """Round the transposed (C, ROWS) and write its live rows, in pieces of at most 64 by 64."""
+    COLS: gl.constexpr = y.shape[0]
+    if COLS > 64:
+        left, right = y.reshape(2, 64, ROWS).permute(1, 2, 0).split()
+        _put(p, left, c_buf, ROWS, base, width, row_start, rows, row, col)
+        _put(p, right, c_buf, ROWS, base, width, row_start, rows, row, col + 64)
+    elif ROWS > 64:
+        upper, lower = y.reshape(COLS, 2, ROWS // 2).permute(0, 2, 1).split()
+        _put(p, upper, c_buf, ROWS // 2, base, width, row_start, rows, row, col)
+        _put(p, lower, c_buf, ROWS // 2, base, width, row_start, rows, row + ROWS // 2, col)
+    else:
+        OL: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
+        piece = c_buf.slice(0, ROWS, dim=0)
+        barrier()
+        piece.store(y.to(base.dtype.element_ty).permute(1, 0))
+        barrier()
+        tile = piece.load(OL)
+        r = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OL))
+        column = col + gl.arange(0, COLS, layout=gl.SliceLayout(0, OL))
+        at = base + (row_start + r).to(gl.int64)[:, None] * width + column[None, :]
+        gl.store(at, tile, mask=(r < rows)[:, None] & (column < width)[None, :])
+
+
+@gluon.jit
+def _write(p, acc, c_buf, PART: gl.constexpr, ROWS: gl.constexpr, n, row_start, rows, row):
+    """Write this half of an up tile, activated, or of a down tile."""
+    HALF: gl.constexpr = p.BN // 2
+    if n < SECOND:
+        if p.GATED:
+            g, u = acc.reshape(HALF // 16, 2, 8, ROWS).permute(0, 2, 3, 1).split()
+            y = activate(g, u, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha, p.up_offset)
+            y = y.reshape(HALF // 2, ROWS)
+            col = (2 * n + PART) * (HALF // 2)
+        else:
+            y = activate_alone(acc, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha)
+            col = (2 * n + PART) * HALF
+        _put(p, y, c_buf[0], ROWS, p.act_ptr, p.inner, row_start, rows, row, col)
+    else:
+        col = (2 * (n - SECOND) + PART) * HALF
+        _put(p, acc, c_buf[1], ROWS, p.out_ptr, p.hidden, row_start, rows, row, col)
+
+
+@gluon.jit
+def _multiply(
+    p, c_buf, c, PART: gl.constexpr, A: gl.constexpr, B: gl.constexpr, row_start, rows, row, n
+):
+    """This half of a tile of A + B rows, written; the ring's next stage."""
+    depth = gl.where(n < SECOND, p.hidden, p.inner)
+    acc0, acc1 = _chain(p, c, depth, PART, A, B)
+    _write(p, acc0, c_buf, PART, A, n, row_start, rows, row)
+    if B > 0:
+        _write(p, acc1, c_buf, PART, B, n, row_start, rows, row + A)
+    return c + gl.cdiv(depth, p.BK)
+
+
+@gluon.jit
+def _consume(p, up_bufs, down_bufs, PART: gl.constexpr):
+    """One warpgroup: its half of the weight rows of every tile."""
+    c_buf = (up_bufs.index(PART), down_bufs.index(PART))
+    row_start, rows, m, n, j = _read_note(p, 0)
+    c = rows * 0
+    while rows > 0:
+        row = m * p.BM
+        left = rows - row
+        if left <= 16:
+            c = _multiply(p, c_buf, c, PART, 16, 0, row_start, rows, row, n)
+        elif left <= 32:
+            c = _multiply(p, c_buf, c, PART, 32, 0, row_start, rows, row, n)
+        elif (left <= 64) | (p.BM == 64):
+            c = _multiply(p, c_buf, c, PART, 64, 0, row_start, rows, row, n)
+        elif p.BM > 64:
+            if left <= 96:
+                c = _multiply(p, c_buf, c, PART, 64, 32, row_start, rows, row, n)
+            elif (left <= 128) | (p.BM == 128):
+                c = _multiply(p, c_buf, c, PART, 128, 0, row_start, rows, row, n)
+            elif p.BM > 128:
+                if left <= 160:
+                    c = _multiply(p, c_buf, c, PART, 128, 32, row_start, rows, row, n)
+                else:
+                    c = _multiply(p, c_buf, c, PART, 128, 64, row_start, rows, row, n)
+        if n < SECOND:
+            barrier()
+            gl.atomic_add(p.done_ptr + j, 1, sem="release")
+        row_start, rows, m, n, j = _read_note(p, c)
+
+
+@gluon.jit
+def _consume_low(p, up_bufs, down_bufs):
+    _consume(p, up_bufs, down_bufs, 0)
+
+
+@gluon.jit
+def _consume_high(p, up_bufs, down_bufs):
+    _consume(p, up_bufs, down_bufs, 1)
+
+
+@gluon.jit(do_not_specialize=["up_n_tiles", "down_n_tiles", "top_k"])
+def flex_kernel(
+    x, order_ptr, up_desc, down_desc, act_ptr, out_ptr,
+    tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, done_ptr, ticket_ptr,
+    hidden, inner, up_n_tiles, down_n_tiles, top_k, limit, alpha, up_offset,
+    N: gl.constexpr, LANES: gl.constexpr, GATED: gl.constexpr,
+    ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr,
+    CREG: gl.constexpr, LREG: gl.constexpr,
+):  # fmt: skip
+    """out[row] = act(x[token of row] @ up[e].T) @ down[e].T for the rows of every task.
+
+    x: (T, H). order_ptr: int32 (S,) slot of each sorted row, token = slot // top_k. up_desc:
+    (E, I/8, 2, 8, H) box (1, BN/16, 2, 8, BK), the middle strides those of gate and up when GATED,
+    else (E, I/16, 2, 8, H) in order; down_desc: (E, H/16, 2, 8, I) in order, same box. act_ptr:
+    (S, I), out_ptr: (S, H). The task map's arrays are (N,) int32. done_ptr: int32 (N,), BM for
+    every entry that has rows; ticket_ptr: one zero, zero again when the launch has ended.
+
+    Two experts of 70 and 5 rows, BM = 64, I = 128 and BN = 128 gated: entry 0 has two row tiles, of
+    64 and of 6 rows, entry 1 one of 5; three row tiles times two column tiles are six up tiles. A
+    down tile of entry 0 waits until its counter has gone from 64 to 64 + 2 * 2 * 2.
+    """
+    ROWS: gl.constexpr = 128 if BM > 128 else BM
+    DTYPE: gl.constexpr = up_desc.dtype
+    a_bufs = gl.allocate_shared_memory(
+        DTYPE, [NB, ROWS, BK], gl.NVMMASharedLayout.get_default_for([ROWS, BK], DTYPE)
+    )
+    more = a_bufs
+    if BM > 128:
+        more = gl.allocate_shared_memory(
+            DTYPE, [NB, 64, BK], gl.NVMMASharedLayout.get_default_for([64, BK], DTYPE)
+        )
+    b_bufs = gl.allocate_shared_memory(DTYPE, [NB] + up_desc.block_type.shape, up_desc.layout)
+    COLS: gl.constexpr = BN // 4 if GATED else 64
+    down_bufs = gl.allocate_shared_memory(
+        DTYPE, [2, 64, 64], gl.NVMMASharedLayout.get_default_for([64, 64], DTYPE)
+    )
+    up_bufs = down_bufs
+    if COLS < 64:
+        up_bufs = gl.allocate_shared_memory(
+            DTYPE, [2, 64, COLS], gl.NVMMASharedLayout.get_default_for([64, COLS], DTYPE)
+        )
+    full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NB):
+        mbarrier.init(full.index(i), count=129)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    notes = gl.allocate_shared_memory(
+        gl.int32, [5 * NB, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    )
+    p = Layer(
+        x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr, row_start_ptr,
+        rows_ptr, done_ptr, ticket_ptr, a_bufs, more, b_bufs, notes, full, empty, hidden, inner,
+        top_k, limit, alpha, up_offset, N, LANES, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume_low, (p, up_bufs, down_bufs)),
+            (_consume_high, (p, up_bufs, down_bufs)),
+            (_load, (p, up_n_tiles, down_n_tiles)),
+        ],
+        [4, 4],
+        [CREG, LREG],
+    )
