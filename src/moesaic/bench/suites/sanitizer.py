@@ -135,7 +135,7 @@ def line_of(
 def _excusing(lines: Mapping[tuple[str, str], Line]) -> str | None:
     """The version of racecheck whose reports of notes are excused: see the head of this file."""
     controls, clean = (lines.get(("racecheck", job)) for job in ("controls", "grid_arriving"))
-    if controls is None or clean is None or controls["version"] != clean["version"]:
+    if controls is None or clean is None or controls["version"] != clean.get("version"):
         return None
     shown = sorted(controls["controls"] or ()) == sorted(REPORTED)
     ran = controls["calls"] == len(REPORTED) + len(SILENT)
@@ -146,7 +146,7 @@ def _unexcused(line: Line | None, version: str | None) -> float | None:
     if line is None or line["reported"] is None:
         return None
     excused = line.get("known") or 0
-    return float(line["reported"] - (excused if line["version"] == version else 0))
+    return float(line["reported"] - (excused if line.get("version") == version else 0))
 
 
 def summarize(lines: Sequence[Line]) -> list[Target]:
