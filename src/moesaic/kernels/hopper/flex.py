@@ -1,6 +1,6 @@
 """Host side of `flexed`: the launch of both products at once by tiles as tall as their rows.
 
-    S routed rows · T tokens · E experts · H hidden width · I intermediate width · K top-k
+S routed rows · T tokens · E experts · H hidden width · I intermediate width · K top-k
 """
 
 from __future__ import annotations

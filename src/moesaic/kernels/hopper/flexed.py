@@ -27,153 +27,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .flexmap import Layer, draw, find, read_note, settle, write_note
 from .tiles import activate, activate_alone
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 UNIT = gl.constexpr(64)
 SECOND = gl.constexpr(1 << 20)
 """Added to a note's column tile when it is of the down-projection."""
-
-
-@aggregate
-class Layer:
-    """What the partitions share: operands, shared memory, barriers, the task map."""
-
-    x: gl.tensor
-    order_ptr: gl.tensor
-    act_ptr: gl.tensor
-    out_ptr: gl.tensor
-    up_desc: tma.tensor_descriptor
-    down_desc: tma.tensor_descriptor
-    tile_end_ptr: gl.tensor
-    task_ptr: gl.tensor
-    row_start_ptr: gl.tensor
-    rows_ptr: gl.tensor
-    done_ptr: gl.tensor
-    ticket_ptr: gl.tensor
-    a_bufs: gl.shared_memory_descriptor
-    more: gl.shared_memory_descriptor
-    b_bufs: gl.shared_memory_descriptor
-    notes: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
-    hidden: gl.tensor
-    inner: gl.tensor
-    top_k: gl.tensor
-    limit: gl.tensor
-    alpha: gl.tensor
-    up_offset: gl.tensor
-    N: gl.constexpr
-    LANES: gl.constexpr
-    GATED: gl.constexpr
-    ACTIVATION: gl.constexpr
-    HAS_LIMIT: gl.constexpr
-    BM: gl.constexpr
-    BN: gl.constexpr
-    BK: gl.constexpr
-    NB: gl.constexpr
-    PDL: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(
-        self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
-        row_start_ptr, rows_ptr, done_ptr, ticket_ptr, a_bufs, more, b_bufs, notes, full, empty,
-        hidden, inner, top_k, limit, alpha, up_offset, N, LANES, GATED, ACTIVATION, HAS_LIMIT, BM,
-        BN, BK, NB, PDL,
-    ):  # fmt: skip
-        self.x = x
-        self.order_ptr = order_ptr
-        self.act_ptr = act_ptr
-        self.out_ptr = out_ptr
-        self.up_desc = up_desc
-        self.down_desc = down_desc
-        self.tile_end_ptr = tile_end_ptr
-        self.task_ptr = task_ptr
-        self.row_start_ptr = row_start_ptr
-        self.rows_ptr = rows_ptr
-        self.done_ptr = done_ptr
-        self.ticket_ptr = ticket_ptr
-        self.a_bufs = a_bufs
-        self.more = more
-        self.b_bufs = b_bufs
-        self.notes = notes
-        self.full = full
-        self.empty = empty
-        self.hidden = hidden
-        self.inner = inner
-        self.top_k = top_k
-        self.limit = limit
-        self.alpha = alpha
-        self.up_offset = up_offset
-        self.N = gl.constexpr(N)
-        self.LANES = gl.constexpr(LANES)
-        self.GATED = gl.constexpr(GATED)
-        self.ACTIVATION = gl.constexpr(ACTIVATION)
-        self.HAS_LIMIT = gl.constexpr(HAS_LIMIT)
-        self.BM = gl.constexpr(BM)
-        self.BN = gl.constexpr(BN)
-        self.BK = gl.constexpr(BK)
-        self.NB = gl.constexpr(NB)
-        self.PDL = gl.constexpr(PDL)
-
-
-@gluon.jit
-def _locate(p, end, t, n_tiles):
-    """Entry, expert, first row, rows, row tile, row tiles and column tile of tile `t` of a product.
-
-    `end`: the map's prefix of tiles, in every warp. The row tiles of an entry that meet the same
-    weights are neighbours.
-    """
-    passed = end <= t // n_tiles
-    j = gl.sum(passed.to(gl.int32), axis=0)
-    first = gl.max(gl.where(passed, end, 0), axis=0)
-    m_tiles = gl.min(gl.where(passed, 0x7FFFFFFF, end), axis=0) - first
-    e = gl.load(p.task_ptr + j)
-    row_start = gl.load(p.row_start_ptr + j)
-    rows = gl.load(p.rows_ptr + j)
-    q = t - first * n_tiles
-    return j, e, row_start, rows, q % m_tiles, m_tiles, q // m_tiles
-
-
-@gluon.jit
-def _write_note(p, stage, row_start, rows, m, n, j):
-    """Leave where the tile is beside its first stage: five numbers."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    p.notes.index(5 * stage).store(gl.full([1], row_start, gl.int32, layout=L))
-    p.notes.index(5 * stage + 1).store(gl.full([1], rows, gl.int32, layout=L))
-    p.notes.index(5 * stage + 2).store(gl.full([1], m, gl.int32, layout=L))
-    p.notes.index(5 * stage + 3).store(gl.full([1], n, gl.int32, layout=L))
-    p.notes.index(5 * stage + 4).store(gl.full([1], j, gl.int32, layout=L))
-
-
-@gluon.jit
-def _read_note(p, c):
-    """Wait for stage `c` of the ring and read its note; a tile without rows ends the work."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    stage = c % p.NB
-    mbarrier.wait(p.full.index(stage), (c // p.NB) & 1)
-    row_start = gl.max(p.notes.index(5 * stage).load(L), axis=0)
-    rows = gl.max(p.notes.index(5 * stage + 1).load(L), axis=0)
-    m = gl.max(p.notes.index(5 * stage + 2).load(L), axis=0)
-    n = gl.max(p.notes.index(5 * stage + 3).load(L), axis=0)
-    j = gl.max(p.notes.index(5 * stage + 4).load(L), axis=0)
-    return row_start, rows, m, n, j
-
-
-@gluon.jit
-def _draw(p):
-    """Draw a tile. Every program draws until it fails, so the last draw of all is known."""
-    return gl.atomic_add(p.ticket_ptr, 1, sem="relaxed")
-
-
-@gluon.jit
-def _settle(p, t, total):
-    """The program that drew last puts the counter back."""
-    if t == total + gl.num_programs(0) - 1:
-        gl.store(p.ticket_ptr, 0)
 
 
 @gluon.jit
@@ -192,7 +54,7 @@ def _ask_ahead(p, desc, c, ahead, row_start, rows, m, e, n, note_n, j):
         i = (c + s) % p.NB
         mbarrier.wait(p.empty.index(i), (((c + s) // p.NB) & 1) ^ 1)
         if s == 0:
-            _write_note(p, i, row_start, rows, m, note_n, j)
+            write_note(p, i, row_start, rows, m, note_n, j)
         _ask(p, desc, i, e, n, s * p.BK, s >= 0)
 
 
@@ -226,7 +88,7 @@ def _fill(
         mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
         fresh = k >= ahead * p.BK
         if (k == 0) & fresh:
-            _write_note(p, i, row_start, rows, m, note_n, j)
+            write_note(p, i, row_start, rows, m, note_n, j)
         _ask(p, desc, i, e, n, k, fresh)
         units = p.a_bufs.index(i)
         async_copy.async_copy_global_to_shared(units.slice(0, 64, dim=0), ptrs0 + k, mask=live0)
@@ -250,26 +112,26 @@ def _load(p, up_n_tiles, down_n_tiles):
     if p.PDL:
         gdc_wait()
         gdc_launch_dependents()
-    t = _draw(p)
+    t = draw(p)
     lane = gl.arange(0, p.LANES, layout=L)
     end = gl.load(p.tile_end_ptr + lane, mask=lane < p.N, other=0x7FFFFFFF)
     # Entries beyond the last that has rows repeat the total.
     row_tiles = gl.max(gl.where(end == 0x7FFFFFFF, 0, end), axis=0)
     tiles = row_tiles * up_n_tiles
     total = tiles + row_tiles * down_n_tiles
-    _settle(p, t, total)
+    settle(p, t, total)
     c = t * 0
     # The first weights are asked for before the rows are looked up.
     ahead = gl.minimum(gl.cdiv(p.hidden, p.BK), p.NB)
     while t < tiles:
-        j, e, row_start, rows, m, _, n = _locate(p, end, t, up_n_tiles)
+        j, e, row_start, rows, m, _, n = find(p, end, t, up_n_tiles)
         _ask_ahead(p, p.up_desc, c, ahead, row_start, rows, m, e, n, n, j)
-        t = _draw(p)
+        t = draw(p)
         c = _fill(p, p.up_desc, c, ahead, p.hidden, p.x, row_start, rows, m, e, n, n, j, False)
         ahead = 0
-        _settle(p, t, total)
+        settle(p, t, total)
     while t < total:
-        j, e, row_start, rows, m, m_tiles, n = _locate(p, end, t - tiles, down_n_tiles)
+        j, e, row_start, rows, m, m_tiles, n = find(p, end, t - tiles, down_n_tiles)
         wanted = 2 * m_tiles * up_n_tiles + p.BM
         done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
         ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.NB)
@@ -278,15 +140,15 @@ def _load(p, up_n_tiles, down_n_tiles):
         _ask_ahead(p, p.down_desc, c, ahead, row_start, rows, m, e, n, n + SECOND, j)
         while done < wanted:
             done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
-        t = _draw(p)
+        t = draw(p)
         c = _fill(
             p, p.down_desc, c, ahead, p.inner, p.act_ptr, row_start, rows, m, e, n, n + SECOND, j,
             True,
         )  # fmt: skip
-        _settle(p, t, total)
+        settle(p, t, total)
     i = c % p.NB
     mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
-    _write_note(p, i, 0, 0, 0, 0, 0)
+    write_note(p, i, 0, 0, 0, 0, 0)
     mbarrier.arrive(p.full.index(i), count=1)
     async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
 
@@ -389,7 +251,7 @@ def _multiply(
 def _consume(p, up_bufs, down_bufs, PART: gl.constexpr):
     """One warpgroup: its half of the weight rows of every tile."""
     c_buf = (up_bufs.index(PART), down_bufs.index(PART))
-    row_start, rows, m, n, j = _read_note(p, 0)
+    row_start, rows, m, n, j = read_note(p, 0)
     c = rows * 0
     while rows > 0:
         row = m * p.BM
@@ -413,7 +275,7 @@ def _consume(p, up_bufs, down_bufs, PART: gl.constexpr):
         if n < SECOND:
             barrier()
             gl.atomic_add(p.done_ptr + j, 1, sem="release")
-        row_start, rows, m, n, j = _read_note(p, c)
+        row_start, rows, m, n, j = read_note(p, c)
 
 
 @gluon.jit
