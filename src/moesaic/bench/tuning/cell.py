@@ -20,6 +20,8 @@ FINALISTS = 3
 ROUNDS = 3
 ORDERS = ("index", "large_first", "mixed")
 WITHIN = 1.10
+BEHIND = 1.15
+"""Layers that take so much longer than the best after a round are not timed again."""
 NOISE = 1.01
 """A gain under this is none: the heuristic's tiles stay."""
 HOST_SHARE = 1.03
@@ -205,7 +207,10 @@ def combinations(
 def time_whole(
     configs: Sequence[Any], lab: Lab[Cut], refused: list[str], advance: Advance, late: Late
 ) -> dict[Any, Times]:
-    """The least layer times of each configuration over rounds in turn; one round when late."""
+    """The least layer times of each configuration over rounds in turn; one round when late.
+
+    The first one, which the others are compared with, takes part in every round.
+    """
     times: dict[Any, Times] = {config: {} for config in configs}
     left = list(times)
     for turn in range(ROUNDS):
@@ -221,6 +226,8 @@ def time_whole(
                 left.remove(config)
                 times[config] = {}
         advance()
+        best = min(map(score, times.values()), default=math.inf)
+        left = [c for c in left if c == configs[0] or score(times[c]) <= BEHIND * best]
     return times
 
 

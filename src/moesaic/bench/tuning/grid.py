@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from ...kernels.hopper.fit import COLUMNS, ROWS, SHARED_LIMIT
+from ...kernels.hopper.fit import COLUMNS, ONE_LAUNCH, ROWS, SHARED_LIMIT
 from ...kernels.hopper.fit import shared_bytes as hopper_bytes
 from ...kernels.tune import GemmConfig, Problem, rows_per_expert, shared_bytes, shared_limit
 from ..workloads import Model
@@ -189,6 +189,20 @@ def pairs_of(bm: int) -> tuple[Tile, ...]:
     )  # fmt: skip
 
 
+def flexes_of(tokens: int, rows: float) -> tuple[Tile, ...]:
+    """Tiles as tall as their rows, both products in one launch: where loads may be very uneven.
+
+    >>> [(t.bm, t.bn, t.stages) for t in flexes_of(1024, 64.0)]
+    [(64, 256, 5), (128, 256, 4)]
+    """
+    if tokens < 32 or rows > 320:
+        return ()
+    widths = COLUMNS["flex"] if rows <= 16 else (256,)
+    return tuple(
+        Tile("flex", bm, bn, deepest("flex", bm, bn)) for bm in ROWS["flex"] for bn in widths
+    )
+
+
 def hopper_space(problem: Problem, heuristic: Any) -> Space[Tile]:
     """The candidates of the Hopper path, `heuristic` (a `LayerConfig`) among them.
 
@@ -208,10 +222,11 @@ def hopper_space(problem: Problem, heuristic: Any) -> Space[Tile]:
         cuts[(bm,)] = {}
         for part in ("up", "down"):
             own = Tile(*getattr(heuristic, part))
-            more = (own,) if own.bm == bm and own.kernel != "pair" else ()
+            more = (own,) if own.bm == bm and own.kernel not in ONE_LAUNCH else ()
             cuts[(bm,)][part] = tuple(dict.fromkeys((*more, *tiles)))
     paper = (("expert GEMM 128/128/64", "down", lambda g, t: (*g, t.bn, t.bk) == PAPER_GEMM),)
     few = (*rows_of_tiles(rows), *above) if rows <= 128 else ()
     pairs = [pair for bm in few for pair in pairs_of(bm)]
-    pairs += [Tile(*heuristic.up)] if heuristic.up.kernel == "pair" else []
+    pairs += flexes_of(problem.tokens, rows)
+    pairs += [Tile(*heuristic.up)] if heuristic.up.kernel in ONE_LAUNCH else []
     return Space("hopper", cuts, paper, tuple(dict.fromkeys(pairs)))

@@ -13,13 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...kernels.tune import Config, GemmConfig, Problem, config_to_json, fused_stages
+from ...kernels.hopper.fit import ONE_LAUNCH
+from ...kernels.tune import (
+    Config,
+    GemmConfig,
+    Problem,
+    config_to_json,
+    fused_stages,
+    rows_per_expert,
+)
 from ...kernels.tune import heuristic as triton_heuristic
 from ...types import ExpertWeights
 from ..workloads import Model
 from .cell import Times
 from .clock import Rotation, SameBits, seconds_of
-from .grid import Group, Tile, pairs_of
+from .grid import Group, Tile, flexes_of, pairs_of
 from .routing import time_routing
 
 if TYPE_CHECKING:
@@ -249,13 +257,14 @@ class HopperLab:
         return hopper_heuristic(self.problem, self.num_sms)
 
     def more(self, config: LayerConfig) -> Sequence[LayerConfig]:
-        """Both products in one launch, where rows are few."""
-        pairs = map(hopper_config, pairs_of(config.up.bm))
-        return [config._replace(up=pair, down=pair) for pair in pairs]
+        """Both products in one launch, where rows are few or may be uneven."""
+        flexes = flexes_of(self.problem.tokens, rows_per_expert(self.problem))
+        one = map(hopper_config, (*pairs_of(config.up.bm), *flexes))
+        return [config._replace(up=tile, down=tile) for tile in one]
 
     def launches(self, config: LayerConfig) -> int:
         """Two, or one for both."""
-        return 1 if config.up.kernel == "pair" else 2
+        return 1 if config.up.kernel in ONE_LAUNCH else 2
 
     def row(self, config: LayerConfig) -> dict[str, Any]:
         """The table's row."""
@@ -293,6 +302,7 @@ def pair_products(
 
     `few`: the launch finds the tasks of the tokens itself, `order_S` and `tasks` are not read.
     """
+    from ...kernels.hopper.flex import flex_mm_hopper
     from ...kernels.hopper.pair import pair_mm_hopper
     from ...kernels.hopper.zeros import WORDS
 
@@ -304,7 +314,8 @@ def pair_products(
         more["counters"] = torch.zeros(WORDS, dtype=torch.int32, device=device)
         more["weighted"] = (shares, torch.empty_like(hidden))
     ids = torch.zeros((tokens, model.top_k), dtype=torch.int32, device=device)
-    pair_mm_hopper(
+    product: Any = flex_mm_hopper if tile.kernel == "flex" else pair_mm_hopper
+    product(
         hidden, weight.up, weight.down, ids if few else tasks,
         hidden.new_empty((slots, model.intermediate_size)),
         hidden.new_empty((slots, model.hidden_size)), config=tile, num_sms=num_sms,
