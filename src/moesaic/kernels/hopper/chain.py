@@ -21,7 +21,7 @@ DEPTH = 64
 
 
 class ChainTiles(NamedTuple):
-    """Tiles of up to `bm` rows (128 to 128 + `rest`) by `bn` weight rows; moves time, never bits.
+    """Tiles of up to `bm` rows (at most 128 + `rest`) by `bn` weight rows; moves time, never bits.
 
     `split`: row tiles of the last product for each of the others, where its columns are few.
     """
@@ -30,7 +30,6 @@ class ChainTiles(NamedTuple):
     bn: int
     rest: int
     stages: int
-    buffers: int = 1
     split: int = 1
 
 
@@ -47,13 +46,12 @@ def _constants(tiles: ChainTiles, entries: int) -> dict[str, Any]:
         "LANES": max(32, 1 << (entries - 1).bit_length()),
         "BM": tiles.bm,
         "REST": tiles.rest,
-        "CB": tiles.buffers,
         "BN": tiles.bn,
         "BK": DEPTH,
         "NB": tiles.stages,
         "SPLIT": tiles.split,
-        "CREG": 208,
-        "LREG": 96,
+        "CREG": 216,
+        "LREG": 80,
     }
 
 
@@ -146,8 +144,11 @@ def chain_mm_hopper_ref(
 def aot_cases() -> list[AotCase]:
     """The tiles that `mlp.choose_mlp` picks, in both dtypes."""
     cases = []
-    for bn, rest, dtype in ((256, 32, "bf16"), (128, 128, "bf16"), (256, 32, "fp16")):
-        tiles = ChainTiles(128 + rest, bn, rest, 4)
+    wide, narrow, tall = (256, 32, 4), (128, 16, 6), (128, 32, 5)
+    for (bn, rest, stages), dtype in (
+        (wide, "bf16"), (narrow, "bf16"), (tall, "bf16"), (wide, "fp16"),
+    ):  # fmt: skip
+        tiles = ChainTiles(128 + rest, bn, rest, stages)
         layout = _layout((1, bn, DEPTH), torch.bfloat16 if dtype == "bf16" else torch.float16)
         described = f"tensordesc<{dtype}[1, {bn}, {DEPTH}],{layout!r}>"
         rows = ("x", "first_ptr", "second_ptr", "out_ptr")

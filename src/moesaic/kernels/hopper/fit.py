@@ -77,22 +77,21 @@ def tile_problem(row: Mapping[str, Any]) -> str | None:
 def chain_problem(row: Any) -> str | None:
     """Why tiles of one launch for three products cannot exist, or None.
 
-    >>> chain_problem({"bm": 160, "bn": 256, "rest": 32, "stages": 4, "buffers": 1, "split": 1})
-    >>> chain_problem({"bm": 192, "bn": 256, "rest": 32, "stages": 4, "buffers": 1, "split": 1})
+    >>> chain_problem({"bm": 160, "bn": 256, "rest": 32, "stages": 4, "split": 1})
+    >>> chain_problem({"bm": 192, "bn": 256, "rest": 32, "stages": 4, "split": 1})
     'bm must be a multiple of 16 in [16, 160], got 192'
     """
-    names = {"bm", "bn", "rest", "stages", "buffers", "split"}
+    names = {"bm", "bn", "rest", "stages", "split"}
     if not isinstance(row, dict) or set(row) != names:
         return f"it must have {', '.join(sorted(names))}"
     if not all(isinstance(row[name], int) and row[name] > 0 for name in names):
         return "its values must be positive whole numbers"
-    if (row["bn"], row["rest"]) not in ((128, 32), (128, 64), (128, 128), (256, 32)):
-        got = f"{row['bn']} and {row['rest']}"
-        return f"bn and rest must be 128 and 32, 64 or 128, or 256 and 32, got {got}"
+    if row["bn"] not in (128, 256) or row["rest"] not in (16, 32):
+        return f"bn must be 128 or 256 and rest 16 or 32, got {row['bn']} and {row['rest']}"
     most = 128 + row["rest"]
     if row["bm"] % 16 or row["bm"] > most:
         return f"bm must be a multiple of 16 in [16, {most}], got {row['bm']}"
-    used = row["stages"] * 128 * (most + row["bn"]) + 16384 * row["buffers"] + 1024
+    used = row["stages"] * 128 * (most + row["bn"]) + 16384 + 1024
     if used > SHARED_LIMIT:
         return f"{used} bytes of shared memory are needed, an SM has {SHARED_LIMIT}"
     return None

@@ -144,6 +144,8 @@ class Chain:
     b_bufs: gl.shared_memory_descriptor
     c_bufs: gl.shared_memory_descriptor
     notes: gl.shared_memory_descriptor
+    ready: gl.shared_memory_descriptor
+    taken: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     hidden: gl.tensor
@@ -153,7 +155,6 @@ class Chain:
     LANES: gl.constexpr
     BM: gl.constexpr
     REST: gl.constexpr
-    CB: gl.constexpr
     BN: gl.constexpr
     BK: gl.constexpr
     NB: gl.constexpr
@@ -165,8 +166,8 @@ class Chain:
     def __init__(
         self, x, order_ptr, up_desc, mid_desc, down_desc, first_ptr, second_ptr, out_ptr,
         up_bias_ptr, mid_bias_ptr, down_bias_ptr, tile_end_ptr, task_ptr, row_start_ptr, rows_ptr,
-        done_ptr, ticket_ptr, a_bufs, rest_bufs, b_bufs, c_bufs, notes, full, empty, hidden, inner,
-        top_k, N, LANES, BM, REST, CB, BN, BK, NB, PDL, SPLIT, ACTIVATION,
+        done_ptr, ticket_ptr, a_bufs, rest_bufs, b_bufs, c_bufs, notes, ready, taken, full, empty,
+        hidden, inner, top_k, N, LANES, BM, REST, BN, BK, NB, PDL, SPLIT, ACTIVATION,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -190,6 +191,8 @@ class Chain:
         self.b_bufs = b_bufs
         self.c_bufs = c_bufs
         self.notes = notes
+        self.ready = ready
+        self.taken = taken
         self.full = full
         self.empty = empty
         self.hidden = hidden
@@ -199,7 +202,6 @@ class Chain:
         self.LANES = gl.constexpr(LANES)
         self.BM = gl.constexpr(BM)
         self.REST = gl.constexpr(REST)
-        self.CB = gl.constexpr(CB)
         self.BN = gl.constexpr(BN)
         self.BK = gl.constexpr(BK)
         self.NB = gl.constexpr(NB)
