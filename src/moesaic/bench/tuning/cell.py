@@ -2,8 +2,9 @@
 
 What a candidate takes comes from a `Lab`; this module only decides. Whoever launches a layer does
 not know its routing, so every candidate is timed under several and judged by the geometric mean of
-its times, which ranks as the mean of time over the best time of each routing does. A candidate
-that does not compile, does not fit or gives other bits is refused and told.
+its times, which ranks as the mean of time over the best time of each routing does, among those
+near the best under uniform routing. A candidate that does not compile, does not fit or gives other
+bits is refused and told.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ FINALISTS = 3
 ROUNDS = 3
 ORDERS = ("index", "large_first", "mixed")
 WITHIN = 1.10
+EVEN = 1.02
+"""So much slower than the best under uniform routing a choice may be."""
 BEHIND = 1.15
 """Layers that take so much longer than the best after a round are not timed again."""
 NOISE = 1.01
@@ -231,18 +234,22 @@ def time_whole(
     return times
 
 
-def fastest(seconds: dict[Any, float], lab: Lab[Cut], tokens: int) -> Any:
-    """The configuration of the least time, the heuristic's where it is as fast but for noise.
+def fastest(times: Mapping[Any, Times], lab: Lab[Cut], tokens: int) -> Any:
+    """The configuration of the best score, the heuristic's where it is as fast but for noise.
 
-    Of a single token, the one with the fewest launches near the least time.
+    Only those near the best under the first routing are chosen from: even loads are not to pay for
+    uneven ones. Of a single token, the one with the fewest launches near the best score.
     """
-    best = min(seconds, key=lambda config: seconds[config])
+    first = {c: next(iter(own.values())) for c, own in times.items() if own}
+    even = {c for c in first if first[c] <= EVEN * min(first.values())}
+    scores = {c: score(own) for c, own in times.items() if c in even or not first}
+    best = min(scores, key=lambda config: scores[config])
     if tokens == 1:
-        near = [c for c in seconds if seconds[c] <= HOST_SHARE * seconds[best]] or [best]
-        best = min(near, key=lambda config: (lab.launches(config), seconds[config]))
+        near = [c for c in scores if scores[c] <= HOST_SHARE * scores[best]] or [best]
+        best = min(near, key=lambda config: (lab.launches(config), scores[config]))
     own = lab.heuristic()
     same = lab.launches(own) == lab.launches(best) or tokens > 1
-    return own if same and seconds.get(own, math.inf) <= NOISE * seconds[best] else best
+    return own if same and scores.get(own, math.inf) <= NOISE * scores[best] else best
 
 
 def tune_cell(
@@ -265,7 +272,7 @@ def tune_cell(
         raise OutOfTime
     configs = dict.fromkeys((heuristic, *found))
     times = time_whole(list(configs), lab, refused, advance, late)
-    best = fastest({config: score(own) for config, own in times.items()}, lab, tokens)
+    best = fastest(times, lab, tokens)
     if not times[best]:
         raise RuntimeError(f"no candidate could be timed: {'; '.join(refused[:3])}")
     ranks = ranks_of(space, timings)

@@ -259,8 +259,9 @@ class HopperLab:
     def more(self, config: LayerConfig) -> Sequence[LayerConfig]:
         """Both products in one launch, where rows are few or may be uneven."""
         flexes = flexes_of(self.problem.tokens, rows_per_expert(self.problem))
-        one = map(hopper_config, (*pairs_of(config.up.bm), *flexes))
-        return [config._replace(up=tile, down=tile) for tile in one]
+        one = list(map(hopper_config, (*pairs_of(config.up.bm), *flexes)))
+        found = [config._replace(up=tile, down=tile) for tile in one]
+        return found + [c._replace(order="large_first") for c in found if c.up.kernel == "flex"]
 
     def launches(self, config: LayerConfig) -> int:
         """Two, or one for both."""
