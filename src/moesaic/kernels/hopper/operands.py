@@ -60,6 +60,7 @@ class Pair:
     PDL: gl.constexpr
     WARM: gl.constexpr
     NEAR: gl.constexpr
+    LATE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
@@ -67,7 +68,7 @@ class Pair:
         row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr,
         counters_ptr, a_bufs, b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts,
         limit, alpha, up_offset, N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION,
-        HAS_LIMIT, BM, BN, BK, NB, PDL, WARM, NEAR,
+        HAS_LIMIT, BM, BN, BK, NB, PDL, WARM, NEAR, LATE,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -116,6 +117,7 @@ class Pair:
         self.PDL = gl.constexpr(PDL)
         self.WARM = gl.constexpr(WARM)
         self.NEAR = gl.constexpr(NEAR)
+        self.LATE = gl.constexpr(LATE)
 
 
 @aggregate

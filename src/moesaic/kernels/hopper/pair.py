@@ -32,6 +32,8 @@ WARM = False
 """Whether an SM fetches the tensor maps while it waits for the launch before."""
 NEAR = False
 """Whether the weights of a down tile that must wait for its rows are fetched into the L2."""
+LATE = False
+"""Whether down weights wait until most up weights are asked for."""
 FEW_TOKENS = 4
 """Of more tokens the sort and the combine are worth their launches; to 16 a task is one tile."""
 
@@ -63,6 +65,7 @@ def _constants(
         "NB": config.stages,
         "WARM": WARM,
         "NEAR": NEAR,
+        "LATE": LATE,
         "LREG": LOADER_REGISTERS,
     }
 

@@ -174,7 +174,8 @@ def _load_up(p, held, t, c, tiles, n_tiles, total, tasks):
                 _write_note(p, s, row_start, rows, m, n, j)
                 _note_slots(p, s, slot)
             _ask(p, p.up_desc, s, e, n, s * p.BK)
-        t = _draw(p)
+        if not p.LATE:
+            t = _draw(p)
         row = m * p.BM + r
         inside = row < rows
         if p.ONE:
@@ -200,6 +201,8 @@ def _load_up(p, held, t, c, tiles, n_tiles, total, tasks):
             _bring(p, c, ptrs + k, live)
             c += 1
         ahead = 0
+        if p.LATE:
+            t = _draw(p)
         _settle(p, t, total)
     return t, c
 
@@ -222,6 +225,11 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total, tasks):
         if not p.ONE | p.FEW:
             wanted += p.BM
         done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
+        if p.LATE:
+            # While many programs still ask for up weights, those come first.
+            drawn = gl.num_programs(0) - gl.num_programs(0) // 4 + tiles
+            while (done < wanted) & (gl.atomic_add(p.ticket_ptr, 0, sem="relaxed") < drawn):
+                done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
         ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.NB)
         if done >= wanted:
             ahead = 0
@@ -384,7 +392,7 @@ def pair_kernel(
     GATED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, WARM: gl.constexpr,
-    NEAR: gl.constexpr, LREG: gl.constexpr,
+    NEAR: gl.constexpr, LATE: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[token of row] @ up[e].T) @ down[e].T for the rows of every task.
 
@@ -432,7 +440,7 @@ def pair_kernel(
         rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, counters_ptr, a_bufs,
         b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts, limit, alpha, up_offset,
         N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
-        WARM, NEAR,
+        WARM, NEAR, LATE,
     )  # fmt: skip
     gl.warp_specialize(
         [(_multiply, (p, up_buf, down_buf)), (_load, (p, up_n_tiles, down_n_tiles))], [4], [LREG]
