@@ -32,7 +32,14 @@ from .ops import (
 )
 from .packing import PackedWeights
 from .types import ExpertSpec, ExpertWeights, RouterSpec, Routing
-from .validate import check_counters, check_inputs, check_moe, check_route, values_wanted
+from .validate import (
+    check_counters,
+    check_inputs,
+    check_moe,
+    check_route,
+    counters_known,
+    values_wanted,
+)
 
 PLAIN = (Tensor, torch.nn.Parameter)
 MAX_KNOWN = 4096
@@ -67,7 +74,7 @@ def route(
         key = _repeatable_route(logits_TE, spec, bias_E, counters)
         known = None if key is None else _known_routes.get(key)
         if known is not None:
-            return Routing(*known(key, logits_TE, bias_E, counters))
+            return Routing(*known(logits_TE, bias_E, counters))
         check_route(logits_TE, spec, bias_E)
         if counters is not None:
             check_counters(counters, spec.num_experts, logits_TE)
@@ -86,23 +93,22 @@ def _repeatable_route(
         return None
     if listened_to() or values_wanted():
         return None
+    if counters is not None and not counters_known(counters, spec.num_experts, logits):
+        return None
     grad, device = torch.is_grad_enabled(), torch._C._cuda_getDevice()
-    kinds: list[Any] = []
-    for tensor in (logits, bias, counters):
-        if tensor is None:
-            kinds.append(None)
-            continue
+    kind: Any = None
+    for tensor in (logits,) if bias is None else (logits, bias):
         if type(tensor) not in PLAIN or not tensor.is_contiguous() or tensor.get_device() != device:
             return None
         if grad and tensor.requires_grad:
             return None
-        kinds += (tensor.shape, tensor.dtype)
-    return (device, spec.key(), *kinds)
+        kind = (kind, tensor.shape, tensor.dtype)
+    return (device, spec.key(), counters is None, kind)
 
 
 def _remember_route(key: tuple[Any, ...], spec: RouterSpec) -> None:
     """A call with this key passes the checks."""
-    from .kernels.hopper.routes import route_again
+    from .kernels.hopper.routes import RepeatedRoute
 
     rule = {
         "top_k": spec.top_k, "scoring": spec.scoring, "renormalize": spec.renormalize,
@@ -110,7 +116,7 @@ def _remember_route(key: tuple[Any, ...], spec: RouterSpec) -> None:
     }  # fmt: skip
     if len(_known_routes) >= MAX_KNOWN:
         _known_routes.clear()
-    _known_routes[key] = partial(route_again, rule=rule)
+    _known_routes[key] = RepeatedRoute(rule)
 
 
 def _route(
@@ -203,16 +209,16 @@ def moe(
     """
     if num_sms is not None and (num_sms < 1 or isinstance(weights, PackedWeights)):
         _refuse_budget(num_sms)
-    if counters is not None and not torch.compiler.is_compiling():
-        check_counters(counters, spec.num_experts, hidden_TH)
+    tracing = torch.compiler.is_compiling()
     if isinstance(weights, PackedWeights):
-        tracing = torch.compiler.is_compiling()
+        if counters is not None and not tracing:
+            check_counters(counters, spec.num_experts, hidden_TH)
         call = _moe_packed_outside_graphs if tracing else _moe_packed
         packed_TH: Tensor = call(
             hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec, impl, counters
         )
         return packed_TH
-    if not torch.compiler.is_compiling():
+    if not tracing:
         tensors = (hidden_TH, topk_ids_TK, topk_weights_TK, weights.up, weights.down)
         key = _repeatable(tensors, weights, spec, impl, counters, num_sms)
         known = None if key is None else _known.get(key)
@@ -223,6 +229,8 @@ def moe(
                 counters=counters, num_sms=num_sms, key=known_key,
             )  # fmt: skip
             return repeated_TH
+        if counters is not None:
+            check_counters(counters, spec.num_experts, hidden_TH)
         check_moe(hidden_TH, topk_ids_TK, topk_weights_TK, weights, spec)
         chosen = choose_impl(impl, hidden_TH.device, hidden_TH.dtype, spec)
         if key is not None and chosen == "hopper":
@@ -264,8 +272,8 @@ def _repeatable(
         return None
     if weights.mid_bias is not None:
         return None
-    if counters is not None:
-        tensors = (*tensors, counters)
+    if counters is not None and not counters_known(counters, spec.num_experts, hidden):
+        return None
     grad = torch.is_grad_enabled()
     for tensor in tensors:
         if type(tensor) not in PLAIN or not tensor.is_contiguous():

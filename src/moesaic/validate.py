@@ -163,6 +163,12 @@ def check_contiguous(weights: ExpertWeights) -> None:
             )
 
 
+def counters_known(counters: Tensor, num_experts: int, like: Tensor) -> bool:
+    """Whether `check_counters` has found these right before; they stay the same over many calls."""
+    known = getattr(counters, "_counts_of", None)
+    return known == num_experts and counters.get_device() == like.get_device()
+
+
 def check_counters(counters: Tensor, num_experts: int, like: Tensor) -> None:
     """Check the counters of routed tokens, rows and tiles of one layer.
 
@@ -170,9 +176,7 @@ def check_counters(counters: Tensor, num_experts: int, like: Tensor) -> None:
         TypeError: they are not int32.
         ValueError: their shape is not (3, E), or they are not on the device of `like`.
     """
-    # Counters stay the same over many calls: what was found right is written on the tensor.
-    known = getattr(counters, "_counts_of", None)
-    if known == num_experts and counters.get_device() == like.get_device():
+    if counters_known(counters, num_experts, like):
         return
     if (
         counters.dtype is torch.int32
@@ -180,6 +184,7 @@ def check_counters(counters: Tensor, num_experts: int, like: Tensor) -> None:
         and counters.device == like.device
         and counters.is_contiguous()
     ):
+        # What was found right is written on the tensor.
         counters._counts_of = num_experts  # type: ignore[attr-defined]
         return
     if counters.dtype != torch.int32:

@@ -78,16 +78,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     driver = raw.Driver(launch, None, None, parameter)  # type: ignore[arg-type]
     monkeypatch.setattr(raw, "driver", lambda: driver)
-    monkeypatch.setattr(routes, "_threads", SimpleNamespace())
     monkeypatch.setattr(routes, "route", slow)
     for name, value in (("_cuda_getCurrentRawStream", 77), ("_cuda_isCurrentStreamCapturing", 0)):
         monkeypatch.setattr(torch._C, name, lambda *_, value=value: value, raising=False)
     return streams
 
 
-def again(logits: Tensor, counters: Tensor, extra: bool = False) -> Tensor:
-    key = (logits.shape, extra)
-    ids, weights, counts = routes.route_again(key, logits, None, counters, {"extra": extra})
+def again(known: routes.RepeatedRoute, logits: Tensor, counters: Tensor) -> Tensor:
+    ids, weights, counts = known(logits, None, counters)
     assert ids.tolist() == [5] * 8 and counts.tolist() == [1] * 8
     assert torch.equal(weights, logits)
     return weights
@@ -95,7 +93,8 @@ def again(logits: Tensor, counters: Tensor, extra: bool = False) -> Tensor:
 
 def test_later_calls_are_the_recorded_launch_for_other_tensors(launched: list[int]) -> None:
     counters = torch.zeros(4, dtype=torch.int32)
-    kept = [again(torch.randn(8), counters) for _ in range(4)]
+    known = routes.RepeatedRoute({"extra": False})
+    kept = [again(known, torch.randn(8), counters) for _ in range(4)]
     assert launched == [77] * 3 and int(counters[0]) == 4
     assert len({weights.data_ptr() for weights in kept}) == 4
 
@@ -104,10 +103,11 @@ def test_what_cannot_be_made_again_goes_through_the_launcher(
     launched: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counters = torch.zeros(4, dtype=torch.int32)
+    more, known = (routes.RepeatedRoute({"extra": extra}) for extra in (True, False))
     for _ in range(3):
-        again(torch.randn(8), counters, extra=True)
-    again(torch.randn(8), counters)
-    again(torch.randn(9)[1:], counters)
+        again(more, torch.randn(8), counters)
+    again(known, torch.randn(8), counters)
+    again(known, torch.randn(9)[1:], counters)
     monkeypatch.setattr(plans.knobs.runtime.launch_enter_hook, "calls", [print], raising=False)
-    again(torch.randn(8), counters)
+    again(known, torch.randn(8), counters)
     assert launched == [] and int(counters[0]) == 6

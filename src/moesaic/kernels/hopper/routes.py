@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ from torch import Tensor
 
 from ..launching import Recording, recorded
 from ..routing import route
-from .plans import ALIGNMENT, MAX_PLANS, hooked
+from .plans import ALIGNMENT, hooked
 from .raw import RawLaunch, Unsupported, check
 
 NAMES = ("logits_ptr", "ids_ptr", "weights_ptr", "counts_ptr", "bias_ptr", "counters_ptr")
 Routed = tuple[Tensor, Tensor, Tensor]
-_threads = threading.local()
 
 
 class RoutePlan:
@@ -72,39 +70,35 @@ class RoutePlan:
         return ids_TK, weights_TK, counts_E
 
 
-def route_again(
-    key: Hashable,
-    logits_TE: Tensor,
-    bias_E: Tensor | None,
-    counters: Tensor | None,
-    rule: dict[str, Any],
-) -> Routed:
-    """`routing.route` by the plan of `key`; the first call outside captures makes it.
+class RepeatedRoute:
+    """`routing.route` of one rule, of calls that agree in everything but addresses and values.
 
     Args:
-        key: everything that decides the launch but for addresses.
-        logits_TE, bias_E, counters: checked, contiguous, on the current CUDA device.
-        rule: the other arguments of `routing.route`.
+        rule: the arguments of `routing.route` that are no tensors.
     """
-    plans: dict[Hashable, RoutePlan | None] | None = getattr(_threads, "plans", None)
-    if plans is None:
-        plans = _threads.plans = {}
-    plan = plans.get(key)
-    if plan is not None and not hooked():
-        routed = plan.run(logits_TE, bias_E, counters)
-        if routed is not None:
-            return routed
-    if key in plans or torch._C._cuda_isCurrentStreamCapturing():
-        return route(logits_TE, bias_E, counters=counters, **rule)
-    with recorded() as recording:
-        out = route(logits_TE, bias_E, counters=counters, **rule)
-    given = (logits_TE, bias_E, counters)
-    if any(t is not None and t.data_ptr() % ALIGNMENT for t in given):
+
+    def __init__(self, rule: dict[str, Any]) -> None:
+        self._rule = rule
+        self._plans: dict[int, RoutePlan | None] = {}
+
+    def __call__(self, logits: Tensor, bias: Tensor | None, counters: Tensor | None) -> Routed:
+        """The route of checked, contiguous tensors on the current CUDA device.
+
+        Each thread makes a plan at its first call outside captures.
+        """
+        thread = threading.get_ident()
+        plan = self._plans.get(thread)
+        if plan is not None and not hooked():
+            routed = plan.run(logits, bias, counters)
+            if routed is not None:
+                return routed
+        if thread in self._plans or torch._C._cuda_isCurrentStreamCapturing():
+            return route(logits, bias, counters=counters, **self._rule)
+        with recorded() as recording:
+            out = route(logits, bias, counters=counters, **self._rule)
+        if not any(t is not None and t.data_ptr() % ALIGNMENT for t in (logits, bias, counters)):
+            try:
+                self._plans[thread] = RoutePlan(recording, logits, out)
+            except Unsupported:
+                self._plans[thread] = None
         return out
-    if len(plans) >= MAX_PLANS:
-        plans.clear()
-    try:
-        plans[key] = RoutePlan(recording, logits_TE, out)
-    except Unsupported:
-        plans[key] = None
-    return out
