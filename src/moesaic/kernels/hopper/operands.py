@@ -61,6 +61,7 @@ class Pair:
     WARM: gl.constexpr
     NEAR: gl.constexpr
     LATE: gl.constexpr
+    TWO: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
@@ -68,7 +69,7 @@ class Pair:
         row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr,
         counters_ptr, a_bufs, b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts,
         limit, alpha, up_offset, N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION,
-        HAS_LIMIT, BM, BN, BK, NB, PDL, WARM, NEAR, LATE,
+        HAS_LIMIT, BM, BN, BK, NB, PDL, WARM, NEAR, LATE, TWO,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -118,6 +119,7 @@ class Pair:
         self.WARM = gl.constexpr(WARM)
         self.NEAR = gl.constexpr(NEAR)
         self.LATE = gl.constexpr(LATE)
+        self.TWO = gl.constexpr(TWO)
 
 
 @aggregate

@@ -34,6 +34,8 @@ NEAR = False
 """Whether the weights of a down tile that must wait for its rows are fetched into the L2."""
 LATE = False
 """Whether down weights wait until most up weights are asked for."""
+TWO = False
+"""Whether stages are multiplied in twos."""
 FEW_TOKENS = 4
 """Of more tokens the sort and the combine are worth their launches; to 16 a task is one tile."""
 
@@ -66,6 +68,7 @@ def _constants(
         "WARM": WARM,
         "NEAR": NEAR,
         "LATE": LATE,
+        "TWO": TWO,
         "LREG": LOADER_REGISTERS,
     }
 

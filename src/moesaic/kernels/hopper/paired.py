@@ -301,21 +301,43 @@ def _load(p, up_n_tiles, down_n_tiles):
 
 
 @gluon.jit
+def _step(p, c, acc):
+    """The products of stage `c` of the ring."""
+    w = p.b_bufs.index(c % p.NB).reshape([p.BN, p.BK])
+    x = p.a_bufs.index(c % p.NB).permute((1, 0))
+    return warpgroup_mma(w, x, acc, is_async=True)
+
+
+@gluon.jit
 def _chain(p, c, depth):
     """One in-order K chain: the transposed product (BN, BM) of a tile; the ring's next stage."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BM, 16])
     acc = gl.zeros((p.BN, p.BM), gl.float32, layout=L)
-    for k in range(0, depth, p.BK):
-        i = c % p.NB
-        mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
+    start = 0
+    if p.TWO:
+        start = depth // (2 * p.BK) * (2 * p.BK)
+        for k in range(0, start, 2 * p.BK):
+            mbarrier.wait(p.full.index(c % p.NB), (c // p.NB) & 1)
+            mbarrier.wait(p.full.index((c + 1) % p.NB), ((c + 1) // p.NB) & 1)
+            fence_async_shared()
+            acc = _step(p, c, acc)
+            acc = _step(p, c + 1, acc)
+            acc = warpgroup_mma_wait(2, (acc,))
+            mbarrier.arrive(p.empty.index((c + p.NB - 2) % p.NB), count=1, pred=k > 0)
+            mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
+            c += 2
+    for k in range(start, depth, p.BK):
+        mbarrier.wait(p.full.index(c % p.NB), (c // p.NB) & 1)
         fence_async_shared()
-        w = p.b_bufs.index(i).reshape([p.BN, p.BK])
-        x = p.a_bufs.index(i).permute((1, 0))
-        acc = warpgroup_mma(w, x, acc, is_async=True)
+        acc = _step(p, c, acc)
         acc = warpgroup_mma_wait(1, (acc,))
+        if p.TWO:
+            mbarrier.arrive(p.empty.index((c + p.NB - 2) % p.NB), count=1, pred=k > 0)
         mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
         c += 1
     acc = warpgroup_mma_wait(0, (acc,))
+    if p.TWO:
+        mbarrier.arrive(p.empty.index((c + p.NB - 2) % p.NB), count=1, pred=start == depth)
     mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
     return acc, c
 
@@ -392,7 +414,7 @@ def pair_kernel(
     GATED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, WARM: gl.constexpr,
-    NEAR: gl.constexpr, LATE: gl.constexpr, LREG: gl.constexpr,
+    NEAR: gl.constexpr, LATE: gl.constexpr, TWO: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[token of row] @ up[e].T) @ down[e].T for the rows of every task.
 
@@ -440,7 +462,7 @@ def pair_kernel(
         rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, counters_ptr, a_bufs,
         b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts, limit, alpha, up_offset,
         N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
-        WARM, NEAR, LATE,
+        WARM, NEAR, LATE, TWO,
     )  # fmt: skip
     gl.warp_specialize(
         [(_multiply, (p, up_buf, down_buf)), (_load, (p, up_n_tiles, down_n_tiles))], [4], [LREG]
