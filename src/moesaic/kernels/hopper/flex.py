@@ -33,13 +33,14 @@ def _constants(config: HopperConfig, entries: int, gated: bool) -> dict[str, Any
         "BN": config.bn,
         "BK": config.bk,
         "NB": config.stages,
-        "CREG": 216,
-        "LREG": 72,
+        "SPLIT": config.bn == 256,
+        "CREG": 224,
+        "LREG": 56,
     }
 
 
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
-"""Three warpgroups share the registers: 216 a thread that multiplies, 72 one that loads."""
+"""Three warpgroups share the registers: 224 a thread that multiplies, 56 one that loads."""
 
 
 def flex_mm_hopper(
@@ -150,7 +151,7 @@ def aot_cases() -> list[AotCase]:
     cases = []
     for bm, bn, stages, gated in (
         (64, 128, 8, True), (64, 256, 5, True), (128, 128, 6, True), (128, 256, 4, True),
-        (128, 256, 4, False), (128, 128, 6, False),
+        (128, 256, 4, False), (128, 128, 6, False), (160, 256, 4, True), (160, 256, 4, False),
     ):  # fmt: skip
         config = HopperConfig("flex", bm, bn, stages)
         box = (1, bn // 16, 2, 8, 64)

@@ -47,13 +47,14 @@ class Layer:
     BK: gl.constexpr
     NB: gl.constexpr
     PDL: gl.constexpr
+    SPLIT: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
         row_start_ptr, rows_ptr, done_ptr, ticket_ptr, a_bufs, more, b_bufs, notes, full, empty,
         hidden, inner, top_k, limit, alpha, up_offset, N, LANES, GATED, ACTIVATION, HAS_LIMIT, BM,
-        BN, BK, NB, PDL,
+        BN, BK, NB, PDL, SPLIT,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -89,6 +90,7 @@ class Layer:
         self.BK = gl.constexpr(BK)
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
+        self.SPLIT = gl.constexpr(SPLIT)
 
 
 @gluon.jit
@@ -145,3 +147,19 @@ def settle(p, t, total):
     """The program that drew last puts the counter back."""
     if t == total + gl.num_programs(0) - 1:
         gl.store(p.ticket_ptr, 0)
+
+
+@gluon.jit
+def pass_turn(turn, PART: gl.constexpr, c):
+    """Let the other warpgroup multiply the tile that begins at stage `c`; below 0: none."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    turn[1].index(0).store(gl.full([1], c, gl.int32, layout=L))
+    mbarrier.arrive(turn[0].index(1 - PART), count=1)
+
+
+@gluon.jit
+def take_turn(turn, PART: gl.constexpr, turns):
+    """Wait for this warpgroup's turn: the stage where its tile begins; below 0: there is none."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(turn[0].index(PART), turns & 1)
+    return gl.max(turn[1].index(0).load(L), axis=0)
