@@ -34,13 +34,13 @@ def _constants(config: HopperConfig, entries: int, gated: bool) -> dict[str, Any
         "BK": config.bk,
         "NB": config.stages,
         "SPLIT": config.bn == 256,
-        "CREG": 224,
-        "LREG": 56,
+        "CREG": 216 if config.bm > 128 else 224,
+        "LREG": 72 if config.bm > 128 else 56,
     }
 
 
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
-"""Three warpgroups share the registers: 224 a thread that multiplies, 56 one that loads."""
+"""Three warpgroups share the registers, a thread that multiplies has more than one that loads."""
 
 
 def flex_mm_hopper(
