@@ -72,8 +72,8 @@ class Engine:
 # Host: vLLM's loop 0.54 ms a step and 12.7 us a running request (openfabric-systems/simllm 204),
 # its first engine 5 ms (vllm-project/vllm 6854), SGLang 0.31 ms (tenstorrent/tt-inference-server
 # 3560). `drag` was chosen from rows of rounds 2 to 4 on the validation page: published times of
-# kernels are of one alone, tuned for its shape, with even routing, and say nothing of what waits for
-# the slowest rank. `layer_s` and `front_s` are estimates.
+# kernels are of one alone, tuned for its shape, with even routing, and say nothing of waiting for the
+# slowest rank. `layer_s` and `front_s` are estimates.
 ENGINES = {
     "vllm": Engine(name="vllm", step_s=0.54e-3, request_s=12.7e-6),
     "sglang": Engine(name="sglang", most=4096, mixed=False, step_s=0.31e-3, memory=0.85),
