@@ -88,7 +88,7 @@ def decode_kernel(
     full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NB):
-        mbarrier.init(full.index(i), count=129 if GATHER else 1)
+        mbarrier.init(full.index(i), count=129 if GATHER else 33)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
     notes = gl.allocate_shared_memory(

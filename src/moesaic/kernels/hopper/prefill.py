@@ -145,7 +145,7 @@ def prefill_kernel(
     full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NB):
-        mbarrier.init(full.index(i), count=129 if GATHER else 1)
+        mbarrier.init(full.index(i), count=129 if GATHER else 33)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     notes = gl.allocate_shared_memory(

@@ -18,6 +18,7 @@ them, so both halves of a pair sit in one thread and the activation needs no exc
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -104,6 +105,7 @@ def _load_tile(p, c, e, row_start, rows, m, n):
             tma.async_copy_global_to_shared(
                 p.x, [row + unit * UNIT, k], full, p.a_bufs.index(i * (p.BM // UNIT) + unit)
             )
+        async_copy.mbarrier_arrive(full, increment_count=False)
         c += 1
     return c
 
@@ -115,6 +117,7 @@ def _end(p, c):
     mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
     _write_note(p, i, 0, 0, 0, 0, 0)
     mbarrier.arrive(p.full.index(i), count=1)
+    async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
 
 
 @gluon.jit
@@ -297,7 +300,7 @@ def tall_kernel(
     full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NB):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=33)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     notes = gl.allocate_shared_memory(
