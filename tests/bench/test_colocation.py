@@ -50,7 +50,7 @@ class FakeContext(Context):
     def __init__(self) -> None:
         self.kept: dict[Any, Any] = {}
         self.recorder = SimpleNamespace(lines=[])
-        self.budget_s = 60.0
+        self.budget_s, self.clock, self.started = 60.0, lambda: 0.0, 0.0
 
     def record(self, lines: Any) -> None:
         for line in lines:
@@ -102,7 +102,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> li
     context = FakeContext()
     context.record(curve_lines(fixed, CURVES))
     for cell in cells()[:2]:
-        colocation.measure(bench, cell, context)
+        colocation.measure(bench, cell, context, 60.0)
     context.record([make_line(fixed, clock="bits-closed", impl=OURS, mode="graph", differing=0)])
     return context.recorder.lines
 

@@ -6,9 +6,9 @@ arrives every two alone-times (half of the time is free), and waiting counts. Me
 control, stream priorities, SM budgets of the persistent launches alone, every split into two green
 contexts, in the open loop also splits whose decode part is lent while it is idle (`lend@`), and
 what each policy chooses (prefill gets all that decode does not); `moesaic` is the policy that keeps
-the promise (`runtime.tenants.protect`). All policies get the same curves: short trials of each
-split with both tenants at work, for what curves measured alone cannot show (caches, memory
-bandwidth and power stay shared).
+the promise (`runtime.tenants.protect`). All policies get the same curves, those of the sweep with
+both tenants at work, for what curves measured alone cannot show (caches, memory bandwidth and power
+stay shared); what they choose is measured anew.
 
 Clock `demand` says what a tenant reads and writes at least, over its time alone, and what share of
 the bandwidth that leaves to prefill beside decode at its promise. Clock `counters-closed` (or
@@ -77,13 +77,13 @@ from ..timing import reason
 
 LENT_SIZES = (40, *range(48, 81, 4), 88)
 """Decode parts that are lent in the sweep of the open loop."""
-CALIBRATION = 300
-NEAR, SHORT_S, LONG_S = 0.1, 0.45, 2.2
-"""How near a promise sizes are measured longer, and seconds of a short and a long trial."""
+NEAR = (0.78, 1.06)
+"""Where a short trial's p99, over the promise, cannot tell whether the promise is kept: the tail of
+a longer one is up to a fifth longer, as clocks and power settle."""
+SHORT_S, LONG_S, COUNTED_S = 0.45, 2.2, 0.8
 ROUNDS = 2
-COUNTED_S = 0.8
-ALLOWED = {BUDGET: 0.015, PLAIN: 0.12, PRIORITY: 0.12}
-"""Parts of the budget for ways whose steps are long; the first does not need all steps."""
+SLOW = {PLAIN: 0.66, PRIORITY: 0.3, BUDGET: 0.04}
+"""Parts of the budget left for the ways whose steps are long, which come last."""
 
 
 def cells() -> list[Cell]:
@@ -191,45 +191,41 @@ def begin(setting: Setting, cell: Cell, context: Context, stamped: Line) -> Benc
     return bench
 
 
-def calibrate(bench: Bench, loop: str, alone: Trial) -> dict[str, Curve]:
-    """Both tenants' curves while both are at work: p99 of decode, mean time of prefill.
+def sweep(bench: Bench, loop: str, alone: Trial) -> dict[tuple[str, int], Trial]:
+    """A trial of every split, a longer one near decode's promise.
 
-    In the open loop also while prefill borrows: a part that is never idle is not worth lending.
+    In the open loop also of splits that are lent; a part that is never idle is not worth lending.
     """
-    pair = bench.pair
-    curves = curves_of(bench, loop, alone, GREEN, list(pair.splits))
+    pair, swept = bench.pair, dict[tuple[str, int], Trial]()
+    points = [(GREEN, size) for size in sorted(pair.splits)]
     if bench.interval(loop):
-        lent = [n for n in LENT_SIZES if n in pair.splits]
-        for size in lent:
+        points += [(LEND, size) for size in LENT_SIZES if size in pair.splits]
+    for way, size in points:
+        if way == LEND:
             prepare_lending(pair, size)
-        curves |= curves_of(bench, loop, alone, LEND, lent)
-    return curves
+        on = seats_of(pair, way, size)
+        swept[way, size] = bench.run(loop, on, STEPS, SHORT_S)
+        if NEAR[0] <= swept[way, size].at(0.99) / alone.at(0.99) / LOOPS[loop][0] <= NEAR[1]:
+            swept[way, size] = bench.run(loop, on, STEPS, LONG_S)
+    return swept
 
 
 def curves_of(
-    bench: Bench, loop: str, alone: Trial, way: str, sizes: Sequence[int]
+    bench: Bench, loop: str, alone: Trial, swept: dict[tuple[str, int], Trial]
 ) -> dict[str, Curve]:
-    """The curves of one way: a short trial of every size, a longer one near decode's promise."""
-    pair, total = bench.pair, bench.pair.gpu.cut.total_sms
-    decode, prefill = {total: alone.at(0.99)}, {total: 1e3 / bench.other_per_s}
-    for size in sizes:
-        step_sms, other_sms = pair.splits[size]
-        found = bench.run(loop, seats_of(pair, way, size), CALIBRATION, 0.25)
-        if near_promise(found, alone, loop):
-            found = bench.run(loop, seats_of(pair, way, size), STEPS, LONG_S)
-        decode[step_sms] = found.at(0.99)
-        if found.other_per_s:
-            prefill[other_sms] = 1e3 / found.other_per_s
-    ending = LENDING if way == LEND else ""
-    return {
-        f"{name}-{loop}{ending}": curve_of(f"{name}-{loop}{ending}", points)
-        for name, points in (("decode", decode), ("prefill", prefill))
-    }
-
-
-def near_promise(found: Trial, alone: Trial, loop: str) -> bool:
-    """Whether p99 is so near decode's promise that a short trial cannot tell its side."""
-    return abs(found.at(0.99) / alone.at(0.99) / LOOPS[loop][0] - 1) <= NEAR
+    """Both tenants' curves while both are at work: p99 of decode, mean time of prefill."""
+    total, curves = bench.pair.gpu.cut.total_sms, dict[str, Curve]()
+    for way in dict.fromkeys(way for way, _ in swept):
+        decode, prefill = {total: alone.at(0.99)}, {total: 1e3 / bench.other_per_s}
+        for size, found in ((size, t) for (of, size), t in swept.items() if of == way):
+            step_sms, other_sms = bench.pair.splits[size]
+            decode[step_sms] = found.at(0.99)
+            if found.other_per_s:
+                prefill[other_sms] = 1e3 / found.other_per_s
+        for work, points in (("decode", decode), ("prefill", prefill)):
+            name = f"{work}-{loop}{LENDING if way == LEND else ''}"
+            curves[name] = curve_of(name, points)
+    return curves
 
 
 Way = tuple[str, int | None]
@@ -255,34 +251,36 @@ def ways_of(
     return ways
 
 
-def measure(bench: Bench, cell: Cell, context: Context) -> None:
-    """One loop: alone, curves of both at work, the named ways in rounds, the sweep, alone again.
-
-    The named ways are recorded before the sweep, and again over both trials alone behind it.
-    """
+def measure(bench: Bench, cell: Cell, context: Context, budget_s: float) -> None:
+    """One loop: alone, the sweep, what the policies make of it, alone again, and the ways without
+    slices, whose steps are long, until `budget_s` is used up; recorded as they come."""
     loop, pair = cell.clock, bench.pair
-    limit_s = 0.1 * context.budget_s
+    limit_s, ends_s = 0.1 * budget_s, context.elapsed_s() + budget_s
     seats = (whole(pair.step), None)
     alone = [bench.run(loop, seats, STEPS, limit_s)]
-    bench.curves |= calibrate(bench, loop, alone[0])
+    bench.alone[loop] = alone[0]
+    swept = sweep(bench, loop, alone[0])
+    bench.curves |= curves_of(bench, loop, alone[0], swept)
+    context.record(curve_lines(bench.fixed, bench.curves))
     plans = plans_of(loop, bench.curves, pair.machine)
     ways = ways_of(plans, list(pair.splits), list(pair.lent))
-    if size := ways.get(BUDGETS, (BUDGET, None))[1]:
-        prepare_budgets(pair, size)
-    trials: dict[Way, list[Trial]] = {way: [] for way in ways.values()}
+    trials: dict[Way, list[Trial]] = {way: [] for way in ways.values() if way[0] not in SLOW}
     for _ in range(ROUNDS):
         for (way, size), found in trials.items():
-            allowed_s = ALLOWED.get(way, 0.1) * context.budget_s / ROUNDS
-            found.append(bench.run(loop, seats_of(pair, way, size), STEPS // ROUNDS, allowed_s))
-    bench.alone[loop] = pooled(alone)
-    context.record(curve_lines(bench.fixed, bench.curves) + counted(bench, loop, ways[OURS]))
-    lines = named_lines(bench, loop, plans, ways, trials)
-    context.record(lines)
-    context.say(f"{loop} loop: " + told_of(lines))
-    swept = sweep(bench, loop, alone[0])
+            on = seats_of(pair, way, size)
+            found.append(bench.run(loop, on, STEPS // ROUNDS, limit_s / ROUNDS))
     alone.append(bench.run(loop, seats, STEPS, limit_s))
     bench.alone[loop] = pooled(alone)
     lines = named_lines(bench, loop, plans, ways, trials) + swept_lines(bench, loop, swept)
+    context.record(lines + counted(bench, loop, ways[OURS]))
+    context.say(f"{loop} loop: " + told_of(lines))
+    left_s = max(8.0, ends_s - context.elapsed_s())
+    for way, size in {way: None for way in ways.values() if way[0] in SLOW}:
+        if way == BUDGET:
+            prepare_budgets(pair, size or 0)
+        on = seats_of(pair, way, size)
+        trials[way, size] = [bench.run(loop, on, STEPS, SLOW[way] * left_s)]
+    lines = named_lines(bench, loop, plans, ways, trials)
     context.record(lines)
     context.say(f"{loop} loop: " + told_of(lines))
 
@@ -291,29 +289,17 @@ def named_lines(
     bench: Bench, loop: str, plans: dict[str, Plan], ways: dict[str, Way],
     trials: dict[Way, list[Trial]],
 ) -> list[Line]:  # fmt: skip
-    """The lines of decode alone and of every named way."""
+    """The lines of decode alone and of every named way that was measured."""
     total = bench.pair.gpu.cut.total_sms
     lines = [bench.line(loop, ALONE, bench.alone[loop], sms=total)]
     for impl, (way, size) in ways.items():
+        if (way, size) not in trials:
+            continue
         plan = plans.get(impl.removeprefix("policy:"))
         told = {} if plan is None else {"policy": plan.policy, "reason": plan.reason}
         found, sizes = pooled(trials[way, size]), sizes_of(bench.pair, size)
         lines.append(bench.line(loop, impl, found, **told, **sizes))
     return lines
-
-
-def sweep(bench: Bench, loop: str, alone: Trial) -> dict[tuple[str, int], Trial]:
-    """A trial of every size, of those near decode's promise a longer one."""
-    pair, swept = bench.pair, dict[tuple[str, int], Trial]()
-    points = [(GREEN, size) for size in sorted(pair.splits)]
-    if bench.interval(loop):
-        points += [(LEND, size) for size in sorted(pair.lent)]
-    for way, size in points:
-        on = seats_of(pair, way, size)
-        swept[way, size] = bench.run(loop, on, STEPS, SHORT_S)
-        if near_promise(swept[way, size], alone, loop):
-            swept[way, size] = bench.run(loop, on, STEPS, LONG_S)
-    return swept
 
 
 def swept_lines(bench: Bench, loop: str, swept: dict[tuple[str, int], Trial]) -> list[Line]:
@@ -363,7 +349,8 @@ def run(wanted: Sequence[Cell], context: Context) -> None:
             with torch.no_grad():
                 bench = begin(SETTINGS[key], mine[0], context, stamped)
                 for cell in mine:
-                    measure(bench, cell, context)
+                    left = len(wanted) - wanted.index(cell)
+                    measure(bench, cell, context, context.share_s(left))
                     context.record([bits_line(bench, cell.clock)])
                 bench.pair.gpu.close()
                 del bench  # its graphs hold tens of gigabytes
