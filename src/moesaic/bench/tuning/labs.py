@@ -261,7 +261,8 @@ class HopperLab:
         flexes = flexes_of(self.problem.tokens, rows_per_expert(self.problem))
         one = list(map(hopper_config, (*pairs_of(config.up.bm), *flexes)))
         found = [config._replace(up=tile, down=tile) for tile in one]
-        return found + [c._replace(order="large_first") for c in found if c.up.kernel == "flex"]
+        wide = [c for c in found if (c.up.kernel, c.up.bn) == ("flex", 256)]
+        return found + [c._replace(order="large_first") for c in wide]
 
     def launches(self, config: LayerConfig) -> int:
         """Two, or one for both."""
