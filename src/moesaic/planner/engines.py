@@ -21,8 +21,8 @@ from .serving import ENGINES, Deployment, Load, serve
 # A number in fp8 with its share of the scales and of a row's header: 7408 bytes for 7168 numbers.
 FP8_WIRE = 7408 / 7168
 REPEATS = 10
-# Rounds of figures that were predicted blind and from which `serving`'s `drag` was chosen after.
-FITTED = (2, 3, 4)
+# Rounds of figures that were predicted blind and from which `serving.Engine` was fitted after.
+FITTED = (2, 3, 4, 5)
 FIGURES = (
     "output_tokens_per_s", "input_tokens_per_s", "total_tokens_per_s", "requests_per_s", "ttft_ms",
     "ttft_median_ms", "tpot_ms", "tpot_median_ms", "itl_ms", "latency_ms",
@@ -55,6 +55,7 @@ def deployment(block: Block) -> Deployment:
     return Deployment(
         model=replace(known_model(name), dtype=dtype), cluster=part_of(card, gpus), card=card,
         engine=engine, gpus=gpus, dp=block.integer("dp", 1), ep=block.integer("ep", 1),
+        cache=block.integer("cache", 2),
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Engine:
         graph: requests of the largest decode step that is a CUDA graph.
         step_s: of the host, between steps; request_s: for every running request.
         layer_s: of the host, to launch a layer that is not in a graph.
+        small_s: of every layer, for kernels that have no model: norms, rotations, sorting, casts.
         drag: share that steps take longer than their kernels alone, one after the other.
         front_s: to take in a request, one after the other.
         memory: share of a GPU's memory that weights and cache may fill.
@@ -57,6 +58,7 @@ class Engine:
     step_s: float = 1e-3
     request_s: float = 0.0
     layer_s: float = 150e-6
+    small_s: float = 30e-6
     drag: float = 0.3
     front_s: float = 1e-3
     memory: float = 0.9
@@ -71,9 +73,9 @@ class Engine:
 # Limits: vLLM from 0.9 (get_batch_defaults), SGLang 0.5 (server_args), TensorRT-LLM 1.0.
 # Host: vLLM's loop 0.54 ms a step and 12.7 us a running request (openfabric-systems/simllm 204),
 # its first engine 5 ms (vllm-project/vllm 6854), SGLang 0.31 ms (tenstorrent/tt-inference-server
-# 3560). `drag` was chosen from rows of rounds 2 to 4 on the validation page: published times of
-# kernels are of one alone, tuned for its shape, with even routing, and say nothing of waiting for the
-# slowest rank. `layer_s` and `front_s` are estimates.
+# 3560). `small_s` and `drag` were chosen from rounds 2 to 5 of the validation page: published times
+# of kernels are of one alone, tuned for its shape, with even routing, and leave out waiting for
+# the slowest rank. `layer_s` and `front_s` are estimates.
 ENGINES = {
     "vllm": Engine(name="vllm", step_s=0.54e-3, request_s=12.7e-6),
     "sglang": Engine(name="sglang", most=4096, mixed=False, step_s=0.31e-3, memory=0.85),
@@ -90,6 +92,7 @@ class Deployment:
         cluster: its preset's name is `card`.
         gpus: of the copy; dp: groups of them that attend to requests of their own.
         ep: ranks that share the experts whole; 1: every expert is cut over all GPUs.
+        cache: bytes of a number in the cache.
     """
 
     model: Model
@@ -99,12 +102,18 @@ class Deployment:
     gpus: int
     dp: int = 1
     ep: int = 1
+    cache: int = 2
     routing: str = "lognormal:0.4"
 
     @property
     def cut(self) -> int:
         """GPUs that attention's heads are cut over."""
         return self.gpus // self.dp
+
+    @property
+    def cache_bytes(self) -> float:
+        """Bytes that a layer keeps of a token."""
+        return self.model.cache_bytes * self.cache / 2
 
     def room(self) -> float:
         """Tokens whose cache fits."""
@@ -120,7 +129,7 @@ class Deployment:
         # The compressed cache has no heads to divide: every GPU of a group keeps it whole.
         heads = 1 if m.attention.kv_rank else m.attention.kv_heads
         copies = self.cut / min(self.cut, heads)
-        return max(1.0, free / (m.layers * m.cache_bytes * copies))
+        return max(1.0, free / (m.layers * self.cache_bytes * copies))
 
     def step_s(self, decode: int, context: float, prompt: int, pairs: float, done: int) -> float:
         """Seconds of a step.
@@ -135,7 +144,7 @@ class Deployment:
         heads = 1 if m.attention.kv_rank else min(self.cut, m.attention.kv_heads)
         if decode:
             own = decode / self.dp
-            core = decode_core_s(gpu, m.attention, own, context, m.cache_bytes / heads, self.cut)
+            core = decode_core_s(gpu, m.attention, own, context, self.cache_bytes / heads, self.cut)
             seconds += m.layers * core
         if prompt:
             own = prompt / self.dp
@@ -144,7 +153,7 @@ class Deployment:
         seconds += product_s(
             gpu, max(1.0, decode + done), m.vocab / self.gpus, m.hidden, 2, kernels=2
         )
-        seconds *= 1 + e.drag
+        seconds = (seconds + m.layers * e.small_s) * (1 + e.drag)
         if prompt or decode > e.graph:
             seconds = max(seconds, m.layers * e.layer_s)
         return seconds + e.step_s + e.request_s * decode

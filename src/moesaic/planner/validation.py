@@ -243,7 +243,7 @@ GOALS: tuple[tuple[tuple[str, ...], tuple[str, ...], str, float | None, float | 
         0.20,
         None,
     ),
-    (("end to end, blind, round 5",), COUNTED, "- of these, predicted blind, round 5", 0.20, None),
+    (("end to end, blind, round 6",), COUNTED, "- of these, predicted blind, round 6", 0.20, None),
     (
         ("end to end, named",),
         ANY,
@@ -251,7 +251,7 @@ GOALS: tuple[tuple[tuple[str, ...], tuple[str, ...], str, float | None, float | 
         None,
         None,
     ),
-    (("end to end, round",), FITTED, "Rounds 2 to 4, since fitted to", None, None),
+    (("end to end, round",), FITTED, "Rounds 2 to 5, since fitted to", None, None),
     (("end to end",), ANY, "Every row of published end to end", None, None),
 )
 
