@@ -12,7 +12,7 @@ which reports of right code are a tool's own (`sanitize_faults.py`, suite `sanit
 from __future__ import annotations
 
 import argparse
-import ast
+import itertools
 import os
 import re
 import subprocess
@@ -30,8 +30,6 @@ import triton
 from moesaic import ExpertSpec, ExpertWeights, RouterSpec, moe, route
 from moesaic.bench.results import Recorder, device_slug, make_line, stamp
 from moesaic.bench.suites.sanitizer import CHECKS, SUITE, asserted, line_of
-from moesaic.kernels import hopper
-from moesaic.kernels.hopper.launch import KERNELS
 
 
 def tiles() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -65,6 +63,35 @@ def tiles() -> Iterator[tuple[str, Callable[[], object]]]:
     for kernel, bm, bn, stages in kinds:
         config = HopperConfig(kernel, bm, bn, stages)  # type: ignore[arg-type]
         yield f"tile {kernel} {bm}x{bn}", lambda c=config: both(c)
+
+
+def one_launch() -> Iterator[tuple[str, Callable[[], object]]]:
+    """All products of a layer in one launch: two by flexible and pair tiles, three by a chain."""
+    from moesaic.kernels.hopper.chain import ChainTiles
+    from moesaic.kernels.hopper.experts import LayerConfig, experts_hopper
+    from moesaic.kernels.hopper.launch import HopperConfig
+    from moesaic.kernels.hopper.mlp import MlpConfig, experts_mlp
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda").bfloat16() * 0.1
+
+    up, mid, down = normal(3, 384, 320), normal(3, 192, 192), normal(3, 320, 192)
+    three = {"up": up[:, :192].contiguous(), "mid": mid, "down": down, "activation": "relu"}
+    three |= {"up_bias": normal(3, 192), "mid_bias": normal(3, 192), "down_bias": normal(3, 320)}
+    for tokens in (5, 150):
+        ids = torch.rand(tokens, 3, device="cuda").topk(2, 1).indices.int()
+        call = normal(tokens, 320), ids, torch.rand(tokens, 2, device="cuda")
+        tiles = [("flex", 128, 128, 6), ("flex", 128, 256, 4), ("pair", 16, 128, 5)]
+        for kernel, bm, bn, stages in (*tiles, ("pair", 64, 128, 4)):
+            tile = HopperConfig(kernel, bm, bn, stages)  # type: ignore[arg-type]
+            how = {"up": up, "down": down, "gated": True, "activation": "silu", "num_sms": 2}
+            how["config"] = LayerConfig(tile, tile, "index")
+            yield f"{kernel} {bm}x{bn}, {tokens}", lambda c=call, h=how: experts_hopper(*c, **h)
+        base = HopperConfig("decode", 16, 128, 5)
+        for chain in (ChainTiles(160, 256, 32, 4), ChainTiles(144, 128, 16, 6)):
+            config = MlpConfig((base, base, base), "index", chain)
+            more = three | {"config": config, "num_sms": 2}
+            yield f"chain {chain.bn}, {tokens}", lambda c=call, h=more: experts_mlp(*c, **h)
 
 
 def layers(impl: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -129,17 +156,11 @@ def pieces() -> Iterator[tuple[str, Callable[[], object]]]:
 def run_grid(impl: str) -> None:
     """Every call of one path once, then wait for the device."""
     torch.manual_seed(0)
-    more = pieces() if impl == "triton" else tiles()
-    for name, call in (*layers(impl), *more):
+    more = pieces() if impl == "triton" else itertools.chain(tiles(), one_launch())
+    for name, call in itertools.chain(layers(impl), more):
         call()
         torch.cuda.synchronize()
         sys.stdout.write(f"ran {name}\n")
-
-
-def run_arriving() -> None:
-    """The Hopper path with every lane of its loaders arriving."""
-    faults.install(faults.arriving())
-    run_grid("hopper")
 
 
 def run_planted(plant: Callable[[], None]) -> None:
@@ -154,30 +175,12 @@ def run_planted(plant: Callable[[], None]) -> None:
 JOBS: dict[str, Callable[[], None]] = {
     "grid_triton": lambda: run_grid("triton"),
     "grid_hopper": lambda: run_grid("hopper"),
-    "grid_arriving": run_arriving,
     "controls": faults.run_controls,
     "plant_memcheck": faults.plant_memcheck,
     "plant_racecheck": faults.plant_racecheck,
     "plant_note": lambda: run_planted(faults.plant_note),
     **rings.JOBS,
 }
-LOADER = re.compile(r"\[(4, )?1\],\s*\[(CREG, )?LREG\]")
-
-
-def note_lines() -> dict[str, dict[str, range]]:
-    """Lines of the functions that write notes, by file, for each kernel with a one-warp loader."""
-    files: dict[str, range] = {}
-    for source in Path(str(hopper.__file__)).parent.glob("*.py"):
-        for node in ast.parse(source.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and node.name.lstrip("_") == "write_note":
-                files[source.name] = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    found: dict[str, dict[str, range]] = {}
-    for kernel in KERNELS.values():
-        source = Path(kernel.fn.__code__.co_filename)
-        own = source.name if source.name in files else "pipeline.py"
-        if LOADER.search(source.read_text(encoding="utf-8")):
-            found[kernel.fn.__name__] = {own: files[own]}
-    return found
 
 
 def version_of(sanitizer: str) -> str:
@@ -200,7 +203,7 @@ def check(tool: str, job: str, sanitizer: str) -> dict[str, object]:
     command = [sanitizer, "--tool", tool, "--target-processes", "all", "--print-limit", "400"]
     text, status = _run([*command, *child], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     counts = [int(n) for n in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)]
-    return line_of(tool, job, text, counts, status, version_of(sanitizer), note_lines())
+    return line_of(tool, job, text, counts, status, version_of(sanitizer))
 
 
 def _run(command: list[str], more: dict[str, str]) -> tuple[str, int]:

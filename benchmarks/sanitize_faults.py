@@ -1,12 +1,10 @@
 """What `sanitize.py` plants and controls: faults the tools must find, and right code they report.
 
-A one-warp loader hands its notes over by a barrier of its warp and one lane's arrival at an
-mbarrier, which the consumers wait for: PTX orders all 32 lanes' writes before the reads. Racecheck
-follows only what a thread that arrives has written itself, and reports the other lanes' writes.
-Two controls show it, one small and one large:
-
-- `CONTROLS`, kernels in CUDA that hand one number over through a pair of mbarriers;
-- `arrive_all`, the Hopper kernels with one change, that every lane of a loader arrives.
+Where several threads write what another group reads, a barrier of theirs and one thread's arrival
+at an mbarrier, which the readers wait for, order it. Racecheck follows only what the arriving
+thread has written itself, and reports the others: `CONTROLS` show it in CUDA. So in the Hopper
+kernels all lanes that write notes arrive. ConSan of Triton 3.6 counts no such arrival, and is given
+loaders that arrive once (`waiting`).
 """
 
 from __future__ import annotations
@@ -171,9 +169,10 @@ def inside(text: str, function: str, edits: Sequence[tuple[str, str]]) -> str:
     return head + name + body + decorator + rest
 
 
-ALL = "async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)"
+ALL = "async_copy.mbarrier_arrive({}, increment_count=False)"
+STAGE = ALL.format("p.full.index(i)")
 END = "    mbarrier.arrive(p.full.index(i), count=1)"
-COUNT = "count=129 if GATHER else 1)"
+COUNT = "count=129 if GATHER else 33)"
 WAITED = """async_copy.commit_group()
             async_copy.wait_group(0)
             mbarrier.arrive(p.full.index(i), count=1)
@@ -188,41 +187,32 @@ EARLY = """        L1: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
 USED = "        m += gl.where(early == -12345, 1, 0)\n"
 
 
-def arriving() -> dict[str, str]:
-    """The modules in which every lane of a loader of sorted rows arrives at each stage."""
-    lanes, ended = "count=129 if GATHER else 33)", (END, f"{END}\n    {ALL}")
-    step = "            c += 1"
-    steps = [(step, f"            {ALL}\n{step}"), ended]
-    tall = text_of("tall", [(".init(full.index(i), count=1)", ".init(full.index(i), count=33)")])
-    tall = inside(tall, "_load_tile", [(step[4:], f"        {ALL}\n{step[4:]}")])
-    known = "from triton.experimental.gluon.language.nvidia.hopper import ("
-    copies = "from triton.experimental.gluon.language.nvidia.ampere import async_copy\n"
+def waiting() -> dict[str, str]:
+    """The modules in which one thread of a loader arrives, after it waited for the copies."""
+    last = f"{END}\n    {STAGE}"
+    gathered = [(f"            {STAGE}\n", f"            {WAITED}"), (last, f"{END}\n{END}")]
+    loop, end = f"        {ALL.format('full')}\n", (last, END)
+    pipeline = inside(text_of("pipeline"), "load_gathered", gathered)
+    tall = text_of("tall", [(".init(full.index(i), count=33)", ".init(full.index(i), count=1)")])
+    lanes = (COUNT, "count=2 if GATHER else 1)")
     return {
-        "pipeline": inside(text_of("pipeline"), "load_rows", steps),
-        "decode": text_of("decode", [(COUNT, lanes)]),
-        "prefill": text_of("prefill", [(COUNT, lanes)]),
-        "tall": inside(tall, "_end", [ended]).replace(known, copies + known, 1),
+        "pipeline": inside(pipeline, "load_rows", [(f"    {loop}", ""), end]),
+        "decode": text_of("decode", [lanes]),
+        "prefill": text_of("prefill", [lanes]),
+        "tall": inside(inside(tall, "_load_tile", [(loop, "")]), "_end", [end]),
     }
 
 
-def waiting() -> dict[str, str]:
-    """The modules in which gathering loaders wait for their copies, then arrive once."""
-    twice = (f"{END}\n    {ALL}", f"{END}\n{END}")
-    edits = [(f"            {ALL}\n", f"            {WAITED}"), twice]
-    lanes = (COUNT, "count=2 if GATHER else 1)")
-    texts = {"pipeline": inside(text_of("pipeline"), "load_gathered", edits)}
-    return texts | {name: text_of(name, [lanes]) for name in ("decode", "prefill")}
-
-
 def plant_note() -> None:
-    """Kernels whose loaders arrive as a whole; consumers of decode read notes before they wait."""
-    texts = arriving()
-    texts["decode"] = inside(texts["decode"], "_multiply", [(NEXT, EARLY + NEXT + USED)])
-    install(texts)
+    """The decode kernel whose consumer reads notes before it waits for them."""
+    install({"decode": inside(text_of("decode"), "_multiply", [(NEXT, EARLY + NEXT + USED)])})
 
 
 def plant_ring() -> None:
     """The decode kernel with its stages given back before they are read."""
     early = "            mbarrier.arrive(p.empty.index(i), count=1)\n"
     late = f"            {ARRIVE}, pred=k > 0)\n"
-    install({"decode": text_of("decode", [(late, ""), (LAST, ""), (FULL, FULL + early)])})
+    texts = waiting()
+    for old, new in ((late, ""), (LAST, ""), (FULL, FULL + early)):
+        texts["decode"] = inside(texts["decode"], "_multiply", [(old, new)])
+    install(texts)

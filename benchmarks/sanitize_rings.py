@@ -5,8 +5,8 @@ racecheck does not see, and asserts at every access to shared memory. One produc
 tile a process, rings of two stages under a depth of four or two, several tiles a program.
 
 ConSan of Triton 3.6 counts no arrival for `async_copy.mbarrier_arrive`, and tells of a deadlock
-where there is none: `copies_kernel` shows it, with and without that arrival. So the gathering
-loaders, which use it, run with loaders that wait for their copies (`sanitize_faults.waiting`).
+where there is none: `copies_kernel` shows it, with and without that arrival. So the loaders, which
+use it, are replaced by ones that wait for their copies and arrive once (`sanitize_faults.waiting`).
 """
 
 from __future__ import annotations
@@ -107,10 +107,10 @@ def run_ring(kind: str, gather: bool) -> None:
     sys.stdout.write(f"ran {kind}\n")
 
 
-def waiting_ring(kind: str) -> None:
-    """A gathering product whose loader waits for its copies."""
+def waiting_ring(kind: str, gather: bool) -> None:
+    """A product whose loader waits for its copies."""
     faults.install(faults.waiting())
-    run_ring(kind, True)
+    run_ring(kind, gather)
 
 
 def planted_ring() -> None:
@@ -120,11 +120,11 @@ def planted_ring() -> None:
 
 
 JOBS: dict[str, Callable[[], None]] = {
-    "ring_decode": lambda: run_ring("decode", False),
-    "ring_prefill": lambda: run_ring("prefill", False),
-    "ring_tall": lambda: run_ring("tall", False),
-    "ring_decode_waiting": lambda: waiting_ring("decode"),
-    "ring_prefill_waiting": lambda: waiting_ring("prefill"),
+    "ring_decode": lambda: waiting_ring("decode", False),
+    "ring_prefill": lambda: waiting_ring("prefill", False),
+    "ring_tall": lambda: waiting_ring("tall", False),
+    "ring_decode_gathered": lambda: waiting_ring("decode", True),
+    "ring_prefill_gathered": lambda: waiting_ring("prefill", True),
     "copies_waited": lambda: run_copies(True),
     "copies_arriving": lambda: run_copies(False),
     "plant_ring": planted_ring,
