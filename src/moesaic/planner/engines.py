@@ -52,6 +52,8 @@ def deployment(block: Block) -> Deployment:
         engine = replace(engine, budget=block.integer("budget"))
     if "most" in block:
         engine = replace(engine, most=block.integer("most"))
+    if "memory" in block:
+        engine = replace(engine, memory=block.number("memory", above=True))
     return Deployment(
         model=replace(known_model(name), dtype=dtype), cluster=part_of(card, gpus), card=card,
         engine=engine, gpus=gpus, dp=block.integer("dp", 1), ep=block.integer("ep", 1),
