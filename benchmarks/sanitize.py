@@ -154,10 +154,14 @@ def pieces() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def run_grid(impl: str) -> None:
-    """Every call of one path once, then wait for the device."""
+    """Every call of one part of the grid once, the device waited for."""
     torch.manual_seed(0)
-    more = pieces() if impl == "triton" else itertools.chain(tiles(), one_launch())
-    for name, call in itertools.chain(layers(impl), more):
+    calls = {
+        "triton": lambda: itertools.chain(layers(impl), pieces()),
+        "hopper": lambda: itertools.chain(layers(impl), tiles()),
+        "together": one_launch,
+    }
+    for name, call in calls[impl]():
         call()
         torch.cuda.synchronize()
         sys.stdout.write(f"ran {name}\n")
@@ -175,6 +179,7 @@ def run_planted(plant: Callable[[], None]) -> None:
 JOBS: dict[str, Callable[[], None]] = {
     "grid_triton": lambda: run_grid("triton"),
     "grid_hopper": lambda: run_grid("hopper"),
+    "grid_together": lambda: run_grid("together"),
     "controls": faults.run_controls,
     "plant_memcheck": faults.plant_memcheck,
     "plant_racecheck": faults.plant_racecheck,

@@ -1,7 +1,7 @@
 """Suite `sanitizer`: what memcheck, racecheck and ConSan say of a reduced grid.
 
-A line is one tool on one job: the grid on the Triton path or on the Hopper path, the ring of one
-kind of Hopper tile, a control, or a planted fault, which the tool must find.
+A line is one tool on one job: the grid on the Triton path, on the Hopper path or on its launches of
+whole layers, the ring of one kind of tile, a control, or a planted fault, which must be found.
 `benchmarks/sanitize.py` runs them and records.
 
 Two reports are a tool's own. The kernels are written so that neither arises, and controls say why:
@@ -25,7 +25,7 @@ from ..suite import Cell, Context, Suite
 
 TOOLS = ("memcheck", "racecheck", "consan")
 GRIDS = (
-    *((tool, grid) for tool in TOOLS[:2] for grid in ("grid_triton", "grid_hopper")),
+    *((tool, grid) for tool in TOOLS[:2] for grid in ("grid_triton", "grid_hopper", "grid_together")),
     *(("consan", f"ring_{kind}")
       for kind in ("decode", "prefill", "tall", "decode_gathered", "prefill_gathered")),
 )  # fmt: skip
