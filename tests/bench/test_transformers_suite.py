@@ -85,6 +85,15 @@ def test_a_run_fills_every_clock(tmp_path: Path) -> None:
     assert suite.measured(found["decode", "model", "moesaic"]) == wanted[1]
 
 
+def test_cells_that_tune_for_long_come_last() -> None:
+    names = [(c.model[:5], c.tokens, suite.tunes(c)) for c in suite.in_turn(suite.cells())]
+    assert names == [
+        ("Qwen3", 1, True), ("Qwen3", 64, False), ("Qwen3", 128, False), ("Qwen3", 8192, False),
+        ("Qwen3", 16, True), ("Mixtr", 1, True), ("Mixtr", 16, False), ("Mixtr", 64, False),
+        ("Mixtr", 128, False), ("Mixtr", 8192, False),
+    ]  # fmt: skip
+
+
 def line(clock: str, impl: str, ms: float, tokens: int = 1) -> dict[str, object]:
     return {
         "model": "Qwen3-30B-A3B", "routing": "decode", "tokens": tokens, "clock": clock,
