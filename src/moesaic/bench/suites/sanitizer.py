@@ -25,7 +25,7 @@ from ..suite import Cell, Context, Suite
 
 TOOLS = ("memcheck", "racecheck", "consan")
 GRIDS = (
-    *((tool, grid) for tool in TOOLS[:2] for grid in ("grid_triton", "grid_hopper", "grid_together")),
+    *((tool, f"grid_{part}") for tool in TOOLS[:2] for part in ("triton", "hopper", "together")),
     *(("consan", f"ring_{kind}")
       for kind in ("decode", "prefill", "tall", "decode_gathered", "prefill_gathered")),
 )  # fmt: skip
