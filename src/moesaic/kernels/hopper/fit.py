@@ -22,7 +22,7 @@ ROWS = {
     "tall": (64, 128, 192, 256, 320, 384),
     "decode": (16, 32, 64, 128),
     "pair": (16, 32, 64, 128),
-    "flex": (64, 128, 160),
+    "flex": (64, 128),
 }
 COLUMNS = {
     "prefill": (256,), "tall": (128,), "decode": (64, 128), "pair": (64, 128), "flex": (128, 256),
@@ -45,7 +45,7 @@ def shared_bytes(kernel: str, bm: int, bn: int, stages: int, bk: int = 64) -> in
     """
     staged = bm * bn * STAGED[kernel] if kernel in STAGED else STAGED_BYTES
     if kernel == "flex":
-        staged = 2 * 64 * 64 * 2
+        staged = 2 * 64 * (64 + (32 if bn == 128 else 0)) * 2
     found = FOUND_BYTES if (kernel, bm) == ("pair", 16) else 0
     return stages * (bm + bn) * bk * 2 + staged + found + BARRIER_BYTES
 

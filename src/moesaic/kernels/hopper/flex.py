@@ -33,9 +33,8 @@ def _constants(config: HopperConfig, entries: int, gated: bool) -> dict[str, Any
         "BN": config.bn,
         "BK": config.bk,
         "NB": config.stages,
-        "SPLIT": config.bn == 256,
-        "CREG": 216 if config.bm > 128 else 224,
-        "LREG": 72 if config.bm > 128 else 56,
+        "CREG": 224,
+        "LREG": 56,
     }
 
 
@@ -151,7 +150,7 @@ def aot_cases() -> list[AotCase]:
     cases = []
     for bm, bn, stages, gated in (
         (64, 128, 8, True), (64, 256, 5, True), (128, 128, 6, True), (128, 256, 4, True),
-        (128, 256, 4, False), (128, 128, 6, False), (160, 256, 4, True), (160, 256, 4, False),
+        (64, 128, 8, False), (128, 128, 6, False), (128, 256, 4, False),
     ):  # fmt: skip
         config = HopperConfig("flex", bm, bn, stages)
         box = (1, bn // 16, 2, 8, 64)

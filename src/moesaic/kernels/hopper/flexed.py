@@ -1,15 +1,14 @@
 """Both products of a layer in one launch, by tiles as tall as their rows, for any routing.
 
     S routed rows · T tokens · H hidden width · I intermediate width · N entries of the task map
-    BM most rows of a tile (64, 128 or 160) · BN weight rows (128 or 256) · BK depth of a stage
+    BM most rows of a tile (64 or 128) · BN weight rows (128 or 256) · BK depth of a stage
     NB stages
 
 How many rows an expert will get is not known on the host. Here weights stand on the wide side of
-wgmma, and a tile is multiplied at the least of 16, 32, 64, 96, 128, 144 and 160 rows that hold its
-own, found when it is drawn: a short tile costs its own rows, and a task of up to BM rows reads its
-weights once. Two warpgroups share a tile of 256 weight rows, half of them each (SPLIT), or take
-tiles of 128 in turns, so that one writes while the other multiplies. Wide tiles halve how often
-rows pass from L2 to the SMs, which is what limits tiles of 64 rows and more.
+wgmma, and a tile is multiplied at the least of 16, 32, 64, 96 and 128 rows that hold its own, found
+when it is drawn: a short tile costs its own rows, and a task of up to BM rows reads its weights
+once. Two warpgroups share a tile, half of its weight rows each. Tiles of 256 weight rows halve how
+often rows pass from L2 to the SMs, which is what limits tiles of more than 64 rows.
 
 Both products are walked as in `paired`: every program draws tiles from one counter, first those of
 the up-projection, then those of the down-projection, whose weights are asked for before the up
@@ -34,10 +33,8 @@ from .flexmap import (
     Layer,
     draw,
     find,
-    pass_turn,
     read_note,
     settle,
-    take_turn,
     write_note,
 )
 from .tiles import activate, activate_alone
@@ -82,16 +79,24 @@ def _pointers(p, base, index, width, first, rows, COUNT: gl.constexpr, SORTED: g
 
 
 @gluon.jit
+def _copy(buf, ptrs, k, live, wanted):
+    """Copy rows of one stage where any of them is wanted; a copy of none would write zeros."""
+    if wanted:
+        async_copy.async_copy_global_to_shared(buf, ptrs + k, mask=live)
+
+
+@gluon.jit
 def _fill(
     p, desc, c, ahead, depth, base, row_start, rows, m, e, n, note_n, j, SORTED: gl.constexpr
 ):
     """All stages of a tile; the weights of the first `ahead` have been asked for."""
     first = m * p.BM
-    ptrs0, live0 = _pointers(p, base, row_start, depth, first, rows, 64, SORTED)
+    left = rows - first
+    ptrs0, live0 = _pointers(p, base, row_start, depth, first, rows, 16, SORTED)
+    ptrs1, live1 = _pointers(p, base, row_start, depth, first + 16, rows, 16, SORTED)
+    ptrs2, live2 = _pointers(p, base, row_start, depth, first + 32, rows, 32, SORTED)
     if p.BM > 64:
-        ptrs1, live1 = _pointers(p, base, row_start, depth, first + 64, rows, 64, SORTED)
-    if p.BM > 128:
-        ptrs2, live2 = _pointers(p, base, row_start, depth, first + 128, rows, p.BM - 128, SORTED)
+        ptrs3, live3 = _pointers(p, base, row_start, depth, first + 64, rows, 64, SORTED)
     for k in range(0, depth, p.BK):
         i = c % p.NB
         mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
@@ -99,16 +104,12 @@ def _fill(
         if (k == 0) & fresh:
             write_note(p, i, row_start, rows, m, note_n, j)
         _ask(p, desc, i, e, n, k, fresh)
-        units = p.a_bufs.index(i)
-        async_copy.async_copy_global_to_shared(units.slice(0, 64, dim=0), ptrs0 + k, mask=live0)
-        if p.BM > 64:  # noqa: SIM102
-            if rows - first > 64:
-                async_copy.async_copy_global_to_shared(
-                    units.slice(64, 64, dim=0), ptrs1 + k, mask=live1
-                )
-        if p.BM > 128:  # noqa: SIM102
-            if rows - first > 128:
-                async_copy.async_copy_global_to_shared(p.more.index(i), ptrs2 + k, mask=live2)
+        buf = p.a_bufs.index(i)
+        async_copy.async_copy_global_to_shared(buf.slice(0, 16, dim=0), ptrs0 + k, mask=live0)
+        _copy(buf.slice(16, 16, dim=0), ptrs1, k, live1, left > 16)
+        _copy(buf.slice(32, 32, dim=0), ptrs2, k, live2, left > 32)
+        if p.BM > 64:
+            _copy(buf.slice(64, 64, dim=0), ptrs3, k, live3, left > 64)
         async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
         c += 1
     return c
@@ -141,7 +142,7 @@ def _load(p, up_n_tiles, down_n_tiles):
         settle(p, t, total)
     while t < total:
         j, e, row_start, rows, m, m_tiles, n = find(p, end, t - tiles, down_n_tiles)
-        wanted = m_tiles * up_n_tiles * (2 if p.SPLIT else 1) + p.BM
+        wanted = 2 * m_tiles * up_n_tiles + p.BM
         done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
         ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.NB)
         if done >= wanted:
@@ -163,35 +164,31 @@ def _load(p, up_n_tiles, down_n_tiles):
 
 
 @gluon.jit
-def _chain(p, turn, c, depth, PART: gl.constexpr, A: gl.constexpr, B: gl.constexpr):
+def _chain(p, c, depth, PART: gl.constexpr, A: gl.constexpr, B: gl.constexpr):
     """The transposed products with A and with B rows: one in-order K chain per element.
 
-    B may be 0; then the second is the first. A turn passes when the last product is under way.
+    B may be 0; then the second is the first.
     """
-    SHARE: gl.constexpr = p.BN // 2 if p.SPLIT else p.BN
-    FIRST: gl.constexpr = PART * SHARE if p.SPLIT else 0
+    HALF: gl.constexpr = p.BN // 2
     LA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
-    acc0 = gl.zeros((SHARE, A), gl.float32, layout=LA)
+    acc0 = gl.zeros((HALF, A), gl.float32, layout=LA)
     if B > 0:
         LB: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, B, 16])
-        acc1 = gl.zeros((SHARE, B), gl.float32, layout=LB)
+        acc1 = gl.zeros((HALF, B), gl.float32, layout=LB)
     for k in range(0, depth, p.BK):
         i = c % p.NB
         mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
         fence_async_shared()
-        w = p.b_bufs.index(i).reshape([p.BN, p.BK]).slice(FIRST, SHARE, dim=0)
+        w = p.b_bufs.index(i).reshape([p.BN, p.BK]).slice(PART * HALF, HALF, dim=0)
         x = p.a_bufs.index(i)
         acc0 = warpgroup_mma(w, x.slice(0, A, dim=0).permute((1, 0)), acc0, is_async=True)
         if B > 0:
-            below = p.more.index(i) if A == 128 else x.slice(A, 64, dim=0)
-            acc1 = warpgroup_mma(w, below.slice(0, B, dim=0).permute((1, 0)), acc1, is_async=True)
+            acc1 = warpgroup_mma(w, x.slice(A, B, dim=0).permute((1, 0)), acc1, is_async=True)
             acc0, acc1 = warpgroup_mma_wait(2, (acc0, acc1))
         else:
             acc0 = warpgroup_mma_wait(1, (acc0,))
         mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
         c += 1
-    if not p.SPLIT:
-        pass_turn(turn, PART, c)
     if B > 0:
         acc0, acc1 = warpgroup_mma_wait(0, (acc0, acc1))
     else:
@@ -230,96 +227,70 @@ def _put(p, y, c_buf, ROWS: gl.constexpr, base, width, row_start, rows, row, col
 
 @gluon.jit
 def _write(p, acc, bufs, PART: gl.constexpr, ROWS: gl.constexpr, n, row_start, rows, row):
-    """Write a tile of the up-projection, activated, or of the down-projection, or half of it."""
-    SHARE: gl.constexpr = acc.shape[0]
-    if p.SPLIT:
-        n = 2 * n + PART
+    """Write this half of an up tile, activated, or of a down tile."""
+    HALF: gl.constexpr = p.BN // 2
     if n < SECOND:
         if p.GATED:
-            g, u = acc.reshape(SHARE // 16, 2, 8, ROWS).permute(0, 2, 3, 1).split()
+            g, u = acc.reshape(HALF // 16, 2, 8, ROWS).permute(0, 2, 3, 1).split()
             y = activate(g, u, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha, p.up_offset)
-            y = y.reshape(SHARE // 2, ROWS)
-            col = n * (SHARE // 2)
+            y = y.reshape(HALF // 2, ROWS)
+            col = (2 * n + PART) * (HALF // 2)
         else:
             y = activate_alone(acc, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha)
-            col = n * SHARE
+            col = (2 * n + PART) * HALF
         _put(p, y, bufs[0], ROWS, p.act_ptr, p.inner, row_start, rows, row, col)
     else:
-        FIRST: gl.constexpr = 2 * SECOND if p.SPLIT else SECOND
-        col = (n - FIRST) * SHARE
+        col = (2 * (n - SECOND) + PART) * HALF
         _put(p, acc, bufs[1], ROWS, p.out_ptr, p.hidden, row_start, rows, row, col)
 
 
 @gluon.jit
 def _multiply(
-    p, turn, bufs, c, PART: gl.constexpr, A: gl.constexpr, B: gl.constexpr, row_start, rows, row, n
+    p, bufs, c, PART: gl.constexpr, A: gl.constexpr, B: gl.constexpr, row_start, rows, row, n
 ):
-    """A tile of A + B rows, or this warpgroup's half of it, multiplied and written."""
+    """This half of a tile of A + B rows, written; the ring's next stage."""
     depth = gl.where(n < SECOND, p.hidden, p.inner)
-    acc0, acc1 = _chain(p, turn, c, depth, PART, A, B)
+    acc0, acc1 = _chain(p, c, depth, PART, A, B)
     _write(p, acc0, bufs, PART, A, n, row_start, rows, row)
     if B > 0:
         _write(p, acc1, bufs, PART, B, n, row_start, rows, row + A)
+    return c + gl.cdiv(depth, p.BK)
 
 
 @gluon.jit
-def _tile(p, turn, bufs, c, PART: gl.constexpr, row_start, rows, m, n, j):
-    """A tile at the height of its rows; one of the up-projection is announced."""
-    row = m * p.BM
-    left = rows - row
-    if left <= 16:
-        _multiply(p, turn, bufs, c, PART, 16, 0, row_start, rows, row, n)
-    elif left <= 32:
-        _multiply(p, turn, bufs, c, PART, 32, 0, row_start, rows, row, n)
-    elif (left <= 64) | (p.BM == 64):
-        _multiply(p, turn, bufs, c, PART, 64, 0, row_start, rows, row, n)
-    elif p.BM > 64:
-        if left <= 96:
-            _multiply(p, turn, bufs, c, PART, 64, 32, row_start, rows, row, n)
-        elif (left <= 128) | (p.BM == 128):
-            _multiply(p, turn, bufs, c, PART, 128, 0, row_start, rows, row, n)
-        elif p.BM > 128:
-            if left <= 144:
-                _multiply(p, turn, bufs, c, PART, 128, 16, row_start, rows, row, n)
-            else:
-                _multiply(p, turn, bufs, c, PART, 128, 32, row_start, rows, row, n)
-    if n < SECOND:
-        barrier()
-        gl.atomic_add(p.done_ptr + j, 1, sem="release")
-
-
-@gluon.jit
-def _consume(p, turn, up_bufs, down_bufs, PART: gl.constexpr):
-    """One warpgroup: its half of the weight rows of every tile, or every second tile."""
+def _consume(p, up_bufs, down_bufs, PART: gl.constexpr):
+    """One warpgroup: its half of the weight rows of every tile."""
     bufs = (up_bufs.index(PART), down_bufs.index(PART))
-    c = p.hidden * 0
-    turns = p.hidden * 0
-    if not p.SPLIT and PART == 1:
-        c = take_turn(turn, PART, turns)
-        turns += 1
-    while c >= 0:
-        row_start, rows, m, n, j = read_note(p, c)
-        if rows > 0:
-            _tile(p, turn, bufs, c, PART, row_start, rows, m, n, j)
-            if p.SPLIT:
-                c += gl.cdiv(gl.where(n < SECOND, p.hidden, p.inner), p.BK)
+    row_start, rows, m, n, j = read_note(p, 0)
+    c = rows * 0
+    while rows > 0:
+        row = m * p.BM
+        left = rows - row
+        if left <= 16:
+            c = _multiply(p, bufs, c, PART, 16, 0, row_start, rows, row, n)
+        elif left <= 32:
+            c = _multiply(p, bufs, c, PART, 32, 0, row_start, rows, row, n)
+        elif (left <= 64) | (p.BM == 64):
+            c = _multiply(p, bufs, c, PART, 64, 0, row_start, rows, row, n)
+        elif p.BM > 64:
+            if left <= 96:
+                c = _multiply(p, bufs, c, PART, 64, 32, row_start, rows, row, n)
             else:
-                c = take_turn(turn, PART, turns)
-                turns += 1
-        else:
-            if not p.SPLIT:
-                pass_turn(turn, PART, -1)
-            c = rows - 1
+                c = _multiply(p, bufs, c, PART, 128, 0, row_start, rows, row, n)
+        if n < SECOND:
+            barrier()
+            gl.atomic_add(p.done_ptr + j, 1, sem="release")
+        row_start, rows, m, n, j = read_note(p, c)
 
 
 @gluon.jit
-def _consume_low(p, turn, up_bufs, down_bufs):
-    _consume(p, turn, up_bufs, down_bufs, 0)
+def _consume_low(p, up_bufs, down_bufs):
+    _consume(p, up_bufs, down_bufs, 0)
 
 
 @gluon.jit
-def _consume_high(p, turn, up_bufs, down_bufs):
-    _consume(p, turn, up_bufs, down_bufs, 1)
+def _consume_high(p, up_bufs, down_bufs):
+    _consume(p, up_bufs, down_bufs, 1)
 
 
 @gluon.jit(do_not_specialize=["up_n_tiles", "down_n_tiles", "top_k"])
@@ -329,7 +300,7 @@ def flex_kernel(
     hidden, inner, up_n_tiles, down_n_tiles, top_k, limit, alpha, up_offset,
     N: gl.constexpr, LANES: gl.constexpr, GATED: gl.constexpr,
     ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, SPLIT: gl.constexpr,
+    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr,
     CREG: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[token of row] @ up[e].T) @ down[e].T for the rows of every task.
@@ -344,18 +315,12 @@ def flex_kernel(
     64 and of 6 rows, entry 1 one of 5; three row tiles times two column tiles are six up tiles. A
     down tile of entry 0 waits until its counter has gone from 64 to 64 + 2 * 2 * 2.
     """
-    ROWS: gl.constexpr = 128 if BM > 128 else BM
     DTYPE: gl.constexpr = up_desc.dtype
     a_bufs = gl.allocate_shared_memory(
-        DTYPE, [NB, ROWS, BK], gl.NVMMASharedLayout.get_default_for([ROWS, BK], DTYPE)
+        DTYPE, [NB, BM, BK], gl.NVMMASharedLayout.get_default_for([BM, BK], DTYPE)
     )
-    more = a_bufs
-    if BM > 128:
-        more = gl.allocate_shared_memory(
-            DTYPE, [NB, 32, BK], gl.NVMMASharedLayout.get_default_for([32, BK], DTYPE)
-        )
     b_bufs = gl.allocate_shared_memory(DTYPE, [NB] + up_desc.block_type.shape, up_desc.layout)
-    COLS: gl.constexpr = BN // 4 if GATED and SPLIT else 64
+    COLS: gl.constexpr = BN // 4 if GATED else 64
     down_bufs = gl.allocate_shared_memory(
         DTYPE, [2, 64, 64], gl.NVMMASharedLayout.get_default_for([64, 64], DTYPE)
     )
@@ -368,26 +333,20 @@ def flex_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NB):
         mbarrier.init(full.index(i), count=129)
-        mbarrier.init(empty.index(i), count=2 if SPLIT else 1)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     notes = gl.allocate_shared_memory(
         gl.int32, [5 * NB, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
-    start = gl.allocate_shared_memory(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    turn = (turns, start)
     p = Layer(
         x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr, row_start_ptr,
-        rows_ptr, done_ptr, ticket_ptr, a_bufs, more, b_bufs, notes, full, empty, hidden, inner,
+        rows_ptr, done_ptr, ticket_ptr, a_bufs, b_bufs, notes, full, empty, hidden, inner,
         top_k, limit, alpha, up_offset, N, LANES, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
-        SPLIT,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume_low, (p, turn, up_bufs, down_bufs)),
-            (_consume_high, (p, turn, up_bufs, down_bufs)),
+            (_consume_low, (p, up_bufs, down_bufs)),
+            (_consume_high, (p, up_bufs, down_bufs)),
             (_load, (p, up_n_tiles, down_n_tiles)),
         ],
         [4, 4],

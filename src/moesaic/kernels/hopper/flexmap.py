@@ -26,7 +26,6 @@ class Layer:
     done_ptr: gl.tensor
     ticket_ptr: gl.tensor
     a_bufs: gl.shared_memory_descriptor
-    more: gl.shared_memory_descriptor
     b_bufs: gl.shared_memory_descriptor
     notes: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
@@ -47,14 +46,13 @@ class Layer:
     BK: gl.constexpr
     NB: gl.constexpr
     PDL: gl.constexpr
-    SPLIT: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
-        row_start_ptr, rows_ptr, done_ptr, ticket_ptr, a_bufs, more, b_bufs, notes, full, empty,
+        row_start_ptr, rows_ptr, done_ptr, ticket_ptr, a_bufs, b_bufs, notes, full, empty,
         hidden, inner, top_k, limit, alpha, up_offset, N, LANES, GATED, ACTIVATION, HAS_LIMIT, BM,
-        BN, BK, NB, PDL, SPLIT,
+        BN, BK, NB, PDL,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -69,7 +67,6 @@ class Layer:
         self.done_ptr = done_ptr
         self.ticket_ptr = ticket_ptr
         self.a_bufs = a_bufs
-        self.more = more
         self.b_bufs = b_bufs
         self.notes = notes
         self.full = full
@@ -90,7 +87,6 @@ class Layer:
         self.BK = gl.constexpr(BK)
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
-        self.SPLIT = gl.constexpr(SPLIT)
 
 
 @gluon.jit
@@ -147,19 +143,3 @@ def settle(p, t, total):
     """The program that drew last puts the counter back."""
     if t == total + gl.num_programs(0) - 1:
         gl.store(p.ticket_ptr, 0)
-
-
-@gluon.jit
-def pass_turn(turn, PART: gl.constexpr, c):
-    """Let the other warpgroup multiply the tile that begins at stage `c`; below 0: none."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    turn[1].index(0).store(gl.full([1], c, gl.int32, layout=L))
-    mbarrier.arrive(turn[0].index(1 - PART), count=1)
-
-
-@gluon.jit
-def take_turn(turn, PART: gl.constexpr, turns):
-    """Wait for this warpgroup's turn: the stage where its tile begins; below 0: there is none."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(turn[0].index(PART), turns & 1)
-    return gl.max(turn[1].index(0).load(L), axis=0)
