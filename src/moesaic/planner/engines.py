@@ -92,4 +92,5 @@ def served(block: Block) -> Row:
         group = f"end to end, round {number}, blind then: {kind}"
         return Row(group, where, source, published, found, "shown" if shown else "fitted")
     status = "shown" if shown else "counted"
-    return Row(f"end to end, blind, round {number}", where, source, published, found, status)
+    group = f"end to end, blind, round {number}: {source.split()[0]}"
+    return Row(group, where, source, published, found, status)
