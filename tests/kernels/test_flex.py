@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 from moesaic.kernels.batching import batch_rows, batch_rows_ref
 from moesaic.kernels.hopper import flex
-from moesaic.kernels.hopper.experts import LayerConfig, experts_hopper
+from moesaic.kernels.hopper.experts import LayerConfig, choose_layer, experts_hopper
 from moesaic.kernels.hopper.fit import layer_problem, tile_problem
 from moesaic.kernels.hopper.launch import HopperConfig
 
@@ -70,6 +70,31 @@ def test_a_row_of_a_table_says_flex_twice_or_not_at_all() -> None:
         assert "one launch" in str(layer_problem(row))
     assert "bm in (64, 128)" in str(tile_problem(up | {"bm": 96}))
     assert "shared memory" in str(tile_problem(up | {"stages": 5}))
+
+
+CHOSEN = {
+    # E, K, 2I: tiles of 64, 128, 512 and 1024 tokens, measured best over three routings
+    (128, 8, 1536): ("pair-64x128", "pair-64x128", "flex-128x128", "prefill-128x256"),
+    (64, 8, 2048): ("pair-64x128", "pair-32x128", "flex-128x256", "flex-128x256"),
+    (128, 8, 3072): ("pair-64x128", "flex-128x128", "flex-128x256", "flex-128x256"),
+    (256, 8, 4096): ("pair-64x128", "flex-128x128", "flex-128x128", "flex-128x256"),
+    (128, 4, 5760): ("pair-64x128", "flex-128x128", "flex-128x128", "flex-128x256"),
+    (8, 2, 28672): ("decode-64x128", "flex-128x128", "tall-256x128", "tall-256x128"),
+}
+
+
+@pytest.mark.parametrize("shape", CHOSEN, ids=str)
+def test_tiles_are_chosen_for_any_routing(shape: tuple[int, int, int]) -> None:
+    experts, top_k, up_rows = shape
+    for tokens, wanted in zip((64, 128, 512, 1024), CHOSEN[shape], strict=True):
+        config = choose_layer(tokens, top_k, experts, up_rows, 132)
+        assert config.up == config.down
+        assert f"{config.up.kernel}-{config.up.bm}x{config.up.bn}" == wanted
+        assert config.order == ("large_first" if experts == 8 and tokens >= 512 else "index")
+    for tokens in (2, 24, 50, 97, 200, 300, 700, 1500, 3000, 9000):
+        config = choose_layer(tokens, top_k, experts, up_rows, 132)
+        row = {"up": config.up._asdict(), "down": config.down._asdict(), "order": config.order}
+        assert layer_problem(row) is None
 
 
 def test_the_twin_makes_both_products() -> None:

@@ -73,7 +73,7 @@ def test_few_rows_take_one_launch() -> None:
         assert (one.up.kernel, one.up.stages) == (kernel, stages) and one.up == one.down
         assert tile_problem(one.up._asdict()) is None
     for tokens, experts, up_rows, kernel in (
-        (4, 64, 2048, "pair"), (128, 64, 2048, "pair"), (256, 64, 2048, "decode"),
+        (4, 64, 2048, "pair"), (128, 64, 2048, "pair"), (256, 64, 2048, "flex"),
         (64, 256, 4096, "pair"), (64, 128, 28672, "decode"), (8192, 64, 2048, "tall"),
         (8, 128, 28672, "decode"), (64, 64, 2048, "pair"),
     ):  # fmt: skip

@@ -225,6 +225,8 @@ def hopper_space(problem: Problem, heuristic: Any) -> Space[Tile]:
             own = Tile(*getattr(heuristic, part))
             more = (own,) if own.bm == bm and own.kernel not in ONE_LAUNCH else ()
             cuts[(bm,)][part] = tuple(dict.fromkeys((*more, *tiles)))
+        if not cuts[(bm,)]["up"]:
+            del cuts[(bm,)]
     paper = (("expert GEMM 128/128/64", "down", lambda g, t: (*g, t.bn, t.bk) == PAPER_GEMM),)
     few = (*rows_of_tiles(rows), *above) if rows <= 128 else ()
     pairs = [pair for bm in few for pair in pairs_of(bm)]

@@ -67,14 +67,16 @@ def choose(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) ->
 
 @lru_cache(maxsize=4096)
 def choose_layer(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) -> LayerConfig:
-    """`choose`, but both products in one launch where few rows make the launches between show.
+    """`choose`, but tiles for any routing where they were measured best over even, Zipf and worst.
 
-    Up to about sixteen rows an expert that saves some three microseconds. Up to `pair.FEW_TOKENS`
-    tokens are then one launch, sort and sum included. A ring is as long as fits, so that down
-    weights come while up tiles are waited for; where not every SM has an up tile, short rings
-    leave the next launch room to begin beside. Experts as wide as Mixtral's keep two launches, for
-    a column of their down-projection is too long for one program; narrow tiles spread it.
+    Up to `pair.FEW_TOKENS` tokens are one launch, sort and sum included. A ring is as long as fits,
+    so that down weights come while up tiles are waited for; where not every SM has an up tile,
+    short rings leave the next launch room to begin beside. Experts as wide as Mixtral's keep two
+    launches up to 64 tokens, for a column of their down-projection is too long for one program;
+    narrow tiles spread it. A few experts with many rows run their largest first: no tall task then
+    begins when the others end.
     """
+    rows = tokens * top_k / experts
     tiles = min(tokens * top_k, experts) * up_rows // 128
     if up_rows >= 8192 and tokens <= 16:
         tile = HopperConfig("decode", 16, 64, 12)
@@ -82,12 +84,42 @@ def choose_layer(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: i
         tile = HopperConfig("pair", 16, 64, 5, ctas_per_sm=2)
     elif tokens <= FEW_TOKENS:
         tile = HopperConfig("pair", 16, 128, 12)
-    elif up_rows < 8192 and tokens * top_k / experts <= 20:
-        few = tokens * top_k / experts <= 2
-        tile = HopperConfig("pair", 16 if few else 32, 128, 10 if few else 8)
+    elif experts <= 16 and 100 < rows <= 340:
+        tile = HopperConfig("tall", 256, 128, 4)
+        return LayerConfig(tile, tile, "large_first")
     else:
-        return choose(tokens, top_k, experts, up_rows, num_sms)
+        any_routing = _choose_any_routing(tokens, rows, top_k, up_rows, num_sms)
+        if any_routing is None:
+            return choose(tokens, top_k, experts, up_rows, num_sms)
+        tile = any_routing
     return LayerConfig(tile, tile)
+
+
+def _choose_any_routing(
+    tokens: int, rows: float, top_k: int, up_rows: int, num_sms: int
+) -> HopperConfig | None:
+    """One launch for both products, by tiles that also hold the rows of an uneven routing.
+
+    All tokens may go to the same experts: tiles as tall as `tokens` then read each weight once, and
+    cost an even routing up to 2 % where its experts get few rows. Tiles of 256 weight rows are left
+    where the worst case would leave a last wave of them half empty. None: `choose`.
+
+    Args:
+        rows: of an expert, if all got as many.
+    """
+    if tokens <= 96 or (up_rows < 3072 and tokens <= 192):
+        if up_rows >= 8192 or rows > 20:
+            return None
+        if tokens <= 48 or rows > 8:
+            few = rows <= 2 and tokens <= 16
+            return HopperConfig("pair", 16 if few else 32, 128, 10 if few else 8)
+        return HopperConfig("pair", 64, 128, 8)
+    if tokens > 1536 or rows > (48 if up_rows < 2048 or up_rows >= 8192 else 128):
+        return None
+    waves = top_k * -(-up_rows // 256) * -(-tokens // 128) / num_sms
+    if rows <= 20 or -(-waves // 1) > 1.1 * waves:
+        return HopperConfig("flex", 128, 128, 6)
+    return HopperConfig("flex", 128, 256, 4)
 
 
 @lru_cache(maxsize=4096)
