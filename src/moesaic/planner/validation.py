@@ -366,7 +366,8 @@ was decided before it was predicted.
 
 **Not validated.** Whole layers over four GPUs: only exchanges were measured on four. vLLM's and
 SGLang's own tables of a whole node beyond those named. `wide-16-k2`, 16 experts of 8192 x 32768
-for 8192 tokens on one GPU, takes a third longer than predicted; why is not known.
+for 8192 tokens on one GPU, takes a third longer than predicted: clocks at the power limit would
+fit, and so would weights that every tile of rows reads again; neither was measured.
 """
 
 
