@@ -67,7 +67,7 @@ def test_both_views_of_a_weight_have_one_box() -> None:
 
 def test_few_rows_take_one_launch() -> None:
     for top_k, up_rows, kernel, stages in (
-        (8, 1536, "pair", 5), (8, 4096, "pair", 12), (2, 28672, "decode", 12),
+        (8, 1536, "pair", 5), (8, 4096, "pair", 12), (2, 28672, "pair", 12),
     ):  # fmt: skip
         one = choose_layer(1, top_k, 128, up_rows, 132)
         assert (one.up.kernel, one.up.stages) == (kernel, stages) and one.up == one.down
@@ -75,7 +75,7 @@ def test_few_rows_take_one_launch() -> None:
     for tokens, experts, up_rows, kernel in (
         (4, 64, 2048, "pair"), (128, 64, 2048, "pair"), (256, 64, 2048, "flex"),
         (64, 256, 4096, "pair"), (64, 128, 28672, "decode"), (8192, 64, 2048, "tall"),
-        (8, 128, 28672, "decode"), (64, 64, 2048, "pair"),
+        (2, 128, 28672, "decode"), (64, 64, 2048, "pair"),
     ):  # fmt: skip
         tile = choose_layer(tokens, 8, experts, up_rows, 132).up
         assert tile.kernel == kernel and tile_problem(tile._asdict()) is None
@@ -102,7 +102,7 @@ def by_twin(seen: list[dict[str, Any]]) -> Any:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its other kernels are interpreted")
-@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("tokens", [1, 3, 17])
 @pytest.mark.parametrize("counted", [False, True])
 def test_a_layer_is_put_together(
     monkeypatch: pytest.MonkeyPatch, tokens: int, counted: bool
@@ -140,7 +140,7 @@ def test_a_layer_is_put_together(
     )
     exact = combine_ref(rows, sort.position_S.view(tokens, 4), case["topk_weights"])
     torch.testing.assert_close(layer(), exact, rtol=1e-6, atol=1e-6)
-    assert ("weighted" in seen[-1]) == (tokens <= pair.FEW_TOKENS)
+    assert ("weighted" in seen[-1]) == (tokens < 17)
     if counters is not None:
         assert int(counters[1].sum()) == tokens * 4 and not counters[0].any()
 
@@ -215,7 +215,6 @@ def test_any_ids_weights_and_counters(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [2, 3, 16])
 def test_few_tokens_find_their_tasks(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     getattr(plans._threads, "plans", {}).clear()
-    monkeypatch.setattr(pair, "FEW_TOKENS", 16)
     monkeypatch.setattr(pair, "batch_rows", None)
     case = draw(tokens)
     shape, like = (tokens, 4), {"dtype": torch.int32, "device": "cuda"}

@@ -209,7 +209,7 @@ def summarize(lines: Sequence[Line]) -> list[Target]:
     return [*targets, at_most("cells failed", float(failed), 0.0)]
 
 
-UNEVEN = (17, 1536)
+UNEVEN = (2, 1536)
 """Token counts at which the tiles for an even routing are not those for an uneven one."""
 
 
@@ -218,7 +218,8 @@ def table_of(lines: Sequence[Line], family: str) -> dict[str, dict[str, Any]]:
 
     Where the heuristic's tiles take as long as the best but for noise, they are the row. Of counts
     whose tiles an uneven routing decides, rows come from lines over several routings alone: chosen
-    for an even one they took up to three times as long under another.
+    for an even one they took up to three times as long under another. A single token is one launch:
+    two more would win it at most 2 % and cost the host a third, and a probe's few tiles are not all.
     """
     rows: dict[str, dict[str, Any]] = {}
     gains = ratios(lines, MODELS)
@@ -230,6 +231,9 @@ def table_of(lines: Sequence[Line], family: str) -> dict[str, dict[str, Any]]:
             continue
         cell = (x["model"], x["tokens"])
         if UNEVEN[0] <= x["tokens"] <= UNEVEN[1] and cell not in several:
+            continue
+        together = json.loads(x["row"])["up"]["kernel"] == "pair"
+        if x["tokens"] == 1 and (x.get("by") or not together):
             continue
         same = cell in own and gains.get(cell, math.inf) <= NOISE and x["tokens"] > 1
         problem = problem_for(MODELS[x["model"]], x["tokens"], x["dtype"], 90, family)

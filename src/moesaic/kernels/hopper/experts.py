@@ -21,7 +21,7 @@ from ..taskmap import TaskMap
 from ..tune import Problem, device_family, hopper_row
 from .flex import layer_flex
 from .launch import GLUON_DTYPES, HopperConfig, grouped_mm_hopper
-from .pair import FEW_TOKENS, layer_pair
+from .pair import is_few, layer_pair
 from .plans import planned
 from .single import constants, one_token
 from .tiles import triton_problem
@@ -69,21 +69,22 @@ def choose(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) ->
 def choose_layer(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) -> LayerConfig:
     """`choose`, but tiles for any routing where they were measured best over even, Zipf and worst.
 
-    Up to `pair.FEW_TOKENS` tokens are one launch, sort and sum included. A ring is as long as fits,
-    so that down weights come while up tiles are waited for; where not every SM has an up tile,
-    short rings leave the next launch room to begin beside. Experts as wide as Mixtral's keep two
-    launches up to 64 tokens, for a column of their down-projection is too long for one program;
-    narrow tiles spread it. A few experts with many rows run their largest first: no tall task then
+    Few tokens, see `pair.is_few`, are one launch, sort and sum included. Their ring is as long as
+    fits; where a token's up tiles are fewer than SMs it is shorter, for programs without one would
+    fetch down weights before others' up weights. Experts as wide as Mixtral's keep two
+    launches from 2 to 64 tokens, for a column of their down-projection is too long for one program;
+    narrow tiles spread it (a token loses 2 % by one launch, and gains two for the host). A few experts with many rows run their largest first: no tall task then
     begins when the others end.
     """
     rows = tokens * top_k / experts
-    tiles = min(tokens * top_k, experts) * up_rows // 128
-    if up_rows >= 8192 and tokens <= 16:
+    spread = top_k * up_rows // 128 >= num_sms
+    few = HopperConfig("pair", 16, 128, 12 if spread else 10)
+    if up_rows >= 8192 and 1 < tokens <= 16:
         tile = HopperConfig("decode", 16, 64, 12)
-    elif tokens == 1 and tiles < num_sms:
+    elif tokens == 1 and not spread:
         tile = HopperConfig("pair", 16, 64, 5, ctas_per_sm=2)
-    elif tokens <= FEW_TOKENS:
-        tile = HopperConfig("pair", 16, 128, 12)
+    elif tokens == 1 or is_few(tokens, top_k, few):
+        tile = few
     elif experts <= 16 and 100 < rows <= 340:
         tile = HopperConfig("tall", 256, 128, 4)
         return LayerConfig(tile, tile, "large_first")

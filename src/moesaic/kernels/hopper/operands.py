@@ -19,7 +19,6 @@ class Pair:
     out_ptr: gl.tensor
     up_desc: tma.tensor_descriptor
     down_desc: tma.tensor_descriptor
-    down_ptr: gl.tensor
     tile_end_ptr: gl.tensor
     task_ptr: gl.tensor
     row_start_ptr: gl.tensor
@@ -58,18 +57,16 @@ class Pair:
     BK: gl.constexpr
     NB: gl.constexpr
     PDL: gl.constexpr
-    WARM: gl.constexpr
-    NEAR: gl.constexpr
     LATE: gl.constexpr
     TWO: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
-        self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, down_ptr, tile_end_ptr, task_ptr,
+        self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
         row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr,
         counters_ptr, a_bufs, b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts,
         limit, alpha, up_offset, N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION,
-        HAS_LIMIT, BM, BN, BK, NB, PDL, WARM, NEAR, LATE, TWO,
+        HAS_LIMIT, BM, BN, BK, NB, PDL, LATE, TWO,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -77,7 +74,6 @@ class Pair:
         self.out_ptr = out_ptr
         self.up_desc = up_desc
         self.down_desc = down_desc
-        self.down_ptr = down_ptr
         self.tile_end_ptr = tile_end_ptr
         self.task_ptr = task_ptr
         self.row_start_ptr = row_start_ptr
@@ -116,10 +112,40 @@ class Pair:
         self.BK = gl.constexpr(BK)
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
-        self.WARM = gl.constexpr(WARM)
-        self.NEAR = gl.constexpr(NEAR)
         self.LATE = gl.constexpr(LATE)
         self.TWO = gl.constexpr(TWO)
+
+
+@gluon.jit
+def write_note(p, stage, row_start, rows, m, n, j):
+    """Leave where the tile is beside its first stage: five numbers."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    p.notes.index(5 * stage).store(gl.full([1], row_start, gl.int32, layout=L))
+    p.notes.index(5 * stage + 1).store(gl.full([1], rows, gl.int32, layout=L))
+    p.notes.index(5 * stage + 2).store(gl.full([1], m, gl.int32, layout=L))
+    p.notes.index(5 * stage + 3).store(gl.full([1], n, gl.int32, layout=L))
+    p.notes.index(5 * stage + 4).store(gl.full([1], j, gl.int32, layout=L))
+
+
+@gluon.jit
+def read_note(p, c):
+    """Wait for stage `c` of the ring and read its note; a tile without rows ends the work."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    stage = c % p.NB
+    mbarrier.wait(p.full.index(stage), (c // p.NB) & 1)
+    row_start = gl.max(p.notes.index(5 * stage).load(L), axis=0)
+    rows = gl.max(p.notes.index(5 * stage + 1).load(L), axis=0)
+    m = gl.max(p.notes.index(5 * stage + 2).load(L), axis=0)
+    n = gl.max(p.notes.index(5 * stage + 3).load(L), axis=0)
+    j = gl.max(p.notes.index(5 * stage + 4).load(L), axis=0)
+    return row_start, rows, m, n, j
+
+
+@gluon.jit
+def note_slots(p, stage, slot):
+    """Leave the slots of a tile's rows beside its note."""
+    if p.FEW:
+        p.slots.index(stage).store(slot)
 
 
 @aggregate
@@ -212,30 +238,3 @@ class Chain:
         self.PDL = gl.constexpr(PDL)
         self.SPLIT = gl.constexpr(SPLIT)
         self.ACTIVATION = gl.constexpr(ACTIVATION)
-
-
-@gluon.jit
-def fetch_maps(p):
-    """Have the SM fetch both tensor maps, by loads past the end of a row: zeros, nothing read."""
-    loaded = p.full.index(p.NB)
-    mbarrier.expect(loaded, 2 * p.up_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(p.up_desc, [0, 0, 0, 0, p.hidden], loaded, p.b_bufs.index(0))
-    tma.async_copy_global_to_shared(p.down_desc, [0, 0, 0, 0, p.inner], loaded, p.b_bufs.index(1))
-
-
-@gluon.jit
-def bring_near(p, e, n):
-    """Have the L2 fetch the weights of a down tile, whose rows lie one after the other."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    row = n * p.BN + gl.arange(0, p.BN, layout=L)
-    here = (e.to(gl.int64) * p.hidden + row) * p.inner
-    size = gl.where((row < p.hidden) & (e >= 0) & (e < p.experts), p.inner * 2, 0)
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred some;
-        setp.ne.s32 some, $2, 0;
-        @some cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.b32 $0, $2;
-        }""",
-        "=r,l,r", [p.down_ptr + here, size], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip

@@ -28,16 +28,17 @@ from .zeros import WORDS, zeroed
 LOADER_REGISTERS = 56
 FIRST_COLUMN = 1 + MAX_SLOTS
 """Counters of few tokens: a ticket, their slots, and from here on the column tiles of H."""
-WARM = False
-"""Whether an SM fetches the tensor maps while it waits for the launch before."""
-NEAR = False
-"""Whether the weights of a down tile that must wait for its rows are fetched into the L2."""
-LATE = False
-"""Whether down weights wait until most up weights are asked for."""
+LATE = True
+"""Whether down weights of few rows wait until most up weights are asked for, needed first.
+
+Not with narrow tiles, of which several programs share an SM: their short rings cannot hold many.
+"""
 TWO = False
 """Whether stages are multiplied in twos."""
-FEW_TOKENS = 4
-"""Of more tokens the sort and the combine are worth their launches; to 16 a task is one tile."""
+FEW_TOKENS = 16
+"""Up to so many tokens an expert's rows are one tile."""
+FEW_SLOTS = 64
+"""Of more slots a program finds the tasks more slowly than the sort."""
 
 
 def rows_descriptor(weight: Tensor, config: HopperConfig) -> TensorDescriptor:
@@ -65,9 +66,7 @@ def _constants(
         "BN": config.bn,
         "BK": config.bk,
         "NB": config.stages,
-        "WARM": WARM,
-        "NEAR": NEAR,
-        "LATE": LATE,
+        "LATE": LATE and (config.bm, config.bn) == (16, 128),
         "TWO": TWO,
         "LREG": LOADER_REGISTERS,
     }
@@ -131,7 +130,6 @@ def pair_mm_hopper(
         x if order_S is None else order_S,
         weight_descriptor(up, True, config) if gated else rows_descriptor(up, config),
         rows_descriptor(down, config),
-        down,
         act,
         out,
         *_map_of(tasks),
@@ -198,7 +196,7 @@ def layer_pair(
     given = {"config": config, "num_sms": num_sms, "top_k": top_k, "pdl": True, **epilogue}
     zeros = None
     if tokens == 1 or is_few(tokens, top_k, config):
-        enough = FIRST_COLUMN - (-width // config.bn) <= WORDS
+        enough = top_k <= MAX_SLOTS and FIRST_COLUMN - (-width // config.bn) <= WORDS
         zeros = zeroed(hidden.device, act_SI.data_ptr()) if enough else None
     if tokens > 1 and zeros is None:
         sort, tasks = batch_rows(
@@ -220,7 +218,7 @@ def layer_pair(
 
 def is_few(tokens: int, top_k: int, config: HopperConfig) -> bool:
     """Whether a launch of these tiles finds the tasks of so many tokens itself."""
-    return config.bm == 16 and tokens <= FEW_TOKENS and tokens * top_k <= MAX_SLOTS
+    return config.bm == 16 and tokens <= FEW_TOKENS and tokens * top_k <= FEW_SLOTS
 
 
 def pair_mm_hopper_ref(
@@ -251,7 +249,7 @@ def pair_mm_hopper_ref(
 def aot_cases() -> list[AotCase]:
     """The tiles that `experts.choose_layer` picks, of one token and of more, and a taller one."""
     cases = []
-    few = (("one", 16, 64, 5), ("one", 16, 128, 12), ("few", 16, 128, 12), ("few", 16, 64, 10))
+    few = (("one", 16, 64, 5), ("one", 16, 128, 12), ("few", 16, 128, 12), ("few", 16, 128, 10))
     many = (("map", 16, 128, 12), ("map", 16, 128, 10), ("map", 32, 128, 8), ("map", 64, 128, 8))
     each = [(*tile, counted) for counted in (False, True) for tile in few]
     for found, bm, bn, stages, counted in [*each, *((*tile, False) for tile in many)]:
@@ -264,7 +262,7 @@ def aot_cases() -> list[AotCase]:
             fn=pair_kernel,
             signature={
                 "x": "*bf16", "order_ptr": "*i32", "up_desc": described, "down_desc": described,
-                "down_ptr": "*bf16", "act_ptr": "*bf16", "out_ptr": "*bf16",
+                "act_ptr": "*bf16", "out_ptr": "*bf16",
                 **dict.fromkeys((*pointers, "done_ptr", "ticket_ptr", "joined_ptr"), "*i32"),
                 "weights_ptr": "*bf16" if found == "map" else "*fp32", "sum_ptr": "*bf16",
                 "counters_ptr": "*i32",

@@ -35,7 +35,7 @@ from .few import (
     number_slots,
     slots_few,
 )
-from .operands import Pair, bring_near, fetch_maps
+from .operands import Pair, note_slots, read_note, write_note
 from .tiles import activate, activate_alone
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -88,31 +88,6 @@ def _locate(p, held, t, n_tiles):
 
 
 @gluon.jit
-def _write_note(p, stage, row_start, rows, m, n, j):
-    """Leave where the tile is beside its first stage: five numbers."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    p.notes.index(5 * stage).store(gl.full([1], row_start, gl.int32, layout=L))
-    p.notes.index(5 * stage + 1).store(gl.full([1], rows, gl.int32, layout=L))
-    p.notes.index(5 * stage + 2).store(gl.full([1], m, gl.int32, layout=L))
-    p.notes.index(5 * stage + 3).store(gl.full([1], n, gl.int32, layout=L))
-    p.notes.index(5 * stage + 4).store(gl.full([1], j, gl.int32, layout=L))
-
-
-@gluon.jit
-def _read_note(p, c):
-    """Wait for stage `c` of the ring and read its note; a tile without rows ends the work."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    stage = c % p.NB
-    mbarrier.wait(p.full.index(stage), (c // p.NB) & 1)
-    row_start = gl.max(p.notes.index(5 * stage).load(L), axis=0)
-    rows = gl.max(p.notes.index(5 * stage + 1).load(L), axis=0)
-    m = gl.max(p.notes.index(5 * stage + 2).load(L), axis=0)
-    n = gl.max(p.notes.index(5 * stage + 3).load(L), axis=0)
-    j = gl.max(p.notes.index(5 * stage + 4).load(L), axis=0)
-    return row_start, rows, m, n, j
-
-
-@gluon.jit
 def _draw(p):
     """Draw a tile. Every program draws until it fails, so the last draw of all is known."""
     return gl.atomic_add(p.ticket_ptr, 1, sem="relaxed")
@@ -149,13 +124,6 @@ def _bring(p, c, ptrs, live):
 
 
 @gluon.jit
-def _note_slots(p, stage, slot):
-    """Leave the slots of a tile's rows beside its note."""
-    if p.FEW:
-        p.slots.index(stage).store(slot)
-
-
-@gluon.jit
 def _load_up(p, held, t, c, tiles, n_tiles, total, tasks):
     """Fill the ring for every up tile that this program draws; the first down tile it drew."""
     BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -171,8 +139,8 @@ def _load_up(p, held, t, c, tiles, n_tiles, total, tasks):
             row_start = tasks
         for s in range(0, ahead):
             if s == 0:
-                _write_note(p, s, row_start, rows, m, n, j)
-                _note_slots(p, s, slot)
+                write_note(p, s, row_start, rows, m, n, j)
+                note_slots(p, s, slot)
             _ask(p, p.up_desc, s, e, n, s * p.BK)
         if not p.LATE:
             t = _draw(p)
@@ -195,8 +163,8 @@ def _load_up(p, held, t, c, tiles, n_tiles, total, tasks):
             i = c % p.NB
             if k == 0:
                 mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
-                _write_note(p, i, row_start, rows, m, n, j)
-                _note_slots(p, i, slot)
+                write_note(p, i, row_start, rows, m, n, j)
+                note_slots(p, i, slot)
             _ask(p, p.up_desc, c, e, n, k)
             _bring(p, c, ptrs + k, live)
             c += 1
@@ -233,14 +201,12 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total, tasks):
         ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.NB)
         if done >= wanted:
             ahead = 0
-        elif p.NEAR:
-            bring_near(p, e, n)
         for s in range(0, ahead):
             i = (c + s) % p.NB
             if s == 0:
                 mbarrier.wait(p.empty.index(i), (((c + s) // p.NB) & 1) ^ 1)
-                _write_note(p, i, row_start, rows, m + SECOND, n, j)
-                _note_slots(p, i, slot)
+                write_note(p, i, row_start, rows, m + SECOND, n, j)
+                note_slots(p, i, slot)
             _ask(p, p.down_desc, c + s, e, n, s * p.BK)
         while done < wanted:
             done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
@@ -254,8 +220,8 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total, tasks):
             i = c % p.NB
             if k == 0:
                 mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
-                _write_note(p, i, row_start, rows, m + SECOND, n, j)
-                _note_slots(p, i, slot)
+                write_note(p, i, row_start, rows, m + SECOND, n, j)
+                note_slots(p, i, slot)
             _ask(p, p.down_desc, c, e, n, k)
             _bring(p, c, ptrs + k, live)
             c += 1
@@ -266,13 +232,9 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total, tasks):
 @gluon.jit
 def _load(p, up_n_tiles, down_n_tiles):
     """Four warps: draw tiles, bring their weights and rows."""
-    if p.WARM:
-        fetch_maps(p)
     if p.PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if p.WARM:
-        mbarrier.wait(p.full.index(p.NB), 0)
     # Loads first: they run while the draw is on its way.
     held = _lanes(p)
     t = _draw(p)
@@ -295,7 +257,7 @@ def _load(p, up_n_tiles, down_n_tiles):
     t, c = _load_down(p, held, t, c, tiles, down_n_tiles, up_n_tiles, total, row_tiles)
     i = c % p.NB
     mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
-    _write_note(p, i, 0, 0, 0, 0, 0)
+    write_note(p, i, 0, 0, 0, 0, 0)
     mbarrier.arrive(p.full.index(i), count=1)
     async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
 
@@ -377,7 +339,7 @@ def _put(p, y, c_buf, base, width, row, col, COLS: gl.constexpr):
 def _multiply(p, up_buf, down_buf):
     """One warpgroup: every up tile, activated and announced, then every down tile."""
     COLS: gl.constexpr = p.BN // 2 if p.GATED else p.BN
-    row_start, rows, m, n, j = _read_note(p, 0)
+    row_start, rows, m, n, j = read_note(p, 0)
     c = rows * 0
     while (rows > 0) & (m < SECOND):
         to = _rows(p, c, row_start, rows, m * p.BM, COLS)
@@ -391,7 +353,7 @@ def _multiply(p, up_buf, down_buf):
         _put(p, y, up_buf, p.act_ptr, p.inner, to, n * COLS, COLS)
         barrier()
         gl.atomic_add(p.done_ptr + j, 1, sem="release")
-        row_start, rows, m, n, j = _read_note(p, c)
+        row_start, rows, m, n, j = read_note(p, c)
     while rows > 0:
         to = _rows(p, c, row_start, rows, (m - SECOND) * p.BM, p.BN)
         acc, c = _chain(p, c, p.inner)
@@ -401,20 +363,19 @@ def _multiply(p, up_buf, down_buf):
             join_few(p, n, row_start)
         elif p.SUM:
             join_one(p, n)
-        row_start, rows, m, n, j = _read_note(p, c)
+        row_start, rows, m, n, j = read_note(p, c)
 
 
 @gluon.jit(do_not_specialize=["up_n_tiles", "down_n_tiles", "top_k", "experts"])
 def pair_kernel(
-    x, order_ptr, up_desc, down_desc, down_ptr, act_ptr, out_ptr,
+    x, order_ptr, up_desc, down_desc, act_ptr, out_ptr,
     tile_end_ptr, task_ptr, row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr,
     weights_ptr, sum_ptr, counters_ptr, hidden, inner, up_n_tiles, down_n_tiles, top_k, experts,
     limit, alpha, up_offset, N: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr,
     FEW: gl.constexpr, TOP_K: gl.constexpr, SUM: gl.constexpr, COUNT: gl.constexpr,
     GATED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr,
-    BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, WARM: gl.constexpr,
-    NEAR: gl.constexpr, LATE: gl.constexpr, TWO: gl.constexpr, LREG: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, LATE: gl.constexpr,
+    TWO: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[token of row] @ up[e].T) @ down[e].T for the rows of every task.
 
@@ -441,12 +402,11 @@ def pair_kernel(
     down_buf = gl.allocate_shared_memory(
         up_desc.dtype, [BM, BN], gl.NVMMASharedLayout.get_default_for([BM, BN], up_desc.dtype)
     )
-    full = gl.allocate_shared_memory(gl.int64, [NB + 1, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NB):
         mbarrier.init(full.index(i), count=129)
         mbarrier.init(empty.index(i), count=1)
-    mbarrier.init(full.index(NB), count=1)
     fence_async_shared()
     notes = gl.allocate_shared_memory(
         gl.int32, [5 * NB, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -457,12 +417,12 @@ def pair_kernel(
             gl.int32, [NB, BM], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
         )
     p = Pair(
-        x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, down_ptr, tile_end_ptr, task_ptr,
+        x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
         row_start_ptr,
         rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, counters_ptr, a_bufs,
         b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts, limit, alpha, up_offset,
         N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
-        WARM, NEAR, LATE, TWO,
+        LATE, TWO,
     )  # fmt: skip
     gl.warp_specialize(
         [(_multiply, (p, up_buf, down_buf)), (_load, (p, up_n_tiles, down_n_tiles))], [4], [LREG]
