@@ -76,7 +76,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> li
         gpu=SimpleNamespace(cut=SimpleNamespace(total_sms=132)),
     )
 
-    def trial(clockwork, loop, step, other, *, steps, limit_s):
+    def trial(clockwork, loop, step, other, *, steps, limit_s, warm_s):
         if other is None:
             return Trial((0.25,) * steps, None, True)
         if step[1] not in (GREEN, LEND):
@@ -120,7 +120,7 @@ def test_the_targets_come_from_the_lines(monkeypatch: pytest.MonkeyPatch) -> Non
     lent = next(x for x in lines if x["clock"] == "open" and x["impl"] == OURS)
     assert "borrowing" in lent["reason"] and lent["other_share"] > 0.6
     impls = {x["impl"] for x in lines if x["clock"] == "open"}
-    assert {ALONE, OURS, NO_CONTROL, STREAMS, "policy:adaptive", "split@40", "lend@40"} <= impls
+    assert {ALONE, OURS, NO_CONTROL, STREAMS, "policy:adaptive", "split@40", "lend@64"} <= impls
     for some in by_clock(lines).values():
         sheet(some), overview(some)
 
@@ -191,7 +191,7 @@ def test_the_page_shows_every_way_its_reason_and_the_front(
         "policy:adaptive",
         "x alone",
         f"decode, {cells()[0].tokens} tokens",
-        "lend@40",
+        "lend@64",
         "open loop",
     ):
         assert word in text

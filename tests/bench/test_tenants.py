@@ -117,6 +117,22 @@ def test_an_overloaded_loop_ends_at_its_limit_and_says_so() -> None:
     assert not closed.complete
 
 
+def test_what_comes_while_clocks_settle_does_not_count() -> None:
+    lengths = [3.0] * 20 + [1.0] * 2000
+    for interval in (None, 4.0):
+        machine = Machine()
+        line, other = Stream(machine, *lengths), Stream(machine, 5.0)
+        kept = {"steps": 300, "limit_s": 60, "warm_s": 0.15, "clock": machine.clock}
+        if interval is None:
+            trial = closed_loop(line, other, **kept)  # type: ignore[arg-type]
+        else:
+            marks = Stream(machine, 0.0).mark
+            trial = open_loop(line, other, marks, interval_ms=interval, **kept)  # type: ignore[arg-type]
+        assert trial.complete and len(trial.latencies_ms) == 300
+        assert max(trial.latencies_ms) < 1.1
+        assert trial.other_per_s == pytest.approx(200, rel=0.02)
+
+
 def test_runs_are_pooled() -> None:
     both = pooled([Trial((1.0, 2.0), 10.0, True), Trial((3.0,), 20.0, False)])
     assert both == Trial((1.0, 2.0, 3.0), 15.0, False)

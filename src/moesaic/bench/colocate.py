@@ -204,17 +204,18 @@ def trial(
     *,
     steps: int,
     limit_s: float,
+    warm_s: float = 0.0,
 ) -> Trial:
     """One run of a loop: the step's graphs, beside the other's when there are any."""
     line = line_of(step, clockwork.base)
     rival = None if other is None else line_of(other, clockwork.base)
     torch.cuda.synchronize()
     if loop.interval_ms is None:
-        found = closed_loop(line, rival, steps=steps, limit_s=limit_s)
+        found = closed_loop(line, rival, steps=steps, limit_s=limit_s, warm_s=warm_s)
     else:
         found = open_loop(
             line, rival, clockwork.arrivals,
-            steps=steps, interval_ms=loop.interval_ms, limit_s=limit_s,
+            steps=steps, interval_ms=loop.interval_ms, limit_s=limit_s, warm_s=warm_s,
         )  # fmt: skip
     step.stream.synchronize()
     if other is not None:

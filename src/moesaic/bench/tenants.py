@@ -139,18 +139,26 @@ def closed_loop(
     *,
     steps: int,
     limit_s: float,
+    warm_s: float = 0.0,
     clock: Clock = time.perf_counter,
 ) -> Trial:
-    """Steps back to back, `AHEAD` queued at most, beside the other; ends early at `limit_s`."""
-    feeder, ends = Feeder(other), list[Mark]()
+    """Steps back to back, `AHEAD` queued at most, beside the other; ends early at `limit_s`.
+
+    `warm_s`: seconds before that, of which nothing is counted: clocks and power settle.
+    """
+    feeder, ends, warm = Feeder(other), list[Mark](), 0
     with _no_collection():
         feeder.top_up()
         begin = clock()
-        while len(ends) <= steps and (clock() - begin < limit_s or len(ends) < 3):
+        while len(ends) - warm <= steps and (
+            clock() - begin < warm_s + limit_s or len(ends) - warm < 3
+        ):
             feeder.top_up()
             if len(ends) < AHEAD or ends[-AHEAD].passed():
                 ends.append(line.launch())
-        times = [end.at_ms() for end in ends]
+                if clock() - begin < warm_s:
+                    warm = len(ends)
+        times = [end.at_ms() for end in ends[warm:]]
     latencies = tuple(b - a for a, b in pairwise(times))
     return Trial(latencies, feeder.per_s(times[0], times[-1]), len(latencies) >= steps)
 
@@ -163,20 +171,22 @@ def open_loop(
     steps: int,
     interval_ms: float,
     limit_s: float,
+    warm_s: float = 0.0,
     clock: Clock = time.perf_counter,
 ) -> Trial:
     """Steps that arrive every `interval_ms`, beside the other; ends early at `limit_s`.
 
-    `arrivals`: a mark now, on a stream that has nothing else to do.
+    `arrivals`: a mark now, on a stream that has nothing else to do. `warm_s`: as in `closed_loop`.
     """
     feeder, ends = Feeder(other), list[Mark]()
     arrived, late_ms, waiting = list[Mark](), list[float](), 0
+    warm = int(warm_s * 1e3 / interval_ms)
     with _no_collection():
         feeder.top_up()
         begin = clock()
-        while len(ends) < steps and (clock() - begin < limit_s or len(ends) < 2):
+        while len(ends) - warm < steps and (clock() - begin < warm_s + limit_s or len(ends) < 2):
             late_s = clock() - begin - len(arrived) * interval_ms / 1e3
-            if late_s >= 0 and len(arrived) < steps:
+            if late_s >= 0 and len(arrived) - warm < steps:
                 arrived.append(arrivals())
                 late_ms.append(late_s * 1e3)
                 waiting += 1
@@ -188,8 +198,10 @@ def open_loop(
             feeder.top_up_between(to_come_s, interval_ms / 1e3)
         times = [end.at_ms() for end in ends]
         begins = [arrival.at_ms() for arrival in arrived[: len(ends)]]
-    latencies = tuple(b - a + late for a, b, late in zip(begins, times, late_ms, strict=False))
-    return Trial(latencies, feeder.per_s(begins[0], times[-1]), len(latencies) >= steps)
+    warm = min(warm, len(ends) - 2)  # steps that do not keep up end late, but some must count
+    counted = zip(begins[warm:], times[warm:], late_ms[warm:], strict=False)
+    latencies = tuple(b - a + late for a, b, late in counted)
+    return Trial(latencies, feeder.per_s(begins[warm], times[-1]), len(latencies) >= steps)
 
 
 class EventMark:
