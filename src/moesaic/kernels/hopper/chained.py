@@ -58,6 +58,7 @@ def _announce(p, i, c, row, left, n, e, j):
     p.notes.index(6 * q + 5).store(gl.full([1], j, gl.int32, layout=L))
     barrier()
     mbarrier.arrive(p.ready.index(q), count=1)
+    async_copy.mbarrier_arrive(p.ready.index(q), increment_count=False)
 
 
 @gluon.jit
@@ -389,7 +390,7 @@ def chain_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(QUEUE):
-        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(ready.index(i), count=129)
         mbarrier.init(taken.index(i), count=2 if BN > SLAB else 1)
     fence_async_shared()
     notes = gl.allocate_shared_memory(
