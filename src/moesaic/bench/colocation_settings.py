@@ -50,7 +50,6 @@ SETTINGS = {
     setting.key: setting
     for setting in (
         Setting(WHOLE_GRANITE, Tenant(MODELS["OLMoE"], tokens=4096, layers=4, turns=1)),
-        Setting(WHOLE_GRANITE, Tenant(MODELS["Mixtral-8x7B"], tokens=8192, layers=1, turns=1)),
         Setting(
             Tenant(MODELS["Qwen3-30B-A3B"], tokens=1, layers=4, turns=16),
             Tenant(MODELS["OLMoE"], tokens=4096, layers=4, turns=1),
@@ -61,7 +60,7 @@ SETTINGS = {
         ),
     )
 }
-"""Two of whole layers, bound by latency; two of experts alone, bound by reading their weights."""
+"""Whole layers, bound by latency; and twice experts alone, bound by reading their weights."""
 
 
 def groups_of(loop: str) -> tuple[SliceGroup, SliceGroup]:
