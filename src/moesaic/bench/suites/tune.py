@@ -219,7 +219,7 @@ def table_of(lines: Sequence[Line], family: str) -> dict[str, dict[str, Any]]:
     Where the heuristic's tiles take as long as the best but for noise, they are the row. Of counts
     whose tiles an uneven routing decides, rows come from lines over several routings alone: chosen
     for an even one they took up to three times as long under another. A single token is one launch:
-    two more would win it at most 2 % and cost the host a third, and a probe's few tiles are not all.
+    two more would win 2 % at most and cost the host a third, and a probe's few tiles are not all.
     """
     rows: dict[str, dict[str, Any]] = {}
     gains = ratios(lines, MODELS)

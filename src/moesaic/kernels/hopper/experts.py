@@ -71,10 +71,11 @@ def choose_layer(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: i
 
     Few tokens, see `pair.is_few`, are one launch, sort and sum included. Their ring is as long as
     fits; where a token's up tiles are fewer than SMs it is shorter, for programs without one would
-    fetch down weights before others' up weights. Experts as wide as Mixtral's keep two
-    launches from 2 to 64 tokens, for a column of their down-projection is too long for one program;
-    narrow tiles spread it (a token loses 2 % by one launch, and gains two for the host). A few experts with many rows run their largest first: no tall task then
-    begins when the others end.
+    fetch down weights before others' up weights. Experts as wide as Mixtral's keep two launches
+    from 2 to 64 tokens: a column of their down-projection is too long for one program, and narrow
+    tiles spread it. (A single token loses 2 % of its time by one launch, the host two launches.) A
+    few experts with many rows run their largest first: no tall task then begins when the others
+    end.
     """
     rows = tokens * top_k / experts
     spread = top_k * up_rows // 128 >= num_sms
