@@ -193,14 +193,13 @@ def flexes_of(tokens: int, rows: float) -> tuple[Tile, ...]:
     """Tiles as tall as their rows, both products in one launch: where loads may be very uneven.
 
     >>> [(t.bm, t.bn, t.stages) for t in flexes_of(1024, 64.0)]
-    [(128, 128, 6), (128, 256, 4), (160, 256, 4)]
+    [(128, 128, 6), (128, 256, 4)]
     """
     if tokens < 32 or rows > 320:
         return ()
     found = [(64, 128), (64, 256)] if rows <= 16 else []
     found += [(128, 128)] if rows <= 64 else []
     found += [(128, 256)]
-    found += [(160, 256)] if rows > 40 else []
     return tuple(Tile("flex", bm, bn, deepest("flex", bm, bn)) for bm, bn in found)
 
 
