@@ -85,3 +85,18 @@ def test_slices_of_experts_are_slower_than_their_share_and_cards_without_figures
     )
     with pytest.raises(ValueError, match="no all-reduce of 3"):
         engine_reduce_s("H200", "vllm", 1024, 3)
+
+
+def test_a_cache_of_eight_bits_holds_twice_the_tokens_and_is_read_faster() -> None:
+    wide, narrow = on(), replace(on(), cache=1)
+    assert narrow.room() == pytest.approx(2 * wide.room())
+    assert narrow.step_s(64, 8192.0, 0, 0.0, 0) < wide.step_s(64, 8192.0, 0, 0.0, 0)
+
+
+def test_small_kernels_add_their_time_to_every_layer_and_drag_stretches_both() -> None:
+    bare, small, slow = on(small_s=0.0), on(small_s=30e-6), on(small_s=30e-6, drag=0.6)
+    added = small.step_s(8, 100.0, 0, 0.0, 0) - bare.step_s(8, 100.0, 0, 0.0, 0)
+    assert added == pytest.approx(MODEL.layers * 30e-6 * (1 + bare.engine.drag))
+    host = small.engine.step_s + 8 * small.engine.request_s
+    ratio = (slow.step_s(8, 100.0, 0, 0.0, 0) - host) / (small.step_s(8, 100.0, 0, 0.0, 0) - host)
+    assert ratio == pytest.approx(1.6 / (1 + small.engine.drag))
