@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from moesaic.kernels.batching import batch_rows, batch_rows_ref
+from moesaic.kernels.batching import batch_rows, batch_rows_ref, build_task_map_ref
 from moesaic.kernels.hopper import flex
 from moesaic.kernels.hopper.experts import LayerConfig, choose_layer, experts_hopper
 from moesaic.kernels.hopper.fit import layer_problem, tile_problem
@@ -95,6 +95,16 @@ def test_tiles_are_chosen_for_any_routing(shape: tuple[int, int, int]) -> None:
         config = choose_layer(tokens, top_k, experts, up_rows, 132)
         row = {"up": config.up._asdict(), "down": config.down._asdict(), "order": config.order}
         assert layer_problem(row) is None
+
+
+def test_the_kernels_example() -> None:
+    offsets_N1 = torch.tensor([0, 70, 75], dtype=torch.int32)
+    tasks = build_task_map_ref(offsets_N1, heights=(64,))
+    assert tasks.tile_end_N.tolist() == [2, 3] and tasks.height_N.tolist() == [64, 64]
+    columns = 128 // (128 // 2)
+    assert tasks.total_2.tolist()[1] * columns == 6
+    m_tiles = int(tasks.tile_end_N[0])
+    assert int(tasks.height_N[0]) + 2 * m_tiles * columns == 64 + 2 * 2 * 2
 
 
 def test_the_twin_makes_both_products() -> None:
