@@ -235,6 +235,8 @@ def table_of(lines: Sequence[Line], family: str) -> dict[str, dict[str, Any]]:
         together = json.loads(x["row"])["up"]["kernel"] == "pair"
         if x["tokens"] == 1 and (x.get("by") or not together):
             continue
+        if cell not in own and gains.get(cell, math.inf) <= NOISE:
+            continue  # no gain, and nobody wrote down which tiles the heuristic had
         same = cell in own and gains.get(cell, math.inf) <= NOISE and x["tokens"] > 1
         problem = problem_for(MODELS[x["model"]], x["tokens"], x["dtype"], 90, family)
         row = own[cell] if same else x["row"]
