@@ -58,7 +58,6 @@ class Pair:
     NB: gl.constexpr
     PDL: gl.constexpr
     LATE: gl.constexpr
-    TWO: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
@@ -66,7 +65,7 @@ class Pair:
         row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr,
         counters_ptr, a_bufs, b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts,
         limit, alpha, up_offset, N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION,
-        HAS_LIMIT, BM, BN, BK, NB, PDL, LATE, TWO,
+        HAS_LIMIT, BM, BN, BK, NB, PDL, LATE,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -113,7 +112,6 @@ class Pair:
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
         self.LATE = gl.constexpr(LATE)
-        self.TWO = gl.constexpr(TWO)
 
 
 @gluon.jit

@@ -28,13 +28,6 @@ from .zeros import WORDS, zeroed
 LOADER_REGISTERS = 56
 FIRST_COLUMN = 1 + MAX_SLOTS
 """Counters of few tokens: a ticket, their slots, and from here on the column tiles of H."""
-LATE = True
-"""Whether down weights of few rows wait until most up weights are asked for, needed first.
-
-Not with narrow tiles, of which several programs share an SM: their short rings cannot hold many.
-"""
-TWO = False
-"""Whether stages are multiplied in twos."""
 FEW_TOKENS = 16
 """Up to so many tokens an expert's rows are one tile."""
 FEW_SLOTS = 64
@@ -52,7 +45,11 @@ def rows_descriptor(weight: Tensor, config: HopperConfig) -> TensorDescriptor:
 def _constants(
     config: HopperConfig, entries: int, gated: bool, found: str, summed: int, counted: bool
 ) -> dict[str, Any]:
-    """`found`: where tasks come from, "one", "few" or "map"; `summed`: slots of a token, or 0."""
+    """`found`: where tasks come from, "one", "few" or "map"; `summed`: slots of a token, or 0.
+
+    Down weights wait where rows are few and tiles wide: narrow ones share an SM, their short rings
+    cannot hold many.
+    """
     return {
         "N": entries,
         "LANES": max(32, 1 << (entries - 1).bit_length()),
@@ -66,8 +63,7 @@ def _constants(
         "BN": config.bn,
         "BK": config.bk,
         "NB": config.stages,
-        "LATE": LATE and (config.bm, config.bn) == (16, 128),
-        "TWO": TWO,
+        "LATE": (config.bm, config.bn) == (16, 128),
         "LREG": LOADER_REGISTERS,
     }
 

@@ -263,43 +263,21 @@ def _load(p, up_n_tiles, down_n_tiles):
 
 
 @gluon.jit
-def _step(p, c, acc):
-    """The products of stage `c` of the ring."""
-    w = p.b_bufs.index(c % p.NB).reshape([p.BN, p.BK])
-    x = p.a_bufs.index(c % p.NB).permute((1, 0))
-    return warpgroup_mma(w, x, acc, is_async=True)
-
-
-@gluon.jit
 def _chain(p, c, depth):
     """One in-order K chain: the transposed product (BN, BM) of a tile; the ring's next stage."""
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, p.BM, 16])
     acc = gl.zeros((p.BN, p.BM), gl.float32, layout=L)
-    start = 0
-    if p.TWO:
-        start = depth // (2 * p.BK) * (2 * p.BK)
-        for k in range(0, start, 2 * p.BK):
-            mbarrier.wait(p.full.index(c % p.NB), (c // p.NB) & 1)
-            mbarrier.wait(p.full.index((c + 1) % p.NB), ((c + 1) // p.NB) & 1)
-            fence_async_shared()
-            acc = _step(p, c, acc)
-            acc = _step(p, c + 1, acc)
-            acc = warpgroup_mma_wait(2, (acc,))
-            mbarrier.arrive(p.empty.index((c + p.NB - 2) % p.NB), count=1, pred=k > 0)
-            mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
-            c += 2
-    for k in range(start, depth, p.BK):
-        mbarrier.wait(p.full.index(c % p.NB), (c // p.NB) & 1)
+    for k in range(0, depth, p.BK):
+        i = c % p.NB
+        mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
         fence_async_shared()
-        acc = _step(p, c, acc)
+        w = p.b_bufs.index(i).reshape([p.BN, p.BK])
+        x = p.a_bufs.index(i).permute((1, 0))
+        acc = warpgroup_mma(w, x, acc, is_async=True)
         acc = warpgroup_mma_wait(1, (acc,))
-        if p.TWO:
-            mbarrier.arrive(p.empty.index((c + p.NB - 2) % p.NB), count=1, pred=k > 0)
         mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
         c += 1
     acc = warpgroup_mma_wait(0, (acc,))
-    if p.TWO:
-        mbarrier.arrive(p.empty.index((c + p.NB - 2) % p.NB), count=1, pred=start == depth)
     mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
     return acc, c
 
@@ -375,7 +353,7 @@ def pair_kernel(
     FEW: gl.constexpr, TOP_K: gl.constexpr, SUM: gl.constexpr, COUNT: gl.constexpr,
     GATED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, LATE: gl.constexpr,
-    TWO: gl.constexpr, LREG: gl.constexpr,
+    LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[token of row] @ up[e].T) @ down[e].T for the rows of every task.
 
@@ -389,6 +367,8 @@ def pair_kernel(
     end. SUM: of one or few tokens, also sum_ptr (T, H) = the rows weighted by weights_ptr (N,) and
     summed in slot order, counted by joined_ptr, a zero for each BN columns of H, put back at the
     end. COUNT: of these tokens, rows and tiles of each expert are added to counters_ptr (3, E).
+    LATE: a tile is drawn when all loads of the one before are asked for, and a down tile whose rows
+    are not there asks for its weights when three in four of the last up tiles have been.
     """
     A: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], up_desc.dtype)
     COLS: gl.constexpr = BN // 2 if GATED else BN
@@ -418,11 +398,10 @@ def pair_kernel(
         )
     p = Pair(
         x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
-        row_start_ptr,
-        rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr, counters_ptr, a_bufs,
-        b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts, limit, alpha, up_offset,
-        N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
-        LATE, TWO,
+        row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr,
+        counters_ptr, a_bufs, b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts,
+        limit, alpha, up_offset, N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION,
+        HAS_LIMIT, BM, BN, BK, NB, PDL, LATE,
     )  # fmt: skip
     gl.warp_specialize(
         [(_multiply, (p, up_buf, down_buf)), (_load, (p, up_n_tiles, down_n_tiles))], [4], [LREG]
