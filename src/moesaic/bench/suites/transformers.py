@@ -59,7 +59,7 @@ RIVALS = ("grouped_mm", "batched_mm")
 REST, MOE, PARTS, WITHOUT, TUNED = "rest", "moe", "parts", "without-moe", "-tuned"
 ERROR_BOUND = 1.5e-2
 CELL_S, MODEL_S, TUNING_S = 12.0, 10.0, 45.0
-SAMPLING_S = 3.0
+SAMPLING_S = 2.0
 GOALS = {
     ("Qwen3-30B-A3B", "decode", 1): 1.9,
     ("Qwen3-30B-A3B", "prefill", PREFILL): 1.6,
