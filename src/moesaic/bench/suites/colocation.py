@@ -15,7 +15,7 @@ the bandwidth that leaves to prefill beside decode at its promise. Clock `counte
 `-open`): SM clock, power, shares of DRAM bandwidth and of tensor cores used, by NVML during a trial
 of its own. Clock `bits-closed`: answers compared.
 
-Keys of a line besides the usual: `p99_ms`, `max_ms`, `steps`, `complete`, `other_share` (of the
+Keys of a line besides the usual: `p95_ms`, `p99_ms`, `max_ms`, `steps`, `complete`, `other_share` (of the
 other's alone throughput), `slowdown_p99` (over the alone p99 of the same loop), `sms` and
 `other_sms`, `split` (SMs asked for), `policy`, `reason`.
 """
@@ -129,7 +129,8 @@ class Bench:
         values: Line = {
             "clock": loop, "impl": impl, "mode": "graph",
             "ms": found.at(0.5), "ms_p20": found.at(0.2), "ms_p80": found.at(0.8),
-            "samples": len(found.latencies_ms), "p99_ms": p99, "max_ms": max(found.latencies_ms),
+            "samples": len(found.latencies_ms), "p95_ms": found.at(0.95), "p99_ms": p99,
+            "max_ms": max(found.latencies_ms),
             "steps": len(found.latencies_ms), "complete": found.complete,
             "slowdown_p99": p99 / alone,
             "other_per_s": rate, "other_share": None if rate is None else rate / self.other_per_s,
