@@ -15,8 +15,8 @@ the bandwidth that leaves to prefill beside decode at its promise. Clock `counte
 `-open`): SM clock, power, shares of DRAM bandwidth and of tensor cores used, by NVML during a trial
 of its own. Clock `bits-closed`: answers compared.
 
-Keys of a line besides the usual: `p95_ms`, `p99_ms`, `max_ms`, `steps`, `complete`, `other_share` (of the
-other's alone throughput), `slowdown_p99` (over the alone p99 of the same loop), `sms` and
+Keys of a line besides the usual: `p95_ms`, `p99_ms`, `max_ms`, `steps`, `complete`, `other_share`
+(of the other's alone throughput), `slowdown_p99` (over the alone p99 of the same loop), `sms` and
 `other_sms`, `split` (SMs asked for), `policy`, `reason`.
 """
 
