@@ -427,15 +427,20 @@ def aot_cases() -> list[Any]:
             ptx={90: ("griddepcontrol.wait",)},
         ),
     ]
-    cases.append(
+    scan: dict[str, Any] = {
+        "fn": scan_chunks_kernel,
+        "signature": {"hist_ptr": "*i32", "chunks": "i32", "experts": "i32"},
+    }
+    options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+    cases += [
+        AotCase(name="sorting/scan", constexprs=SCAN | {"PDL": False}, options=options, **scan),
         AotCase(
-            name="sorting/scan",
-            fn=scan_chunks_kernel,
-            signature={"hist_ptr": "*i32", "chunks": "i32", "experts": "i32"},
+            name="sorting/scan-overlapped",
             constexprs=SCAN | {"PDL": True},
-            options={"num_warps": 4, "enable_fp_fusion": True, "launch_pdl": True},
+            options=options | {"launch_pdl": True},
             archs=(90, 100),
             ptx={90: ("griddepcontrol.wait",)},
-        )
-    )
+            **scan,
+        ),
+    ]
     return cases
