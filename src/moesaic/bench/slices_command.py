@@ -99,11 +99,11 @@ def find_curves(slug: str, given: Path | None) -> tuple[dict[str, Curve], str]:
     for path in [given] if given else [cache_path(slug), results]:
         if given or path.exists():
             lines = read_lines(path)
-            first = next((x for x in lines if x["clock"] == "curve"), {"model": "", "tokens": 0})
-            key = (first["model"], first["tokens"])
-            curves = curves_from([x for x in lines if (x["model"], x["tokens"]) == key])
-            if curves:
-                return curves, f"{path} ({first['model']}, {first['tokens']} tokens)"
+            found = [(x["model"], x["tokens"]) for x in lines if x["clock"] == "curve"]
+            for key in (*SETTINGS, *found[:1]):  # the suite's first setting that was measured
+                if key in found:
+                    curves = curves_from([x for x in lines if (x["model"], x["tokens"]) == key])
+                    return curves, f"{path} ({key[0]}, {key[1]} tokens)"
     return {}, "not measured on this device: moesaic slices --measure"
 
 
