@@ -80,6 +80,8 @@ def test_a_whole_run_makes_lines_targets_and_the_table(tmp_path: Path) -> None:
     told = {t.name: (t.value, t.met) for t in tune.summarize(probed)}
     assert told["highest untuned ÷ tuned, the six models"] == (None, False)
     assert told["cells within 10 %, the six models"] == (0.0, False)
+    older = [x | {"judged_by": None} for x in lines]
+    assert not any(t.met for t in tune.summarize(older) if "10 %" in t.name or "highest" in t.name)
     table = tune.table_of(lines, "h200")
     assert len(table) == 10 and all(
         layer_problem(row) is None for rows in table.values() for row in rows.values()

@@ -193,9 +193,10 @@ def ratios(lines: Sequence[Line], models: Mapping[str, Model]) -> dict[tuple[str
 def summarize(lines: Sequence[Line]) -> list[Target]:
     """The untuned choice within a tenth of the best, of models it was made on and of others.
 
-    Lines of a probe count for neither: the heuristic was set by their times.
+    Lines of a probe count for neither, as the heuristic was set by their times, nor do those tuned
+    on uniform routing alone, whose heuristic was another.
     """
-    targets, own = [], [x for x in lines if not x.get("by")]
+    targets, own = [], [x for x in lines if x.get("judged_by") and not x.get("by")]
     for name, models in (("the six models", SHAPES), ("held-out models", HELD_OUT)):
         found = ratios(own, models)
         wanted = sum(cell.model in models for cell in cells())
