@@ -67,7 +67,7 @@ def test_both_views_of_a_weight_have_one_box() -> None:
 
 def test_few_rows_take_one_launch() -> None:
     for top_k, up_rows, kernel, stages in (
-        (8, 1536, "pair", 5), (8, 4096, "pair", 12), (2, 28672, "pair", 12),
+        (8, 1536, "pair", 5), (8, 4096, "pair", 12), (2, 28672, "decode", 12),
     ):  # fmt: skip
         one = choose_layer(1, top_k, 128, up_rows, 132)
         assert (one.up.kernel, one.up.stages) == (kernel, stages) and one.up == one.down

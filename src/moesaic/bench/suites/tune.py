@@ -219,8 +219,8 @@ def table_of(lines: Sequence[Line], family: str) -> dict[str, dict[str, Any]]:
 
     Where the heuristic's tiles take as long as the best but for noise, they are the row. Of counts
     whose tiles an uneven routing decides, rows come from lines over several routings alone: chosen
-    for an even one they took up to three times as long under another. A single token is one launch:
-    two more would win 2 % at most and cost the host a third, and a probe's few tiles are not all.
+    for an even one they took up to three times as long under another. A probe's few tiles are not
+    all that a single token can have.
     """
     rows: dict[str, dict[str, Any]] = {}
     gains = ratios(lines, MODELS)
@@ -233,8 +233,7 @@ def table_of(lines: Sequence[Line], family: str) -> dict[str, dict[str, Any]]:
         cell = (x["model"], x["tokens"])
         if UNEVEN[0] <= x["tokens"] <= UNEVEN[1] and cell not in several:
             continue
-        together = json.loads(x["row"])["up"]["kernel"] == "pair"
-        if x["tokens"] == 1 and (x.get("by") or not together):
+        if x["tokens"] == 1 and x.get("by"):
             continue
         if cell not in own and gains.get(cell, math.inf) <= NOISE:
             continue  # no gain, and nobody wrote down which tiles the heuristic had

@@ -71,16 +71,15 @@ def choose_layer(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: i
 
     Few tokens, see `pair.is_few`, are one launch, sort and sum included. Their ring is as long as
     fits; where a token's up tiles are fewer than SMs it is shorter, for programs without one would
-    fetch down weights before others' up weights. Experts as wide as Mixtral's keep two launches
-    from 2 to 64 tokens: a column of their down-projection is too long for one program, and narrow
-    tiles spread it. (A single token loses 2 % of its time by one launch, the host two launches.) A
-    few experts with many rows run their largest first: no tall task then begins when the others
-    end.
+    fetch down weights before others' up weights. Experts as wide as Mixtral's keep two launches up
+    to 64 tokens: a column of their down-projection is too long for one program, and narrow tiles
+    spread it. A few experts with many rows run their largest first: no tall task then begins when
+    the others end.
     """
     rows = tokens * top_k / experts
     spread = top_k * up_rows // 128 >= num_sms
     few = HopperConfig("pair", 16, 128, 12 if spread else 10)
-    if up_rows >= 8192 and 1 < tokens <= 16:
+    if up_rows >= 8192 and tokens <= 16:
         tile = HopperConfig("decode", 16, 64, 12)
     elif tokens == 1 and not spread:
         tile = HopperConfig("pair", 16, 64, 5, ctas_per_sm=2)
