@@ -142,7 +142,7 @@ def chain_mm_hopper_ref(
 
 
 def aot_cases() -> list[AotCase]:
-    """The tiles that `mlp.choose_mlp` picks, in both dtypes."""
+    """Tiles of both widths, the wider in both dtypes."""
     cases = []
     wide, narrow, tall = (256, 32, 4), (128, 16, 6), (128, 32, 5)
     for (bn, rest, stages), dtype in (

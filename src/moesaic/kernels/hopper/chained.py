@@ -13,10 +13,10 @@ and waits for tiles that were drawn before its own, so no program need run besid
 
 Weights stand on the wide side of wgmma, rows on the narrow one: a task's rows are cut evenly into
 as few tiles as BM allows, and a tile is multiplied at the least of 32, 64, 96, 128, 144 and 160
-rows that hold its own. Tiles of 256 weight rows are halved between two warpgroups; they move fewest
+rows that hold its own. Tiles of 256 weight rows are halved between two warpgroups, to move fewest
 bytes to the SMs. Tiles of 128 are given to the two in turn, so that one writes while the other
-multiplies, which wins where the depth is short. Order of the K chain and rounding are those of the
-other tiles: the bits are the same.
+multiplies, for short depths. Neither has been timed yet, and no rule chooses them. Order of the K
+chain and rounding are those of the other tiles: the bits are the same.
 """
 
 from triton.experimental import gluon

@@ -36,7 +36,8 @@ from .single import constants, one_token
 class MlpConfig(NamedTuple):
     """The tiles of each product, which share one task map, and its order.
 
-    `chain`: tiles of one launch for three layers with biases and ReLU, where that is better.
+    `chain`: tiles of one launch for three layers with biases and ReLU; no rule gives any yet, as
+    they have not been timed.
     """
 
     tiles: tuple[HopperConfig, ...]
