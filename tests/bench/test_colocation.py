@@ -61,7 +61,11 @@ class FakeContext(Context):
         assert text
 
 
-def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> list[Any]:
+def simulated(
+    monkeypatch: pytest.MonkeyPatch,
+    interference: float = 1.05,
+    context: FakeContext | None = None,
+) -> list[Any]:
     """The lines of a run whose trials follow the curves; without control steps wait ten times."""
     splits = {n: (n, 132 - n) for n in range(8, 120, 8)}
     work = SimpleNamespace(sizes=((132, PLAIN),), use=lambda sms, label: (sms, label))
@@ -99,12 +103,34 @@ def simulated(monkeypatch: pytest.MonkeyPatch, interference: float = 1.05) -> li
     monkeypatch.setattr(colocation, "prepare_lending", lambda pair, size: None)
     monkeypatch.setattr(colocation, "counted", lambda bench, loop, ours: [])
     bench = Bench(pair, None, fixed, dict(CURVES), 256.0, 0.25)  # type: ignore[arg-type]
-    context = FakeContext()
+    context = context or FakeContext()
     context.record(curve_lines(fixed, CURVES))
     for cell in cells()[:2]:
         colocation.measure(bench, cell, context, 60.0)
     context.record([make_line(fixed, clock="bits-closed", impl=OURS, mode="graph", differing=0)])
     return context.recorder.lines
+
+
+def test_a_run_that_is_cut_keeps_every_trial_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut in the sweep and among the named ways; the loop still counts as missing."""
+    for ended in (5, 20):
+        kept, left = FakeContext(), [ended]
+        run = Bench.run
+
+        def cut(self, *args, run=run, left=left, **named):
+            if not left[0]:
+                raise TimeoutError
+            left[0] -= 1
+            return run(self, *args, **named)
+
+        with monkeypatch.context() as patch, pytest.raises(TimeoutError):
+            patch.setattr(Bench, "run", cut)
+            simulated(patch, context=kept)
+        impls = {impl for clock, impl in kept.kept if clock == "closed"}
+        assert sum(impl.startswith("split@") for impl in impls) == min(ended - 1, 14)
+        assert (OURS in impls) == (ended == 20)
+        assert not any(map(colocation.measured, kept.recorder.lines))
+    assert {colocation.measured(x) for x in simulated(monkeypatch)} == {*cells()[:2], None}
 
 
 def test_the_targets_come_from_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,8 +92,8 @@ def cells() -> list[Cell]:
 
 
 def measured(line: Line) -> Cell | None:
-    """The cell of a line of the chosen plan."""
-    if line["impl"] != OURS or line["ms"] is None or line.get("wrong"):
+    """The cell of a line of stream priorities, which are measured after every slice."""
+    if line["impl"] != STREAMS or line["ms"] is None or line.get("wrong"):
         return None
     return Cell(line["model"], line["tokens"], line["routing"], line["dtype"], line["clock"])
 
@@ -193,8 +193,8 @@ def begin(setting: Setting, cell: Cell, context: Context, stamped: Line) -> Benc
     return bench
 
 
-def sweep(bench: Bench, loop: str, alone: Trial) -> dict[tuple[str, int], Trial]:
-    """A trial of every split, a longer one near decode's promise.
+def sweep(bench: Bench, loop: str, alone: Trial, context: Context) -> dict[tuple[str, int], Trial]:
+    """A trial of every split, a longer one near decode's promise; each is recorded as it ends.
 
     In the open loop also of splits that are lent; a part that is never idle is not worth lending.
     """
@@ -210,6 +210,7 @@ def sweep(bench: Bench, loop: str, alone: Trial) -> dict[tuple[str, int], Trial]
         low, high = NEAR[loop]
         if low <= swept[way, size].at(0.99) / alone.at(0.99) / LOOPS[loop][0] <= high:
             swept[way, size] = bench.run(loop, on, STEPS, LONG_S)
+        context.record(swept_lines(bench, loop, {(way, size): swept[way, size]}))
     return swept
 
 
@@ -256,37 +257,38 @@ def ways_of(
 
 def measure(bench: Bench, cell: Cell, context: Context, budget_s: float) -> None:
     """One loop: alone, the sweep, what the policies make of it, alone again, and the ways without
-    slices, whose steps are long, until `budget_s` is used up; recorded as they come."""
+    slices, whose steps are long, until `budget_s` is used up; recorded trial by trial."""
     loop, pair = cell.clock, bench.pair
     limit_s, ends_s = 0.1 * budget_s, context.elapsed_s() + budget_s
     seats = (whole(pair.step), None)
     alone = [bench.run(loop, seats, STEPS // ROUNDS, limit_s)]
     bench.alone[loop] = alone[0]
-    swept = sweep(bench, loop, alone[0])
+    swept = sweep(bench, loop, alone[0], context)
     bench.curves |= curves_of(bench, loop, alone[0], swept)
     context.record(curve_lines(bench.fixed, bench.curves))
     plans = plans_of(loop, bench.curves, pair.machine)
     ways = ways_of(plans, list(pair.splits), list(pair.lent))
-    trials: dict[Way, list[Trial]] = {way: [] for way in ways.values() if way[0] not in SLOW}
-    for _ in range(ROUNDS):
-        for (way, size), found in trials.items():
-            on = seats_of(pair, way, size)
-            found.append(bench.run(loop, on, STEPS // ROUNDS, limit_s / ROUNDS))
-    context.record(named_lines(bench, loop, plans, ways, trials) + swept_lines(bench, loop, swept))
+    trials: dict[Way, list[Trial]] = {}
+
+    def tried(way: str, size: int | None, steps: int, limit_s: float) -> None:
+        found = bench.run(loop, seats_of(pair, way, size), steps, limit_s)
+        trials.setdefault((way, size), []).append(found)
+        context.record(named_lines(bench, loop, plans, ways, trials))
+
+    distinct = list(dict.fromkeys(ways.values()))
+    for way, size in ROUNDS * [way for way in distinct if way[0] not in SLOW]:
+        tried(way, size, STEPS // ROUNDS, limit_s / ROUNDS)
     alone.append(bench.run(loop, seats, STEPS // ROUNDS, limit_s))
     bench.alone[loop] = pooled(alone)
     lines = named_lines(bench, loop, plans, ways, trials) + swept_lines(bench, loop, swept)
     context.record(lines + counted(bench, loop, ways[OURS]))
     context.say(f"{loop} loop: " + told_of(lines))
     left_s = max(8.0, ends_s - context.elapsed_s())
-    for way, size in {way: None for way in ways.values() if way[0] in SLOW}:
+    for way, size in (way for way in distinct if way[0] in SLOW):
         if way == BUDGET:
             prepare_budgets(pair, size or 0)
-        on = seats_of(pair, way, size)
-        trials[way, size] = [bench.run(loop, on, STEPS, SLOW[way] * left_s)]
-    lines = named_lines(bench, loop, plans, ways, trials)
-    context.record(lines)
-    context.say(f"{loop} loop: " + told_of(lines))
+        tried(way, size, STEPS, SLOW[way] * left_s)
+    context.say(f"{loop} loop: " + told_of(named_lines(bench, loop, plans, ways, trials)))
 
 
 def named_lines(
