@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,3 +126,31 @@ def test_tickets_are_zeros_for_every_launch() -> None:
     tickets = Tickets(torch.device("cpu"))
     first, second = tickets.take(3), tickets.take(3)
     assert first.tolist() == [0, 0, 0] and first.data_ptr() != second.data_ptr()
+
+
+def test_tickets_of_captured_launches_stay_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph holds addresses alone: what it was given may never be freed or given again."""
+    capturing, made = [False], []
+
+    def zeros(_: Tickets, blocks: int) -> torch.Tensor:
+        made.append(weakref.ref(block := torch.zeros(blocks, dtype=torch.int32)))
+        return block
+
+    monkeypatch.setattr(Tickets, "_zeros", zeros)
+    monkeypatch.setattr(router, "RESERVE", 4)
+    monkeypatch.setattr(router, "for_good", lambda make, device: make())
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    tickets = Tickets(torch.device("cpu"))
+    tickets.device = torch.device("cuda")
+    eager, taken = tickets.take(2).data_ptr(), set()
+    for _ in range(6):
+        capturing[0] = True
+        taken |= {tickets.take(3).data_ptr() for _ in range(5)}
+        capturing[0] = False
+        assert tickets.take(2).data_ptr() == eager
+    assert len(made) == 8 and all(block() is not None for block in made)
+    assert len(taken) == 30 and eager not in taken
+    capturing[0], before = True, len(made)
+    assert len(tickets.take(100)) == 100 and len(made) == before + 1

@@ -16,6 +16,7 @@ than torch's product and `routing.choose_experts`: those of few experts.
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .aot import AotCase
-from .device import registers
+from .device import for_good, registers
 from .routing import plan_route
 from .routing_ref import route_ref
 from .routing_triton import experts_of, write_routes
@@ -258,13 +259,16 @@ class Tickets:
 
     Launches of one stream follow each other, so a stream has one set. A captured launch may run
     beside any other, so each has a set of its own: from a reserve made outside captures, or, where
-    there is none left, made, and filled with zeros at every replay, inside.
+    there is none left, made, and filled with zeros at every replay, inside. Nobody says when a
+    graph that holds such addresses has gone, so a reserve is kept when it is used up.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.streams: dict[int, Tensor] = {}
-        self.reserve = self._zeros(0)
+        self.reserves: list[Tensor] = []
+        self.reserve = torch.empty(0, dtype=torch.int32, device=device)
+        self._lock = threading.Lock()
 
     def _zeros(self, blocks: int) -> Tensor:
         return torch.zeros(blocks, dtype=torch.int32, device=self.device)
@@ -274,17 +278,23 @@ class Tickets:
         if self.device.type != "cuda":
             return self._zeros(blocks)
         if torch.cuda.is_current_stream_capturing():
-            if len(self.reserve) < blocks:
-                return self._zeros(blocks)
-            taken, self.reserve = self.reserve[:blocks], self.reserve[blocks:]
-            return taken
+            with self._lock:
+                taken, rest = self.reserve[:blocks], self.reserve[blocks:]
+                if len(taken) == blocks:
+                    self.reserve = rest
+                    return taken
+            return self._zeros(blocks)
         if len(self.reserve) < RESERVE:
-            self.reserve = self._zeros(4 * RESERVE)
-            torch.cuda.current_stream(self.device).synchronize()
+            fresh = for_good(lambda: self._zeros(4 * RESERVE), self.device)
+            with self._lock:
+                self.reserves.append(fresh)
+                self.reserve = fresh
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        if stream not in self.streams:
-            self.streams[stream] = self._zeros(MAX_BLOCKS)
-        return self.streams[stream]
+        found = self.streams.get(stream)
+        if found is None:
+            found = for_good(lambda: self._zeros(MAX_BLOCKS), self.device)
+            found = self.streams.setdefault(stream, found)
+        return found
 
 
 @lru_cache(maxsize=64)
