@@ -153,6 +153,11 @@ def test_a_layer_on_another_device_than_the_current() -> None:
     with torch.cuda.device(1):
         for _ in range(3):
             assert torch.equal(moe(*moved, there, SPEC).to("cuda:0"), wanted)
+    logits, router = torch.randn(7, 16, device="cuda:0"), RouterSpec(num_experts=16, top_k=4)
+    ids = route(logits, router).topk_ids_TK
+    for current in (0, 1, 0):
+        with torch.cuda.device(current):
+            assert torch.equal(route(logits.to("cuda:1"), router).topk_ids_TK.to("cuda:0"), ids)
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])

@@ -327,12 +327,6 @@ def _experts_cuda(
     num_sms: int | None = None,
 ) -> Tensor:
     s = ExpertSpec.from_key(spec)
-    if hidden.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(hidden.device):
-            return _experts_cuda(
-                hidden, topk_ids, topk_weights, up, down, up_bias, down_bias, mid, mid_bias, spec,
-                impl, counters, num_sms=num_sms,
-            )  # fmt: skip
     weights = ExpertWeights(up, down, up_bias, down_bias, mid, mid_bias)
     check_contiguous(weights)  # a compiled caller has checked nothing
     impl = choose_impl(impl, hidden.device, hidden.dtype, s)
@@ -413,19 +407,31 @@ def _experts_backward_fake(
     ]
 
 
+def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` where the device of its first tensor is current: Triton launches on the current one."""
+
+    def guarded(tensor: Tensor, *more: Any, **how: Any) -> Any:
+        if tensor.get_device() == torch.cuda.current_device():
+            return run(tensor, *more, **how)
+        with torch.cuda.device(tensor.device):
+            return run(tensor, *more, **how)
+
+    return guarded
+
+
 for _route_name in ("moesaic::route", "moesaic::route_counted"):
     torch.library.impl(_route_name, "CPU", _route_cpu)
-    torch.library.impl(_route_name, "CUDA", _route_cuda)
+    torch.library.impl(_route_name, "CUDA", on_its_device(_route_cuda))
     torch.library.register_fake(_route_name, _route_fake)
 torch.library.impl("moesaic::choose", "CPU", _choose_cpu)
-torch.library.impl("moesaic::choose", "CUDA", _choose_cuda)
+torch.library.impl("moesaic::choose", "CUDA", on_its_device(_choose_cuda))
 torch.library.register_fake("moesaic::choose", _choose_fake)
 torch.library.impl("moesaic::route_hidden", "CPU", _route_hidden_cpu)
-torch.library.impl("moesaic::route_hidden", "CUDA", _route_hidden_cuda)
+torch.library.impl("moesaic::route_hidden", "CUDA", on_its_device(_route_hidden_cuda))
 torch.library.register_fake("moesaic::route_hidden", _route_hidden_fake)
 for _experts_name in ("moesaic::experts", "moesaic::experts_counted"):
     torch.library.impl(_experts_name, "CPU", _experts_cpu)
-    torch.library.impl(_experts_name, "CUDA", _experts_cuda)
+    torch.library.impl(_experts_name, "CUDA", on_its_device(_experts_cuda))
     torch.library.register_fake(_experts_name, _experts_fake)
 torch.library.impl("moesaic::experts_backward", "CPU", _experts_backward)
 torch.library.impl("moesaic::experts_backward", "CUDA", _experts_backward)
