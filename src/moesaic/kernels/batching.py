@@ -68,8 +68,8 @@ def batch_rows(
         heights: tile heights to choose from, ascending.
         order: which expert gets the first tiles; see `taskmap`.
         counters: (3, E) int32, contiguous; each expert's rows and tiles are added to lines 1 and 2.
-        pdl: a single launch starts while the one before still runs and waits for it on the device
-            (sm_90 and up).
+        pdl: launches start while the one before still runs and wait for it on the device (sm_90
+            and up).
 
     Raises:
         ValueError: ids of another dtype or rank, a size out of range, heights not ascending, or an

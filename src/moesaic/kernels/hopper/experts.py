@@ -72,7 +72,7 @@ def choose_layer(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: i
     Few tokens, see `pair.is_few`, are one launch, sort and sum included. Their ring is as long as
     fits; where a token's up tiles are fewer than SMs it is shorter, for programs without one would
     fetch down weights before others' up weights. Experts as wide as Mixtral's keep two launches up
-    to 64 tokens: a column of their down-projection is too long for one program, and narrow tiles
+    to 96 tokens: a column of their down-projection is too long for one program, and narrow tiles
     spread it. A few experts with many rows run their largest first: no tall task then begins when
     the others end.
     """
