@@ -244,6 +244,13 @@ GOALS: tuple[tuple[tuple[str, ...], tuple[str, ...], str, float | None, float | 
         None,
     ),
     (("end to end, blind, round 6",), COUNTED, "- of these, predicted blind, round 6", 0.20, None),
+    (
+        tuple(f"end to end, blind, round 6: {name}" for name in ("GPU", "vllm", "sgl")),
+        COUNTED,
+        "  - all but NVIDIA's",
+        0.20,
+        None,
+    ),
     (("end to end, blind, round 6: NVIDIA",), COUNTED, "  - NVIDIA's", None, None),
     (("end to end, blind, round 6: GPUStack",), COUNTED, "  - GPUStack's", None, None),
     (("end to end, blind, round 6: vllm-project/vllm",), COUNTED, "  - vLLM's", None, None),
@@ -358,8 +365,10 @@ with their sources in `public.yaml` and `operations.json`, all in `src/moesaic/p
     bits, which the planner could not say then.
 11. `small_s` and `drag` were chosen from rounds 2 to 5, so all their rows are fitted now and the
     errors below are with these parameters. Blind, round 6: 160 rows, none left out, no parameter
-    changed after. One page of NVIDIA's has 144 of them; the table gives the other three
-    publishers apart, whose medians lie at 17 to 33 %.
+    changed after. One page of NVIDIA's has 144 of them, and later pages of NVIDIA's, of the same
+    engine and other models, are in round 5, which was fitted to; GPUStack's other pages are in
+    rounds 2 and 4. The table gives the publishers apart: the median without NVIDIA's misses the
+    goal.
 
 **What counts end to end.** DeepSeek's and SGLang's published node throughputs that fitted nothing,
 and rows that were predicted blind with the parameters as they are. Rows of earlier rounds are
