@@ -1,11 +1,11 @@
-"""What the partitions of `flexed` share, and how they find tiles and tell each other of them.
+"""What the partitions of `flexed` share, and how they find tiles.
 
 N entries of the task map · NB stages of the ring
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.core import _aggregate as aggregate
 
 
@@ -105,31 +105,6 @@ def find(p, end, t, n_tiles):
     rows = gl.load(p.rows_ptr + j)
     q = t - first * n_tiles
     return j, e, row_start, rows, q % m_tiles, m_tiles, q // m_tiles
-
-
-@gluon.jit
-def write_note(p, stage, row_start, rows, m, n, j):
-    """Leave where the tile is beside its first stage: five numbers."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    p.notes.index(5 * stage).store(gl.full([1], row_start, gl.int32, layout=L))
-    p.notes.index(5 * stage + 1).store(gl.full([1], rows, gl.int32, layout=L))
-    p.notes.index(5 * stage + 2).store(gl.full([1], m, gl.int32, layout=L))
-    p.notes.index(5 * stage + 3).store(gl.full([1], n, gl.int32, layout=L))
-    p.notes.index(5 * stage + 4).store(gl.full([1], j, gl.int32, layout=L))
-
-
-@gluon.jit
-def read_note(p, c):
-    """Wait for stage `c` of the ring and read its note; a tile without rows ends the work."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    stage = c % p.NB
-    mbarrier.wait(p.full.index(stage), (c // p.NB) & 1)
-    row_start = gl.max(p.notes.index(5 * stage).load(L), axis=0)
-    rows = gl.max(p.notes.index(5 * stage + 1).load(L), axis=0)
-    m = gl.max(p.notes.index(5 * stage + 2).load(L), axis=0)
-    n = gl.max(p.notes.index(5 * stage + 3).load(L), axis=0)
-    j = gl.max(p.notes.index(5 * stage + 4).load(L), axis=0)
-    return row_start, rows, m, n, j
 
 
 @gluon.jit

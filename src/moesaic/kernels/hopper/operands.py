@@ -1,4 +1,4 @@
-"""What the partitions of `paired` and of `chained` share.
+"""What the partitions of `paired` and of `chained` share, and notes, which `flexed` has too.
 
 E experts · H hidden width · I intermediate width · N entries of the task map · NB stages
 """
