@@ -100,12 +100,14 @@ def test_later_calls_are_the_recorded_launch_for_other_tensors(launched: list[in
 
 
 def test_what_cannot_be_made_again_goes_through_the_launcher(
-    launched: list[int], monkeypatch: pytest.MonkeyPatch
+    launched: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "moesaic")
     counters = torch.zeros(4, dtype=torch.int32)
     more, known = (routes.RepeatedRoute({"extra": extra}) for extra in (True, False))
     for _ in range(3):
         again(more, torch.randn(8), counters)
+    assert len(caplog.messages) == 1 and "new_zeros" in caplog.text
     again(known, torch.randn(8), counters)
     again(known, torch.randn(9)[1:], counters)
     monkeypatch.setattr(plans.knobs.runtime.launch_enter_hook, "calls", [print], raising=False)

@@ -12,6 +12,7 @@ installed launch hook, another Triton's layout) goes through Triton's launcher.
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 from typing import Any
 
@@ -25,6 +26,7 @@ from .raw import RawLaunch, Unsupported, check
 
 NAMES = ("logits_ptr", "ids_ptr", "weights_ptr", "counts_ptr", "bias_ptr", "counters_ptr")
 Routed = tuple[Tensor, Tensor, Tensor]
+log = logging.getLogger("moesaic")
 
 
 class RoutePlan:
@@ -99,6 +101,7 @@ class RepeatedRoute:
         if not any(t is not None and t.data_ptr() % ALIGNMENT for t in (logits, bias, counters)):
             try:
                 self._plans[thread] = RoutePlan(recording, logits, out)
-            except Unsupported:
+            except Unsupported as error:
                 self._plans[thread] = None
+                log.info("routes go through Triton's launcher: %s", error)
         return out
