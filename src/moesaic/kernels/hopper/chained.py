@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .operands import Chain
+from .operands import Chain, draw
 from .tiles import activate_alone
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -86,12 +86,6 @@ def _ask_of(p, product, c, e, n, k):
         _ask(p, p.mid_desc, c, e, n, k)
     else:
         _ask(p, p.down_desc, c, e, n, k)
-
-
-@gluon.jit
-def _draw(p):
-    """Draw a tile. Every program draws until it fails, so the last draw of all is known."""
-    return gl.atomic_add(p.ticket_ptr, 1, sem="relaxed")
 
 
 @gluon.jit
@@ -182,8 +176,8 @@ def _load(p, up_n, mid_n, down_n):
     L: gl.constexpr = gl.BlockedLayout([p.LANES // 32], [32], [gl.num_warps()], [0])
     lane = gl.arange(0, p.LANES, layout=L)
     end = gl.load(p.tile_end_ptr + lane, mask=lane < p.N, other=0x7FFFFFFF)
-    t = _draw(p)
-    after = _draw(p)
+    t = draw(p)
+    after = draw(p)
     row_tiles = gl.max(gl.where(end == 0x7FFFFFFF, 0, end), axis=0)
     first_mid = row_tiles * up_n
     first_down = first_mid + row_tiles * mid_n
@@ -197,7 +191,7 @@ def _load(p, up_n, mid_n, down_n):
     drawn = gl.maximum(t, after)
     while t < total:
         t = after
-        after = _draw(p)
+        after = draw(p)
         drawn = after
         product_, j_, e_, row_, left_, n_, wanted_ = _locate(
             p, end, t, first_mid, first_down, up_n, mid_n, down_n

@@ -29,8 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .flexmap import Layer, draw, find, settle
-from .operands import read_note, write_note
+from .flexmap import Layer, settle
+from .operands import draw, find, read_note, write_note
 from .tiles import activate, activate_alone
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier

@@ -1,4 +1,4 @@
-"""What the partitions of `flexed` share, and how they find tiles.
+"""What the partitions of `flexed` share, and how its work ends.
 
 N entries of the task map · NB stages of the ring
 """
@@ -87,30 +87,6 @@ class Layer:
         self.BK = gl.constexpr(BK)
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
-
-
-@gluon.jit
-def find(p, end, t, n_tiles):
-    """Entry, expert, first row, rows, row tile, row tiles and column tile of tile `t` of a product.
-
-    `end`: the map's prefix of tiles, in every warp. The row tiles of an entry that meet the same
-    weights are neighbours.
-    """
-    passed = end <= t // n_tiles
-    j = gl.sum(passed.to(gl.int32), axis=0)
-    first = gl.max(gl.where(passed, end, 0), axis=0)
-    m_tiles = gl.min(gl.where(passed, 0x7FFFFFFF, end), axis=0) - first
-    e = gl.load(p.task_ptr + j)
-    row_start = gl.load(p.row_start_ptr + j)
-    rows = gl.load(p.rows_ptr + j)
-    q = t - first * n_tiles
-    return j, e, row_start, rows, q % m_tiles, m_tiles, q // m_tiles
-
-
-@gluon.jit
-def draw(p):
-    """Draw a tile. Every program draws until it fails, so the last draw of all is known."""
-    return gl.atomic_add(p.ticket_ptr, 1, sem="relaxed")
 
 
 @gluon.jit

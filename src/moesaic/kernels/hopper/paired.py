@@ -35,7 +35,7 @@ from .few import (
     number_slots,
     slots_few,
 )
-from .operands import Pair, note_slots, read_note, write_note
+from .operands import Pair, draw, find, note_slots, read_note, write_note
 from .tiles import activate, activate_alone
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -63,7 +63,7 @@ def _lanes(p):
 def _locate(p, held, t, n_tiles):
     """Entry, expert, first row, rows, row tile, row tiles and column tile of tile `t` of a product.
 
-    `held`: from `_lanes`. The row tiles of an entry that meet the same weights are neighbours.
+    `held`: from `_lanes`; see `operands.find`.
     """
     if p.ONE:
         j = t // n_tiles
@@ -75,22 +75,7 @@ def _locate(p, held, t, n_tiles):
         first = locate_few(held, j)
         return j, first >> 8, first, t * 0 + 1, t * 0, t * 0 + 1, t % n_tiles
     else:
-        end = held
-        passed = end <= t // n_tiles
-        j = gl.sum(passed.to(gl.int32), axis=0)
-        first = gl.max(gl.where(passed, end, 0), axis=0)
-        m_tiles = gl.min(gl.where(passed, 0x7FFFFFFF, end), axis=0) - first
-        e = gl.load(p.task_ptr + j)
-        row_start = gl.load(p.row_start_ptr + j)
-        rows = gl.load(p.rows_ptr + j)
-        q = t - first * n_tiles
-        return j, e, row_start, rows, q % m_tiles, m_tiles, q // m_tiles
-
-
-@gluon.jit
-def _draw(p):
-    """Draw a tile. Every program draws until it fails, so the last draw of all is known."""
-    return gl.atomic_add(p.ticket_ptr, 1, sem="relaxed")
+        return find(p, held, t, n_tiles)
 
 
 @gluon.jit
@@ -143,7 +128,7 @@ def _load_up(p, held, t, c, tiles, n_tiles, total, tasks):
                 note_slots(p, s, slot)
             _ask(p, p.up_desc, s, e, n, s * p.BK)
         if not p.LATE:
-            t = _draw(p)
+            t = draw(p)
         row = m * p.BM + r
         inside = row < rows
         if p.ONE:
@@ -170,7 +155,7 @@ def _load_up(p, held, t, c, tiles, n_tiles, total, tasks):
             c += 1
         ahead = 0
         if p.LATE:
-            t = _draw(p)
+            t = draw(p)
         _settle(p, t, total)
     return t, c
 
@@ -210,7 +195,7 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total, tasks):
             _ask(p, p.down_desc, c + s, e, n, s * p.BK)
         while done < wanted:
             done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
-        t = _draw(p)
+        t = draw(p)
         live = inside[:, None] & (cols >= 0)[None, :]
         ptrs = p.act_ptr + slot.to(gl.int64)[:, None] * p.inner + cols[None, :]
         for s in range(0, ahead):
@@ -237,7 +222,7 @@ def _load(p, up_n_tiles, down_n_tiles):
         gdc_launch_dependents()
     # Loads first: they run while the draw is on its way.
     held = _lanes(p)
-    t = _draw(p)
+    t = draw(p)
     if p.FEW:
         held = number_slots(p, held)
     if p.COUNT:
