@@ -11,7 +11,7 @@ import pytest
 import torch
 from nvml_double import Driver
 
-from moesaic.bench import command, layer_misses, report
+from moesaic.bench import command, layer_misses, layer_windows, report
 from moesaic.bench.layer_targets import MIXTRAL, layer_targets
 from moesaic.bench.layers import Machine
 from moesaic.bench.report import section
@@ -119,6 +119,7 @@ def test_windows_give_joules_a_token_and_host_time(tmp_path: Path) -> None:
     assert {x["mode"] for x in host} == {"eager"} and all(x["ms"] > 0 for x in host if x["ms"])
     (mine,) = [x for x in host if x["impl"] == "moesaic"]
     assert mine["samples"] == 1000 and layer.measured(mine) == Cell("tiny", 1, clock="host")
+    assert mine["burst"] == 50 and mine["row_ms"] > 0
     targets = layer.window_targets([energy, mine], layer.cells())
     assert [t.met for t in targets] == [False, False] and targets[1].value == 1.0
     text, _ = layer.SUITE.section([energy, *host], [], tmp_path, "x", "figures")
@@ -128,6 +129,28 @@ def test_windows_give_joules_a_token_and_host_time(tmp_path: Path) -> None:
     driver.gone = True
     (lost, *_) = layer.measure(Cell("tiny", 8, clock="energy"), shelf, STAMP, 0)
     assert lost["ms"] is None and "no energy" in lost["error"] and layer.measured(lost) is None
+
+
+def test_host_time_is_free_of_the_queue_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches a call that cost the host 10 us and the device 100 us, in a queue of 1024."""
+    now, waiting = 0.0, 0
+
+    def call() -> None:
+        nonlocal now, waiting
+        waiting += 2
+        full = waiting > 1024
+        now += 110e-6 if full else 10e-6
+        waiting -= 2 * full
+
+    def caught_up(device: torch.device) -> None:
+        nonlocal now, waiting
+        now, waiting = now + waiting * 50e-6, 0
+
+    monkeypatch.setattr(layer_windows.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch.cuda, "synchronize", caught_up)
+    values = layer_windows.host_values([call], torch.device("cuda"))
+    assert values["ms"] == pytest.approx(10e-3)
+    assert values["row_ms"] == pytest.approx((512 * 10e-3 + 488 * 110e-3) / 1000)
 
 
 def test_a_second_piece_takes_only_cells_without_a_graph_time_of_the_same_clock() -> None:
