@@ -58,6 +58,68 @@ def test_only_lower_priorities_are_evicted_the_lowest_first() -> None:
     assert set(manager.allocations) == {"mid", "top", "new"}
 
 
+class Written:
+    """The paper's algorithm once more, over a list of slices: [holder, priority, utilisation]."""
+
+    def __init__(self, count: int, streams: int) -> None:
+        self.slices: list[list] = [[None, 0, 0.0] for _ in range(count)]
+        self.streams, self.order = streams, list[str]()
+
+    def held(self, group: str) -> tuple[int, ...]:
+        return tuple(n for n, slot in enumerate(self.slices) if slot[0] == group)
+
+    def drop(self, group: str) -> None:
+        self.order.remove(group)
+        for n in self.held(group):
+            self.slices[n][0] = None
+
+    def allocate(self, group: str, count: int, priority: int) -> tuple[tuple[int, ...], int] | None:
+        if not self.held(group):
+            free = self.held(None)  # type: ignore[arg-type]
+            below = [g for g in self.order if self.slices[self.held(g)[0]][1] < priority]
+            below.sort(key=lambda g: self.slices[self.held(g)[0]][1])
+            if len(free) + sum(len(self.held(g)) for g in below) < count:
+                return None
+            while len(self.held(None)) < count:  # type: ignore[arg-type]
+                self.drop(below.pop(0))
+            free = self.held(None)  # type: ignore[arg-type]
+            for n in sorted(free, key=lambda n: (self.slices[n][2], n))[:count]:
+                self.slices[n][:2] = [group, priority]
+            self.order.append(group)
+        return self.held(group), self.held(group)[0] % self.streams
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(NAMES, st.integers(0, 16), st.integers(0, 3), st.floats(0, 1)),
+        min_size=10,
+        max_size=60,
+    )
+)
+def test_every_answer_is_that_of_the_paper_s_algorithm(requests) -> None:
+    """Sizes of 0 release; else groups ask, and are seen busy afterwards."""
+    manager, written = paper(), Written(MACHINE.atoms, MACHINE.streams)
+    for name, count, priority, busy in requests:
+        if count == 0:
+            if name in manager.allocations:
+                manager.release(name)
+                written.drop(name)
+            continue
+        expected = written.allocate(name, count, priority)
+        try:
+            made = manager.allocate(name, sms=8 * count, priority=priority)
+            assert expected == (made.slices, made.stream)
+        except SliceBusy:
+            assert expected is None
+        manager.observe(name, busy)
+        for n in written.held(name):
+            written.slices[n][2] += 0.2 * (busy - written.slices[n][2])
+        assert {g: a.slices for g, a in manager.allocations.items()} == {
+            g: written.held(g) for g in written.order
+        }
+
+
 def test_memory_is_a_budget_and_eviction_frees_it() -> None:
     manager = paper()
     manager.allocate("small", sms=8, memory_bytes=100)
