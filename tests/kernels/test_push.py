@@ -67,7 +67,7 @@ CASES = {
     "as many as choices": (2, (9, 4), 2, 4, 2, SPARSE),
     "fewer than choices": (3, (6, 6, 1), 4, 6, 2, SPARSE),
     "alone": (1, (6,), 2, 4, 4, SMALL),
-    "gathered": (2, (90, 70), 2, 4, 2, Tile(3, 2, 64, 32, 64, 64, 4)),
+    "gathered": (2, (90, 70), 2, 4, 2, Tile(3, 1, 64, 32, 64, 64, 4)),
 }
 
 

@@ -59,8 +59,9 @@ class Region(NamedTuple):
 class Tile(NamedTuple):
     """How a push is cut: programs a peer, programs for the own rows, and what one moves at a time.
 
-    An item is `chunk` tokens (or slots) by `slice` words. `rows` by `block` words are in flight at
-    once; with `rows < chunk` the rows to be moved are gathered first.
+    An item is `chunk` tokens (or slots) by `slice` words; items go round the programs. `rows` by
+    `block` words are in flight at once. With `rows < chunk` a slice is a whole row, every program
+    has one run of tokens, and those to be moved are gathered first, out of `chunk` at a time.
     """
 
     blocks: int
@@ -72,21 +73,35 @@ class Tile(NamedTuple):
     warps: int
 
 
+def _own_programs(ranks: int, programs: int) -> int:
+    """Programs for the rows that stay: half a peer's share, and enough to be done with the links.
+
+    Of 32 programs on 2 H200s 8 copied 41 GB/s each, so that rows that stayed at home, as many as
+    crossed, took longer than a link of 365 GB/s.
+    """
+    if ranks == 1:
+        return programs
+    enough = min(triton.cdiv(10, ranks - 1), programs // 3)
+    own = max(programs // (2 * ranks), enough)
+    return max(1, min(own, programs - (ranks - 1)))
+
+
 def plan_push(rows: int, words: int, ranks: int, programs: int) -> Tile:
     """Tiles for `rows` candidates a peer on at most `programs` programs (one an SM).
 
     Four shapes: parts of single rows, half rows, rows, and rows gathered from many candidates.
     """
-    own = max(1, programs // (2 * ranks)) if ranks > 1 else programs
+    own = _own_programs(ranks, programs)
     blocks = min((programs - own) // max(1, ranks - 1), UNITS.value)
     block = min(512, triton.next_power_of_2(words))
     whole = triton.cdiv(words, block) * block
     few = programs <= 64
     if rows > (1024 if few else 2048):
+        blocks = max(1, blocks)
+        chunk = min(256, max(64, triton.next_power_of_2(triton.cdiv(rows, blocks))))
         # Few programs need more bytes in flight each: measured on 2 H200s, 32 programs.
-        chunk = 256 if rows >= 8192 else 64
         gathered = 32 if few or chunk == 64 else 16
-        return Tile(max(1, blocks), own, chunk, gathered, whole, block, 16)
+        return Tile(blocks, own, chunk, gathered, whole, block, 16)
     if rows > 256:
         chunk, width = 16, whole
     elif rows > 8:
@@ -140,6 +155,33 @@ def peer_of(program, rank, blocks, G: tl.constexpr):
     is_other = program < others
     peer = tl.where(is_other, next_rank, rank)
     return peer, tl.where(is_other, program // max(G - 1, 1), program - others)
+
+
+@triton.jit
+def turns(block, blocks, rows, SLICES: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """The items of a program: first, end and step of a loop, and the end of its rows.
+
+    Items are numbered by chunk and slice and go round the programs; of 10 rows in chunks of 4 by 1
+    slice, program 0 of 2 does items 0 and 2, program 1 item 1. Gathered chunks hold other numbers
+    of rows that move, and few of them divide badly, so there an item is its first row: program 0
+    does rows 0 to 5 in chunks at 0 and 4, program 1 rows 5 to 10 in chunks at 5 and 9.
+    """
+    if ROWS == CHUNK:
+        return block, tl.cdiv(rows, CHUNK) * SLICES, blocks, rows
+    else:
+        run = tl.cdiv(rows, blocks)
+        end = tl.minimum((block + 1) * run, rows)
+        return block * run, end, CHUNK + 0 * run, end
+
+
+@triton.jit
+def first_row(item, SLICES: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """The first row of an item of `turns`."""
+    if ROWS == CHUNK:
+        return item // SLICES * CHUNK
+    else:
+        tl.static_assert(SLICES == 1, "gathered rows are whole")
+        return item
 
 
 @triton.jit

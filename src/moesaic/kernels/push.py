@@ -28,12 +28,14 @@ from .device import registers
 from .peers import (
     Tile,
     Window,
+    first_row,
     move_rows,
     peer_of,
     plan_push,
     pointer_at,
     signal,
     spoil,
+    turns,
     wait,
 )
 
@@ -92,10 +94,11 @@ def dispatch_kernel(
     peer_rows = pointer_at(base_ptr, peer, rows_at, tl.int32)
     peer_ids = pointer_at(base_ptr, peer, ids_at, tl.int32)
     peer_choice = pointer_at(base_ptr, peer, choice_at, tl.int32)
-    for item in range(block, tl.cdiv(bound, CHUNK) * slices, my_blocks):
-        token_C = item // slices * CHUNK + tl.arange(0, CHUNK)
+    start, stop, step, end = turns(block, my_blocks, bound, slices, CHUNK, ROWS)
+    for item in range(start, stop, step):
+        token_C = first_row(item, slices, CHUNK, ROWS) + tl.arange(0, CHUNK)
         slot_CK = token_C.to(tl.int64)[:, None] * K + k_1K
-        inside_CK = (token_C < tokens)[:, None] & (k_1K < K)
+        inside_CK = (token_C < tl.minimum(tokens, end))[:, None] & (k_1K < K)
         ids_CK = tl.load(ids_ptr + slot_CK, mask=inside_CK, other=-1)
         valid_CK = (ids_CK >= 0) & (ids_CK < experts)
         place_CK = tl.load(place_ptr + ids_CK, mask=valid_CK, other=-LOCAL)
@@ -104,7 +107,7 @@ def dispatch_kernel(
         if item % slices == 0:
             at_C1 = to_C.to(tl.int64)[:, None] * WIDTH
             local_CK = tl.where(here_CK, place_CK - peer * LOCAL, -1)
-            in_bound = (token_C < bound)[:, None]
+            in_bound = (token_C < end)[:, None]
             if WIDTH == K:
                 tl.store(peer_ids + at_C1 + k_1K, local_CK, mask=in_bound & (k_1K < K))
             else:
@@ -168,10 +171,11 @@ def combine_push_kernel(
     peer_back = pointer_at(base_ptr, peer, back_at, tl.int32)
     choice_ptr = pointer_at(base_ptr, rank, choice_at, tl.int32)
     slots = bound * WIDTH
-    for item in range(block, tl.cdiv(slots, CHUNK) * slices, my_blocks):
-        slot_C = item // slices * CHUNK + tl.arange(0, CHUNK)
+    start, stop, step, end = turns(block, my_blocks, slots, slices, CHUNK, ROWS)
+    for item in range(start, stop, step):
+        slot_C = first_row(item, slices, CHUNK, ROWS) + tl.arange(0, CHUNK)
         at_C = peer.to(tl.int64) * slots + slot_C
-        row_C = tl.load(position_ptr + at_C, mask=slot_C < slots, other=-1)
+        row_C = tl.load(position_ptr + at_C, mask=slot_C < end, other=-1)
         need_C = row_C >= 0
         if WIDTH == K:
             to_C = slot_C
@@ -363,25 +367,26 @@ def push_rows_ref(
 
 
 def aot_cases() -> list[Any]:
-    """4 ranks, bf16 rows of 7168 and 2048: one token, a batch, a prefill; one expert a rank."""
+    """4 ranks, bf16 rows of 7168 and 2048: a token, a batch, a prefill; one expert a rank."""
     from .aot import AotCase
 
     cases = []
     pushes = (
-        (1, 3584, 8, 8, 64, False),
-        (128, 3584, 1, 1, 1, False),
-        (8192, 3584, 8, 8, 64, False),
-        (8192, 1024, 8, 1, 1, True),
-        (8192, 1024, 8, 4, 4, False),
-        (4096, 3584, 8, 8, 8, False),
+        (1, 3584, 8, 8, 64, 132, False),
+        (128, 3584, 1, 1, 1, 132, False),
+        (8192, 3584, 8, 8, 64, 132, False),
+        (8192, 1024, 8, 1, 1, 132, True),
+        (8192, 1024, 8, 4, 4, 132, False),
+        (4096, 3584, 8, 8, 8, 132, False),
+        (8192, 3584, 8, 8, 64, 32, False),
     )
     at = dict.fromkeys(("flags_at", "status_at", "choice_at"), "i32")
-    for bound, words, top_k, width, local, quick in pushes:
-        tile = plan_push(bound, words, 4, 132)
+    for bound, words, top_k, width, local, programs, quick in pushes:
+        tile = plan_push(bound, words, 4, programs)
         options = _options(tile, True, True)
         launch = {name: options.pop(name) for name in ("num_warps", "maxnreg") if name in options}
         shape = {"G": 4, "K": top_k, "WIDTH": width, "WORDS": words} | options
-        name = f"t{bound}-w{words}-k{top_k}-j{width}"
+        name = f"t{bound}-w{words}-k{top_k}-j{width}-p{programs}"
         pointers = {"rows_ptr": "*i32", "base_ptr": "*i64", "seen_ptr": "*i32"}
         sizes = dict.fromkeys(("bound", "rank", "blocks", "own", "timeout_us"), "i32")
         common: dict[str, Any] = {"options": launch, "quick": quick}
