@@ -1,6 +1,7 @@
 """Suites whose numbers are hardware counters: `bytes` and `launches`, by Nsight Compute.
 
     python benchmarks/ncu_counters.py --suite launches [--out benchmarks/results] [--only MODEL]
+        [--misses benchmarks/results/h200/layer.jsonl]
 
 Starts itself once more under `ncu` (which must be on the PATH and allowed to read counters), turns
 its CSV into lines of the suite and prints the targets. Clocks and caches are left as they are.
@@ -19,7 +20,9 @@ from pathlib import Path
 import torch
 
 from moesaic.bench import command, counters, launches, ncu, report
-from moesaic.bench.results import Recorder, device_slug, stamp
+from moesaic.bench.layer_misses import over_limit
+from moesaic.bench.results import Recorder, device_slug, read_lines, stamp
+from moesaic.bench.suite import Cell
 from moesaic.bench.suites import bytes as bytes_suite
 from moesaic.bench.suites import launches as launches_suite
 
@@ -34,10 +37,26 @@ def options() -> argparse.Namespace:
     parser.add_argument("--suite", choices=SUITES, required=True)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--only", action="append", default=[], help="a model of the suite")
+    parser.add_argument(
+        "--misses", type=Path, help="first the cells over their limit in these lines"
+    )
     parser.add_argument("--budget-s", type=float, default=1e9, help="start no cell after this")
     parser.add_argument("--keep", type=Path, help="also keep ncu's CSV here")
     parser.add_argument("--child", type=Path, help="run the cases, write their labels here")
     return parser.parse_args()
+
+
+def wanted(chosen: argparse.Namespace) -> list[Cell]:
+    """The suite's cells of the models asked for, after those over their limit, if asked for."""
+    cells = command.selected(SUITES[chosen.suite][0].SUITE, only=chosen.only)
+    if chosen.misses is None:
+        return cells
+    missed = (
+        Cell(x["model"], x["tokens"], x["routing"])
+        for x in over_limit(read_lines(chosen.misses))
+        if not chosen.only or x["model"] in chosen.only
+    )
+    return list(dict.fromkeys([*missed, *cells]))
 
 
 def count(chosen: argparse.Namespace, folder: Path) -> tuple[str, list[dict[str, object]]]:
@@ -46,6 +65,7 @@ def count(chosen: argparse.Namespace, folder: Path) -> tuple[str, list[dict[str,
     metrics = SUITES[chosen.suite][0].METRICS
     passed = ["--suite", chosen.suite, "--budget-s", str(chosen.budget_s)]
     passed += [part for name in chosen.only for part in ("--only", name)]
+    passed += [] if chosen.misses is None else ["--misses", str(chosen.misses)]
     ran = subprocess.run(
         [*ncu.command(sys.executable, __file__, metrics, labels, log), *passed], check=False
     )
@@ -59,8 +79,7 @@ def main() -> int:
     definition, cases, lines_from = SUITES[chosen.suite]
     suite = definition.SUITE
     if chosen.child is not None:
-        cells = command.selected(suite, only=chosen.only)
-        counters.profile(cells, chosen.child, cases, budget_s=chosen.budget_s)
+        counters.profile(wanted(chosen), chosen.child, cases, budget_s=chosen.budget_s)
         return 0
     if not torch.cuda.is_available() or shutil.which("ncu") is None:
         print("ncu_counters: needs a CUDA device and ncu on the PATH", file=sys.stderr)

@@ -324,24 +324,42 @@ def test_each_rule_is_broken_by_its_own_fault(
 def test_cells_over_their_limit_are_listed_with_what_counters_say(tmp_path: Path) -> None:
     def one(tokens: int, routing: str, ms: float, floor: float, gbps: float) -> Line:
         cell = Cell("tiny", tokens, routing, clock="experts")
-        return line_of(cell, "moesaic", ms, floor_ms=floor, gbps=gbps)
+        return line_of(cell, "moesaic", ms, floor_ms=floor, gbps=gbps, tflops=300.0)
 
     read_floor, twin_floor = 1.0, 2.0  # at 4.5 TB/s, and twice of what bytes need
     good = one(128, "uniform", 1.08, read_floor, 4500 / 1.08)
     slow = one(128, "worst", 1.2, read_floor, 4500 / 1.2)
     heavy = one(8192, "zipf1", 4.0, twin_floor, 4500 / 4.0)
     wrong = one(1, "uniform", 9.0, 1.0, 500.0) | {"wrong": True}
-    counters = line_of(Cell("tiny", 8192, "zipf1"), "moesaic 2: up_kernel", 3.0, gbps=1500.0,
-                       tensor=0.5, l2=0.25, sms_active=0.75)  # fmt: skip
+
+    def launch(impl: str, ms: float, tensor: float, active: float, read: float) -> Line:
+        return line_of(Cell("tiny", 128 if read else 8192, "worst" if read else "zipf1"), impl, ms,
+                       clock_ghz=1.5, tensor=tensor, sms_active=active, dram_read_bytes=read,
+                       dram_written_bytes=0.0)  # fmt: skip
+
+    counters = [
+        launch("moesaic 1: sort", 0.1, 0.0, 0.01, 1e6),
+        launch("moesaic 2: up", 0.9, 0.0, 0.5, 4.5e9),
+        launch("moesaic 1: up", 3.0, 0.5, 0.75, 0),
+        launch("dense-twin 1: a", 2.0, 0.75, 0.9, 0),
+    ]
     lines = [good, slow, heavy, wrong]
     assert layer_misses.over_limit(lines) == [slow, heavy]
     assert [layer_misses.binding(x) for x in (slow, heavy)] == ["memory", "products"]
-    (tmp_path / "launches.jsonl").write_text(json.dumps(counters) + "\n")
+    (tmp_path / "launches.jsonl").write_text("".join(json.dumps(x) + "\n" for x in counters))
     text = layer_misses.misses_part(lines, tmp_path)
-    assert "**4–128 tokens, worst case** (1 cells)" in text
-    assert "| 128 | tiny | worst | 1.2 | 1.08 | 1.11 | memory | 0.833 | - |" in text
-    assert "up 3000 µs: DRAM 1.5 TB/s, tensor pipes 50 %, L2 25 %, SMs busy 75 %" in text
-    assert "Not known" not in text
+    assert "**4–128 tokens, worst case** (1 cell); largest: SMs without a block in 1." in text
+    assert "| 128 | tiny | worst | 1.2 | 1.08 | 1.11 | memory | 1.20 | tail 2.00 × " in text
+    assert "busy 1.20 × others 1.11 × bytes 1.00 × rate 0.45 | SMs without a block |" in text
+    assert "tail 1.20" in text and "rows 1.00 × " in text and "waits 1.25" in text
+    for x in (slow, heavy):
+        factors = layer_misses.factors_of(x, layer_misses.by_cell(counters))
+        assert factors and factors.product == pytest.approx(x["ms"] / x["floor_ms"])
+    broken = [counters[0] | {"wrong": True}, *counters[1:3]]
+    assert [layer_misses.factors_of(x, layer_misses.by_cell(broken)) for x in (slow, heavy)] == [
+        None, None
+    ]  # fmt: skip
+    assert "not counted in 1" in layer_misses.misses_part(lines, tmp_path / "none")
     assert layer_misses.misses_part([good], tmp_path / "none").startswith("Every measured cell")
 
 

@@ -19,6 +19,7 @@ from .layers import Machine, load, make_work, ours
 from .results import Line, make_line
 from .suite import Cell
 from .suites.launches import GPTOSS, METRICS, OURS, TWIN, kernel_name, line_values
+from .suites.layer import load_curve
 from .workloads import MODELS, Model
 
 SHAPES = MODELS | {GPTOSS: Model(GPTOSS, 128, 4, 2880, 2880)}
@@ -36,7 +37,7 @@ def layer_cases(
     model, dtype = models[cell.model], getattr(torch, cell.dtype)
     machine = Machine(device, 1.0, 1)
     loaded = load(model, dtype, [ours(impl, OURS)], machine, seed)
-    work = make_work(loaded, cell, machine, seed)
+    work = make_work(loaded, cell, machine, seed, curve=load_curve())
     forward, inputs = loaded.forwards[OURS][0], work.inputs[0]
 
     def layer() -> Tensor:
