@@ -6,7 +6,8 @@ A block whose router was fused is looked at once: its own `forward` is run with 
 parts, and where what it does with them is `experts(x, *router(x))`, plus a shared expert and that
 one's gate if it has them, `fused_block` takes its place. That goes from one op to the next without
 calling modules between, and in a CUDA graph the shared expert runs beside the routed ones, on a
-stream of its own. The bits are those of the parts called one after the other.
+stream of its own. The bits are those of the parts called one after the other. With few tokens the
+launch that chooses also asks the L2 for what the next decoder layer reads first.
 
 Modules that are not called see no hooks: while any part has a hook, a replaced forward, gradients,
 counters or an observer, the block's own `forward` runs, with the fused router in it. So
@@ -26,7 +27,14 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn import parameter_names
-from ..ops import WEIGHT_NAMES, choose_op, experts_op, route_hidden_op
+from ..ops import (
+    WEIGHT_NAMES,
+    choose_ahead,
+    choose_op,
+    experts_op,
+    route_hidden_ahead,
+    route_hidden_op,
+)
 from ..types import ExpertSpec
 from ..validate import values_wanted
 from .layouts import ACTIVATIONS
@@ -37,11 +45,14 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 BESIDE = 512
 """Tokens up to which a shared expert runs beside the routed ones: with more it fills the GPU."""
 
+AHEAD = 16
+"""Tokens up to which the next layer's weights are fetched: with more, experts fill the L2."""
+
 torch.library.define(
     "moesaic::block",
     "(Tensor hidden, Tensor? logits, Tensor? router, Tensor? router_bias, Tensor? correction, "
-    "Tensor?[] params, Tensor[] shared, str rule, bool fp32, bool as_logits, str spec, str impl)"
-    " -> Tensor",
+    "Tensor?[] params, Tensor[] shared, Tensor[] ahead, str rule, bool fp32, bool as_logits, "
+    "str spec, str impl) -> Tensor",
 )
 
 
@@ -59,12 +70,14 @@ class BlockPlan:
     """What replaces a block's forward, read when it was attached.
 
     `names`: the experts' parameters in the order of `WEIGHT_NAMES`, "" where there is none.
+    `ahead`: the linear layers that run first after this block, of the next decoder layer.
     """
 
     parts: Parts
     spec: ExpertSpec
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    ahead: tuple[nn.Module, ...] = ()
 
 
 @lru_cache(maxsize=64)
@@ -108,18 +121,24 @@ def _block(
     correction: Tensor | None,
     params: list[Tensor | None],
     shared: list[Tensor],
+    ahead: list[Tensor],
     rule: str,
     fp32: bool,
     as_logits: bool,
     spec: str,
     impl: str,
 ) -> Tensor:
+    fetches = bool(ahead) and hidden.is_cuda and hidden.shape[0] <= AHEAD
+    more = (ahead,) if fetches else ()
+
     def routed() -> Tensor:
         if logits is not None:
-            ids, weights = choose_op(logits, correction, rule, as_logits)
+            choose = choose_ahead if fetches else choose_op
+            ids, weights = choose(logits, correction, rule, as_logits, *more)
         else:
-            _, ids, weights = route_hidden_op(
-                hidden, router, router_bias, correction, rule, fp32, as_logits
+            route = route_hidden_ahead if fetches else route_hidden_op
+            _, ids, weights = route(
+                hidden, router, router_bias, correction, rule, fp32, as_logits, *more
             )
         return experts_op(hidden, ids, weights, *params, spec, impl)
 
@@ -176,6 +195,17 @@ def _shared_weights(block: nn.Module, parts: Parts) -> list[Tensor] | None:
     return there if len(there) == len(found) else None
 
 
+def _plain_weights(modules: tuple[nn.Module, ...], like: Tensor) -> list[Tensor]:
+    """Weights that are there as plain tensors on the device of `like`: not sharded, not away.
+
+    None in an exported program, which would hold them a second time.
+    """
+    if torch.compiler.is_exporting():
+        return []
+    held = [module._parameters.get("weight") for module in modules]
+    return [w for w in held if type(w) is nn.Parameter and w.device == like.device]
+
+
 def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, ...] | None:
     """Everything that `block_op` takes after the hidden states; None: the block's own forward."""
     router, experts = block._modules[plan.parts.router], block._modules[plan.parts.experts]
@@ -215,7 +245,8 @@ def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, 
     outside = product_outside(hidden_TH, weight, router_bias, rule.fp32)
     return (
         outside, None if outside is not None else weight, router_bias, correction, params, shared,
-        rule.spec.key(), rule.fp32, rule.as_logits, plan.spec.key(), state.impl,
+        _plain_weights(plan.ahead, hidden_TH), rule.spec.key(), rule.fp32, rule.as_logits,
+        plan.spec.key(), state.impl,
     )  # fmt: skip
 
 
@@ -367,10 +398,26 @@ def _run_stands(
     return None
 
 
-def plan_block(parts: Parts, spec: ExpertSpec) -> BlockPlan:
+def read_next(model: nn.Module, block: str) -> tuple[nn.Module, ...]:
+    """The linear layers of the decoder layer after that of a block, in order, but its own block's.
+
+    After the last layer comes the first, of the next token. None, where decoder layers are no list.
+    """
+    layer, _, inside = block.rpartition(".")
+    layers, _, number = layer.rpartition(".")
+    if not number.isdigit() or not isinstance(held := model.get_submodule(layers), nn.ModuleList):
+        return ()
+    following = held[(int(number) + 1) % len(held)]
+    return tuple(
+        module for name, module in following.named_modules()
+        if type(module) is nn.Linear and name.partition(".")[0] != inside
+    )  # fmt: skip
+
+
+def plan_block(parts: Parts, spec: ExpertSpec, ahead: tuple[nn.Module, ...] = ()) -> BlockPlan:
     """The plan of a recognised block."""
     shapes, named = spec.weight_shapes(), parameter_names(spec)
     return BlockPlan(
         parts, spec, tuple(named.get(name, "") for name in WEIGHT_NAMES),
-        tuple(tuple(shapes[name]) for name in WEIGHT_NAMES if name in shapes),
+        tuple(tuple(shapes[name]) for name in WEIGHT_NAMES if name in shapes), ahead,
     )  # fmt: skip
