@@ -59,12 +59,35 @@ def test_a_slot_that_is_being_written_again_is_not_shown() -> None:
     for _ in range(4):
         layer[ROWS] += 1
         ring.publish()
-    # The device begins its fifth publication: numbers of slot 0 change, its stamp does not yet.
-    ring._values[0] = 99
+    # The device begins its fifth publication: some words of slot 0 are of it, the others are not.
+    ring._words[0, -2:] = (5 << 32) + 99
     samples = ring.read()
     assert [s.step for s in samples] == [2, 3] and ring.merged == 2
     assert [s.steps for s in samples] == [3, 1]
     assert samples[0].counts[0][ROWS].tolist() == [3, 3]
+
+
+def test_a_slot_whose_words_are_not_all_there_waits() -> None:
+    layer = new_counters(2, CPU)
+    ring = Ring([layer], slots=4)
+    ring.publish()
+    late = ring._words[0, 5].copy()
+    ring._words[0, 5] = 0
+    assert ring.read() == []
+    ring._words[0, 5] = late
+    assert [s.step for s in ring.read()] == [0] and ring.merged == 0
+
+
+def test_numbers_of_publications_may_pass_2_to_the_32() -> None:
+    layer = new_counters(2, CPU)
+    ring = Ring([layer], slots=4)
+    ring._next = 2**32 - 3
+    ring._state[:, 1] = ring._next
+    for _ in range(4):
+        layer[ROWS] += 1
+        ring.publish()
+    assert [s.counts[0][ROWS].tolist() for s in ring.read()] == [[1, 1]] * 4
+    assert ring.merged == 0
 
 
 def test_steps_that_wait_for_others_are_published_at_the_end() -> None:

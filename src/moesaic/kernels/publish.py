@@ -1,13 +1,14 @@
 """Publish counters: one launch a step copies every layer's counters into a ring in host memory.
 
 The ring is pinned host memory that the device writes and the host only reads, so nobody waits for
-anybody. The number of the step lives in device memory: a launch captured in a CUDA graph goes on to
-the next slot at every replay. A slot is complete when its stamp, written last, is the number of
-its publication; the host throws away what it read from a slot that may have been overwritten
-meanwhile (`runtime.counters`). Counters only ever grow (modulo 2**32), so that a slot that nobody
-read loses detail but no count.
+anybody. Every number goes there beside the number of its publication, in one word of 8 bytes that
+arrives whole: the host takes a slot for complete when all of its words are of one publication, so
+that the device need order nothing, and one that is being written again shows it
+(`runtime.counters`). How many steps there were is kept in device memory, by each program for
+itself: a launch captured in a CUDA graph goes on to the next slot at every replay. Counters only
+ever grow (modulo 2**32), so that a slot that nobody read loses detail but no count.
 
-    L layers · E experts · R slots · W numbers of a slot, 3 * E of each layer
+    L layers · E experts · R slots · W numbers of a slot, 4 of the step and 3 * E of each layer
 
 The torch twin is `publish_ref.publish_ref`, in a file of its own because the CPU must not need
 Triton.
@@ -28,13 +29,14 @@ from triton.language.extra.cuda import gdc_wait, globaltimer
 
 from .aot import AotCase
 from .launching import launch, recorded
+from .publish_ref import HEAD
 
 BLOCK = 1024
 
 
 def new_table(counters: Sequence[Tensor]) -> Tensor:
-    """Where the counters are and go, (L, 3) int64: address, first number in a slot, numbers."""
-    lines, first = [], 0
+    """Where the counters are and go, (L, 3) int64: address, first word in a slot, numbers."""
+    lines, first = [], HEAD
     for tensor in counters:
         lines.append([tensor.data_ptr(), first, tensor.numel()])
         first += tensor.numel()
@@ -44,7 +46,6 @@ def new_table(counters: Sequence[Tensor]) -> Tensor:
 def publish(
     table: Tensor,
     ring: Tensor,
-    head: Tensor,
     state: Tensor,
     *,
     every: int = 1,
@@ -56,7 +57,7 @@ def publish(
 
     Args:
         table: of `new_table`; the counters must live as long as launches, replays included.
-        ring, head: of `publish_ref.new_ring`, pinned. state: of `publish_ref.new_state`.
+        ring: of `publish_ref.new_ring`, pinned. state: of `publish_ref.new_state`.
         clock: write the device's clock; only a GPU has one.
         pdl: start while the launch before still runs and wait for it on the device (sm_90 and up).
     """
@@ -66,7 +67,6 @@ def publish(
         table.shape[0],
         table,
         ring,
-        head,
         state,
         ring.shape[0],
         ring.shape[1],
@@ -81,7 +81,7 @@ def publish(
 
 
 def again(
-    table: Tensor, ring: Tensor, head: Tensor, state: Tensor, *, every: int, pdl: bool
+    table: Tensor, ring: Tensor, state: Tensor, *, every: int, pdl: bool
 ) -> Callable[[int], None]:
     """`publish` of `every` steps, to be made again on a stream at a fraction of the host's time.
 
@@ -93,7 +93,7 @@ def again(
 
     how: dict[str, Any] = {"every": every, "steps": every, "pdl": pdl}
     with recorded() as recording:
-        publish(table, ring, head, state, **how)
+        publish(table, ring, state, **how)
     cells: list[ctypes.c_uint64] = []
 
     def cell_of(_: str, tensor: Tensor) -> int:
@@ -106,9 +106,9 @@ def again(
     try:
         raw = RawLaunch(recording.launches[0], cell_of, no_map)
     except Unsupported:
-        return lambda _: publish(table, ring, head, state, **how)
+        return lambda _: publish(table, ring, state, **how)
 
-    def run(stream: int, kept: Any = (cells, table, ring, head, state)) -> None:
+    def run(stream: int, kept: Any = (cells, table, ring, state)) -> None:
         raw.config.stream = stream
         check(raw.go())
 
@@ -116,10 +116,15 @@ def again(
 
 
 @triton.jit
+def _word(number, value):
+    """The number of the publication above 32 bits of a value."""
+    return (number << 32) | (value.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
 def publish_kernel(
     table_ptr,
     ring_ptr,
-    head_ptr,
     state_ptr,
     slots,
     width,
@@ -129,14 +134,14 @@ def publish_kernel(
     CLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """One program a layer copies its counters; the last to finish stamps the slot, ends the step.
+    """One program a layer copies its counters; the first also writes time and steps.
 
-    table_ptr: int64 (L, 3), see `new_table`. ring_ptr: int32 (slots, width), head_ptr: int64
-    (slots, 3), both in host memory: see `publish_ref.new_ring`. state_ptr: int64 (3,): steps,
-    tickets, publications.
+    table_ptr: int64 (L, 3), see `new_table`. ring_ptr: int64 (slots, width), in host memory, see
+    `publish_ref.new_ring`. state_ptr: int64 (L, 2), of each program: steps, publications.
 
-    Example: with counters [[5, 1], [5, 1], [2, 1]], 1 step more, state [3, 0, 3] and 2 slots, slot
-    1 becomes [5, 1, 5, 1, 2, 1], its stamp 4, and the state [4, 0, 4].
+    Example: with counters [[5, 1], [5, 1], [2, 1]], 1 step more, state [[3, 3]] and 2 slots, slot
+    1 becomes time 0, 0, steps 4, 0, numbers 5, 1, 5, 1, 2, 1, each 4 << 32 more, and the state
+    [[4, 4]].
     """
     program = tl.program_id(0)
     counters_ptr = tl.load(table_ptr + 3 * program).to(tl.pointer_type(tl.int32))
@@ -144,31 +149,29 @@ def publish_kernel(
     numbers = tl.load(table_ptr + 3 * program + 2)
     if PDL:
         gdc_wait()
-    before = tl.load(state_ptr)
-    number = tl.load(state_ptr + 2) + 1
+    before = tl.load(state_ptr + 2 * program)
+    number = tl.load(state_ptr + 2 * program + 1) + 1
     now = before + steps
     due = now // every > before // every
-    slot = (number - 1) % slots
+    slot_ptr = ring_ptr + ((number - 1) % slots) * width
     if due:
-        out_ptr = ring_ptr + slot * width + start
         for first in range(0, numbers, BLOCK):
             at = first + tl.arange(0, BLOCK)
             value = tl.load(counters_ptr + at, at < numbers)
-            tl.store(out_ptr + at, value, at < numbers)
+            tl.store(slot_ptr + start + at, _word(number, value), at < numbers)
         if program == 0:
-            tl.store(head_ptr + 3 * slot + 2, now)
-        if CLOCK and program == 0:
-            tl.store(head_ptr + 3 * slot + 1, globaltimer())
-    # Every lane's numbers before the ticket, all tickets before the stamp: the host reads the
-    # stamp first, and the fence of this atomic reaches as far as the host.
+            tl.store(slot_ptr + 2, _word(number, now))
+            tl.store(slot_ptr + 3, _word(number, now >> 32))
+            time = now * 0
+            if CLOCK:
+                time = globaltimer()
+            tl.store(slot_ptr, _word(number, time))
+            tl.store(slot_ptr + 1, _word(number, time >> 32))
+    # Every lane must have read the state before one writes it.
     tl.debug_barrier()
-    ticket = tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="sys")
-    if ticket == tl.num_programs(0) - 1:
-        if due:
-            tl.store(head_ptr + 3 * slot, number)
-            tl.store(state_ptr + 2, number)
-        tl.store(state_ptr + 1, 0)
-        tl.store(state_ptr, now)
+    tl.store(state_ptr + 2 * program, now)
+    if due:
+        tl.store(state_ptr + 2 * program + 1, number)
 
 
 @triton.jit
@@ -186,7 +189,7 @@ def device_clock_ns(device: torch.device) -> int:
 
 def aot_cases() -> list[AotCase]:
     """The kernels of this module for ahead-of-time compilation, overlapping ones from sm_90 on."""
-    pointers = {"table_ptr": "*i64", "ring_ptr": "*i32", "head_ptr": "*i64", "state_ptr": "*i64"}
+    pointers = dict.fromkeys(("table_ptr", "ring_ptr", "state_ptr"), "*i64")
     options: dict[str, Any] = {"enable_fp_fusion": True}
     counters = AotCase(
         name="publish/counters",
@@ -194,7 +197,7 @@ def aot_cases() -> list[AotCase]:
         signature={**pointers, **dict.fromkeys(("slots", "width", "every", "steps"), "i32")},
         constexprs={"BLOCK": BLOCK, "CLOCK": True, "PDL": False},
         options={"num_warps": 4, **options},
-        ptx={90: ("sys.acq_rel",)},
+        ptx={90: ("st.global.b64",)},
     )
     overlapping = replace(
         counters,
@@ -202,7 +205,7 @@ def aot_cases() -> list[AotCase]:
         archs=(90, 100),
         constexprs={**counters.constexprs, "PDL": True},
         options={**counters.options, "launch_pdl": True},
-        ptx={90: ("sys.acq_rel", "griddepcontrol.wait")},
+        ptx={90: ("st.global.b64", "griddepcontrol.wait")},
     )
     clock = AotCase(
         name="publish/clock",

@@ -20,14 +20,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels.publish_ref import new_ring, new_state, publish_ref
+from ..kernels.publish_ref import HEAD, new_ring, new_state, publish_ref
 
 captured: list[Ring] = []
 """Rings that CUDA graphs write to: a replay may come at any time, so they are never freed."""
@@ -96,10 +95,9 @@ class Ring:
         if self.device.type == "cuda":
             self._start_on_gpu(width)
         else:
-            self._ring, self._head = new_ring(slots, width)
-            self._state = new_state(self.device)
-        self._values: NDArray[Any] = self._ring.numpy()
-        self._stamps: NDArray[Any] = self._head.numpy()
+            self._ring = new_ring(slots, width)
+            self._state = new_state(len(counters), self.device)
+        self._words: NDArray[np.uint64] = self._ring.numpy().view(np.uint64)
 
     def _start_on_gpu(self, width: int) -> None:
         from ..kernels import publish as room
@@ -107,8 +105,8 @@ class Ring:
         with torch.cuda.device(self.device):
             self._again: Callable[[int], None] | None = None
             self._pdl = torch.cuda.get_device_capability(self.device) >= (9, 0)
-            self._ring, self._head = new_ring(self.slots, width, pinned=True)
-            self._state = new_state(self.device)
+            self._ring = new_ring(self.slots, width, pinned=True)
+            self._state = new_state(len(self.counters), self.device)
             self._table = room.new_table(self.counters)
             torch.cuda.synchronize()
             room.device_clock_ns(self.device)
@@ -147,7 +145,7 @@ class Ring:
         elif self._again is None:
             from ..kernels.publish import again
 
-            tensors = (self._table, self._ring, self._head, self._state)
+            tensors = (self._table, self._ring, self._state)
             self._again = again(*tensors, every=self.every, pdl=self._pdl)
         else:
             self._again(torch._C._cuda_getCurrentRawStream(self.device.index))
@@ -159,7 +157,6 @@ class Ring:
             publish(
                 self._table,
                 self._ring,
-                self._head,
                 self._state,
                 every=every,
                 steps=steps,
@@ -170,7 +167,6 @@ class Ring:
         publish_ref(
             self.counters,
             self._ring,
-            self._head,
             self._state,
             every=every,
             steps=steps,
@@ -181,25 +177,29 @@ class Ring:
         """The samples that were completed since the last call, oldest first, without waiting."""
         samples: list[Sample] = []
         while True:
-            slot = self._next % self.slots
-            stamp = int(self._stamps[slot, 0])
-            due = self._next + 1
-            if stamp < due:
+            words = self._words[self._next % self.slots].copy()
+            ahead = self._ahead(words)
+            if ahead.max() > 0:
+                # Written again, or about to be: go on half a ring behind the newest.
+                newest = self._next + 1 + int(self._ahead(self._words).max())
+                kept = newest - 1 - self.slots // 2
+                self.merged += kept - self._next
+                self._next = kept
+            elif ahead.min() < 0:
                 return samples
-            values = self._values[slot].view(np.uint32).copy()
-            time_ns, steps = int(self._stamps[slot, 1]), int(self._stamps[slot, 2])
-            # The slot is written again after its neighbour before was: had that begun, skip.
-            newest = int(self._stamps[:, 0].max())
-            if stamp > due or newest - self._next >= self.slots:
-                oldest_safe = newest - self.slots // 2
-                self.merged += oldest_safe - self._next
-                self._next = oldest_safe
-                continue
-            samples.append(self._sample(steps, time_ns, values))
-            self._next += 1
+            else:
+                samples.append(self._sample(words.astype(np.uint32)))
+                self._next += 1
 
-    def _sample(self, until: int, time_ns: int, values: NDArray[np.uint32]) -> Sample:
-        counts, first = [], 0
+    def _ahead(self, words: NDArray[np.uint64]) -> NDArray[np.int32]:
+        """By how many publications each word is newer than the next to be read, modulo 2**32."""
+        due = np.uint32((self._next + 1) % 2**32)
+        return ((words >> np.uint64(32)).astype(np.uint32) - due).view(np.int32)
+
+    def _sample(self, values: NDArray[np.uint32]) -> Sample:
+        low_ns, high_ns, low, high = map(int, values[:HEAD])
+        time_ns, until = high_ns << 32 | low_ns, high << 32 | low
+        counts, first = [], HEAD
         for layer, before in enumerate(self._before):
             now = values[first : first + before.size].reshape(before.shape)
             first += before.size
