@@ -114,16 +114,21 @@ def test_targets_come_from_the_lines() -> None:
     lines += [line("dispatch", 4, "moesaic", 0.0055), line("dispatch", 128, "moesaic", 0.011)]
     lines += [line("combine", 8192, "moesaic-32sm", 1.0, gbps=299.0)]
     told = {t.name: t for t in ep.summarize(lines)}
-    assert told["slowest GB/s of moesaic, 8192 rows and more"].value == 345.0
-    assert told["slowest GB/s of moesaic, 8192 rows and more"].met
-    assert not told["slowest GB/s of moesaic-32sm, 8192 rows and more"].met
+    assert told["slowest GB/s of moesaic, 50 MB and more"].value == 345.0
+    assert told["slowest GB/s of moesaic, 50 MB and more"].met
+    assert not told["slowest GB/s of moesaic-32sm, 50 MB and more"].met
+    other = [line("dispatch", t, "moesaic", 0.2, gbps=339.0) for t in (2048, 8192)]
+    other = [other[0] | {"ms": 0.1}, other[1] | {"routing": "zipf1", "model": "rows-2048"}]
+    for added, value in zip(other, (345.0, 339.0), strict=True):
+        told_more = {t.name: t for t in ep.summarize([*lines, added])}
+        assert told_more["slowest GB/s of moesaic, 50 MB and more"].value == value
     assert told["us of dispatch, 1 rows a peer"].met
     assert not told["us of dispatch, 32 rows a peer"].met
     assert told["us of combine, 1 rows a peer"].value is None
     assert told["geomean speed-up over nccl"].value == 3.0
     wrong = line("dispatch", 8192, "moesaic", 0.1, gbps=9999.0, wrong=True)
     told = {t.name: t for t in ep.summarize([*lines[1:], wrong])}
-    assert told["slowest GB/s of moesaic, 8192 rows and more"].value == 345.0
+    assert told["slowest GB/s of moesaic, 50 MB and more"].value == 345.0
     assert not told["moesaic lines wrong or failed"].met
     alone = line("layer-ep1", 8192, "moesaic", 1.0) | {"ranks": 1, "model": "wide-16-k1"}
     told = {t.name: t for t in ep.summarize([alone | {"routing": "uniform"}])}
