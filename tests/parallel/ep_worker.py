@@ -115,7 +115,7 @@ def run(name: str, rank: int, world: int) -> dict:
     told: dict = {"backends": {}}
     for backend in case.backends:
         options = Options(
-            backend=backend, capacity=case.capacity, per_node=case.per_node, timeout_s=60,
+            backend=backend, capacity=case.capacity, per_node=case.per_node, timeout_s=240,
             **case.options,
         )  # fmt: skip
         layer = ExpertParallel(
