@@ -24,10 +24,10 @@ WORKER = Path(__file__).parent / "ep_worker.py"
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
-def run_group(world: int, folder: Path, *cases: str) -> list[dict]:
+def run_group(world: int, folder: Path, *cases: str, worker: Path = WORKER) -> list[dict]:
     """What each rank of a group of processes says of the cases."""
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(WORKER)]
+    command = [sys.executable, "-W", "ignore", str(worker)]
     ranks = [
         subprocess.Popen(
             [*command, str(rank), str(world), str(folder / "store"), *cases],

@@ -211,8 +211,7 @@ def exchange_lines(team: Team, cell: Cell, width: int, fixed: Line, seed: int) -
     samplers: dict[Key, Sampler] = {}
     all_sms = exchange.num_sms
     for impl, sms in (("moesaic", all_sms), ("moesaic-32sm", min(FEW_SMS, all_sms))):
-        exchange.num_sms = sms
-        exchange.tiles.clear()
+        exchange.limit(sms)
         same, received, back_XH = round_trip(exchange, batch)
         rows = ExpertRows(back_XH, positions(received))
         calls: dict[str, Call] = {

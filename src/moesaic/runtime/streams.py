@@ -71,6 +71,13 @@ class CudaLanes:
         make = torch.cuda.Stream
         self.streams = [make(device) for _ in range(count)]  # type: ignore[no-untyped-call]
 
+    @staticmethod
+    def of(device: torch.device, streams: Iterable[Any]) -> CudaLanes:
+        """Lanes that are these streams, of parts of the GPU perhaps."""
+        lanes = CudaLanes(device, 0)
+        lanes.streams = list(streams)
+        return lanes
+
     def __len__(self) -> int:
         return len(self.streams)
 

@@ -65,9 +65,10 @@ def width_words(width: int, dtype: torch.dtype) -> int:
 
 @dataclass
 class Buffers:
-    """What `resize` makes anew, one for all layers that share an exchange."""
+    """What `resize` makes anew and the SM budget, one for all layers that share an exchange."""
 
     capacity: int
+    num_sms: int
     memory: SharedMemory | None = None
     window: Any = None
     position_BK: Tensor | None = None
@@ -104,19 +105,15 @@ class SymmetricExchange:
         num_sms: int | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        from ...kernels.device import sm_count
-
         self.seat, self.group, self.top_k = seat, group, top_k
         self.row, self.back = row, back
         self.device = seat.place_E.device  # of a tensor, so that a GPU has its index
-        self.num_sms = num_sms or max(sm_count(self.device), seat.ranks)
-        if self.num_sms < seat.ranks:
-            raise ValueError(f"num_sms must be at least one a rank, {seat.ranks}, got {num_sms}")
         self.timeout_s = timeout_s
         self.timeout_us = min(round(timeout_s * 1e6), 2**31 - 1)
         self.words = (width_words(*row), width_words(*back))
         self.tiles: dict[tuple[int, int], Any] = {}
-        self.buffers = Buffers(capacity)
+        self.buffers = Buffers(capacity, 0)
+        self.limit(num_sms)
         self.resize(capacity)
 
     def at(self, seat: Seat) -> SymmetricExchange:
@@ -213,6 +210,30 @@ class SymmetricExchange:
         if key not in self.tiles:
             self.tiles[key] = plan_push(max(1, rows), words, self.seat.ranks, self.num_sms)
         return self.tiles[key]
+
+    @property
+    def num_sms(self) -> int:
+        """Programs of a push, one an SM."""
+        return self.buffers.num_sms
+
+    @num_sms.setter
+    def num_sms(self, num_sms: int) -> None:
+        self.limit(num_sms)
+
+    def limit(self, num_sms: int | None) -> None:
+        """Another SM budget for the pushes to come, None: all SMs; graphs keep what they have.
+
+        Raises:
+            ValueError: under one SM a rank.
+        """
+        from ...kernels.device import sm_count
+
+        wanted = num_sms or max(sm_count(self.device), self.seat.ranks)
+        if wanted < self.seat.ranks:
+            least = self.seat.ranks
+            raise ValueError(f"num_sms must be at least one a rank, {least}, got {num_sms}")
+        self.buffers.num_sms = wanted
+        self.tiles.clear()
 
     def _push(
         self, hidden_TH: Tensor, topk_ids_TK: Tensor, bound: int | None, wait_too: bool
