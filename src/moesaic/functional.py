@@ -37,7 +37,7 @@ from .validate import (
     check_inputs,
     check_moe,
     check_route,
-    counters_known,
+    counters_mark,
     values_wanted,
 )
 
@@ -93,7 +93,8 @@ def _repeatable_route(
         return None
     if listened_to() or values_wanted():
         return None
-    if counters is not None and not counters_known(counters, spec.num_experts, logits):
+    mark = None if counters is None else counters_mark(counters)
+    if counters is not None and mark is None:
         return None
     grad, device = torch.is_grad_enabled(), torch._C._cuda_getDevice()
     kind: Any = None
@@ -103,7 +104,7 @@ def _repeatable_route(
         if grad and tensor.requires_grad:
             return None
         kind = (kind, tensor.shape, tensor.dtype)
-    return (device, spec.key(), counters is None, kind)
+    return (device, spec.key(), mark, kind)
 
 
 def _remember_route(key: tuple[Any, ...], spec: RouterSpec) -> None:
@@ -272,7 +273,8 @@ def _repeatable(
         return None
     if weights.mid_bias is not None:
         return None
-    if counters is not None and not counters_known(counters, spec.num_experts, hidden):
+    mark = None if counters is None else counters_mark(counters)
+    if counters is not None and mark is None:
         return None
     grad = torch.is_grad_enabled()
     for tensor in tensors:
@@ -285,7 +287,7 @@ def _repeatable(
         return None
     return (
         hidden.shape, ids.shape, share.shape, up.shape, down.shape, hidden.dtype, ids.dtype,
-        share.dtype, up.dtype, down.dtype, devices[0], counters is None, spec.key(), impl, num_sms,
+        share.dtype, up.dtype, down.dtype, devices[0], mark, spec.key(), impl, num_sms,
     )  # fmt: skip
 
 

@@ -163,10 +163,11 @@ def check_contiguous(weights: ExpertWeights) -> None:
             )
 
 
-def counters_known(counters: Tensor, num_experts: int, like: Tensor) -> bool:
-    """Whether `check_counters` has found these right before; they stay the same over many calls."""
-    known = getattr(counters, "_counts_of", None)
-    return known == num_experts and counters.get_device() == like.get_device()
+def counters_mark(counters: Tensor) -> tuple[int, int] | None:
+    """Experts and device of counters that `check_counters` has found right, else None; they stay
+    the same over many calls."""
+    mark: tuple[int, int] | None = getattr(counters, "_counts_of", None)
+    return mark
 
 
 def check_counters(counters: Tensor, num_experts: int, like: Tensor) -> None:
@@ -176,7 +177,7 @@ def check_counters(counters: Tensor, num_experts: int, like: Tensor) -> None:
         TypeError: they are not int32.
         ValueError: their shape is not (3, E), or they are not on the device of `like`.
     """
-    if counters_known(counters, num_experts, like):
+    if counters_mark(counters) == (num_experts, like.get_device()):
         return
     if (
         counters.dtype is torch.int32
@@ -185,7 +186,7 @@ def check_counters(counters: Tensor, num_experts: int, like: Tensor) -> None:
         and counters.is_contiguous()
     ):
         # What was found right is written on the tensor.
-        counters._counts_of = num_experts  # type: ignore[attr-defined]
+        counters._counts_of = num_experts, like.get_device()  # type: ignore[attr-defined]
         return
     if counters.dtype != torch.int32:
         raise TypeError(f"counters must be int32, got {counters.dtype}")
