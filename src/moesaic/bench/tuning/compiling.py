@@ -188,6 +188,7 @@ def launch(
     model, dtype = request.model, getattr(torch, request.dtype)
     sort, tasks = dry_map(request, one_token)
     slots = sort.order_S.numel()
+    order_S = sort.order_S[: model.top_k] if one_token and impl == "hopper" else sort.order_S
 
     def rows(count: int, width: int) -> Tensor:
         return torch.empty(count, width, dtype=dtype)
@@ -199,8 +200,7 @@ def launch(
             pair_products(
                 model, hopper_config(tile),
                 rows(1 if one_token else few or DRY_TOKENS, model.hidden_size),
-                sort.order_S[: model.top_k] if one_token else sort.order_S, tasks, weights,
-                num_sms=request.num_sms, one_token=one_token, few=few > 0,
+                order_S, tasks, weights, num_sms=request.num_sms, one_token=one_token, few=few > 0,
             )  # fmt: skip
             return
         first, last = hopper_products(
@@ -208,7 +208,7 @@ def launch(
             one_token=one_token,
         )  # fmt: skip
         if part == "up":
-            first(rows(DRY_TOKENS, model.hidden_size), sort.order_S, tasks, weights)
+            first(rows(DRY_TOKENS, model.hidden_size), order_S, tasks, weights)
         else:
             last(rows(slots, model.intermediate_size), tasks, weights)
         return
