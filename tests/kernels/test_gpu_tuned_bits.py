@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 from moesaic.kernels.experts import experts_triton
-from moesaic.kernels.hopper.experts import choose, experts_hopper, layer_config
+from moesaic.kernels.hopper.experts import choose_layer, experts_hopper, layer_config
 from moesaic.kernels.tune import CONFIGS, Problem, _config_from_json, load_table, shape_key
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -96,7 +96,7 @@ def test_every_hopper_row_gives_the_triton_paths_bits(key: str) -> None:
         rest = layer.inputs(tokens)[0]
         assert not torch.equal(want, layer.triton((rest, *inputs[1:])))
         up_rows = p.intermediate * (2 if p.gated else 1)
-        untuned = choose(tokens, p.top_k, p.num_experts, up_rows, 132)
+        untuned = choose_layer(tokens, p.top_k, p.num_experts, up_rows, 132)
         configs = {untuned, *map(layer_config, own)} | (many if tokens > 1 else set())
         for config in configs:
             assert torch.equal(want, layer.hopper(inputs, config)), (tokens, config)

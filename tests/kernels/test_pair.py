@@ -212,6 +212,20 @@ def test_any_ids_weights_and_counters(tokens: int) -> None:
 
 
 @needs_hopper
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_a_long_id_of_nobody_is_not_cut_to_an_expert(tokens: int) -> None:
+    case = draw(tokens)
+    nobody, beyond = case["topk_ids"].clone(), case["topk_ids"].long()
+    nobody[:, 1] = -1
+    beyond[:, 1] += 2**32
+    wanted = experts_hopper(**case | {"topk_ids": nobody}, config=alike(APART))
+    assert not torch.equal(wanted, experts_hopper(**case, config=alike(APART)))
+    for tile in (APART, *TILES[:3]):
+        got = experts_hopper(**case | {"topk_ids": beyond}, config=alike(tile))
+        assert torch.equal(wanted, got), tile
+
+
+@needs_hopper
 @pytest.mark.parametrize("tokens", [2, 3, 16])
 def test_few_tokens_find_their_tasks(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     getattr(plans._threads, "plans", {}).clear()

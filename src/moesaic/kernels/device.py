@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from functools import lru_cache
@@ -9,7 +10,9 @@ from typing import TypeVar
 
 import torch
 
-Made = TypeVar("Made")
+Made = TypeVar("Made", torch.Tensor, tuple[torch.Tensor, ...])
+NON_BLOCKING = 1
+"""CU_STREAM_NON_BLOCKING: the stream does not wait for the legacy default stream."""
 
 
 @lru_cache(maxsize=64)
@@ -20,16 +23,38 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache(maxsize=64)
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of a CUDA device that nobody else has; those of torch's pool are lent again.
+
+    Raises:
+        RuntimeError: the driver makes none.
+    """
+    handle = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        create = ctypes.CDLL("libcuda.so.1").cuStreamCreate
+        code = create(ctypes.byref(handle), NON_BLOCKING)
+    if code:
+        raise RuntimeError(f"the CUDA driver made no stream: error {code}")
+    return torch.cuda.ExternalStream(handle.value, device=device)
+
+
 def for_good(make: Callable[[], Made], device: torch.device) -> Made:
     """What `make` makes, to be kept beyond this call; complete, so that any stream may use it.
 
-    A thread of its own makes it, on the caller's stream. The caller's may be allocating in a pool
-    that is taken back as a whole (torch.compile's CUDA graph trees, a user's), where nothing may
-    stay, or may have forbidden to wait for the device. Not for use inside a capture.
+    A thread of its own makes it, on a stream of its own. The caller's thread may be allocating in a
+    pool that is taken back as a whole (torch.compile's CUDA graph trees, a user's), where nothing
+    may stay, or may have forbidden to wait for the device; the caller's stream may hold a kernel
+    that waits for another GPU, whose part of the work this very thread has yet to launch. Not for
+    use inside a capture.
+
+    Args:
+        make: makes a tensor or a tuple of tensors; the caller's stream may use them until they are
+            freed, another stream must be recorded on them.
     """
     if device.type != "cuda":
         return make()
-    stream = torch.cuda.current_stream(device)
+    stream, caller = own_stream(device), torch.cuda.current_stream(device)
     made: list[Made] = []
     failed: list[BaseException] = []
 
@@ -37,6 +62,8 @@ def for_good(make: Callable[[], Made], device: torch.device) -> Made:
         try:
             with torch.cuda.stream(stream):
                 made.append(make())
+                for tensor in (made[0],) if isinstance(made[0], torch.Tensor) else made[0]:
+                    tensor.record_stream(caller)
                 event = torch.cuda.Event()
                 event.record(stream)
                 while not event.query():

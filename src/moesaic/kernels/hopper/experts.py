@@ -43,14 +43,8 @@ def choose(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) ->
     With few rows the work is reading weights, and a narrow token side wastes no shared memory;
     from about fifty rows on, the tensor cores want tall tiles. Those take rows that were copied
     together, which pays where the product is wide; 128-row tiles gather their rows themselves.
-    Around 256 rows a task, 384 rows a tile keep a task whole and its weights are read once. One
-    token has few tiles: narrow ones spread them, two programs an SM where a launch has under three
-    tiles for each SM.
+    Around 256 rows a task, 384 rows a tile keep a task whole and its weights are read once.
     """
-    if tokens == 1:
-        crowded = top_k * up_rows // 64 >= 3 * num_sms
-        tile = HopperConfig("decode", 16, 64, 12 if crowded else 8, ctas_per_sm=1 if crowded else 2)
-        return LayerConfig(tile, tile)
     rows_per_expert = tokens * top_k / experts
     for most, rows, stages in ((2, 16, 10), (12, 32, 9), (48, 64, 8)):
         if rows_per_expert <= most:

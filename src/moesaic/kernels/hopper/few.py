@@ -48,17 +48,18 @@ def _add(a, b):
 
 
 @gluon.jit
-def _experts_of(p, slot):
+def experts_of(p, slot):
     """The expert of each slot, -1 where it is nobody's."""
-    e = gl.load(p.task_ptr + slot, mask=slot < p.N, other=-1).to(gl.int32)
-    return gl.where((e >= 0) & (e < p.experts), e, -1)
+    e = gl.load(p.task_ptr + slot, mask=slot < p.N, other=-1)
+    # Compared as they are: the low half of a 64-bit id may look like an expert's.
+    return gl.where((e >= 0) & (e < p.experts), e, -1).to(gl.int32)
 
 
 @gluon.jit
 def load_slots(p):
     """The expert of every slot."""
     G: gl.constexpr = grid_layout(p.LANES)
-    return _experts_of(p, gl.arange(0, p.LANES, layout=gl.SliceLayout(1, G)))
+    return experts_of(p, gl.arange(0, p.LANES, layout=gl.SliceLayout(1, G)))
 
 
 @gluon.jit
@@ -72,7 +73,7 @@ def number_slots(p, mine):
     other = gl.arange(0, 16, layout=gl.SliceLayout(0, G))
     same = gl.zeros([p.LANES, 16], gl.int32, layout=G)
     for first in range(0, p.N, 16):
-        theirs = _experts_of(p, first + other)
+        theirs = experts_of(p, first + other)
         before = (first + other)[None, :] < lane[:, None]
         same += (before & (theirs[None, :] == mine[:, None])).to(gl.int32)
     rank = gl.sum(same, axis=1)
@@ -174,7 +175,7 @@ def join_few(p, n, tasks):
                 # Nobody's rows are there too, of no weights: no load waits for another.
                 slot = token * p.TOP_K + k
                 weight = gl.load(p.weights_ptr + slot, mask=slot < p.N, other=0.0).to(gl.float32)
-                owned = _experts_of(p, slot) >= 0
+                owned = experts_of(p, slot) >= 0
                 weight = gl.where(owned, weight, 0.0)
                 at = p.out_ptr + slot[:, None] * p.hidden + column[None, :]
                 value = gl.load(at, mask=here, other=0.0, cache_modifier=".cg").to(gl.float32)

@@ -28,6 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .few import (
     add_counts,
     count_few,
+    experts_of,
     join_few,
     join_one,
     load_slots,
@@ -52,7 +53,7 @@ def _lanes(p):
     L: gl.constexpr = gl.BlockedLayout([p.LANES // 32], [32], [gl.num_warps()], [0])
     lane = gl.arange(0, p.LANES, layout=L)
     if p.ONE:
-        return gl.load(p.task_ptr + lane, mask=lane < p.N, other=0).to(gl.int32)
+        return experts_of(p, lane)
     elif p.FEW:
         return load_slots(p)
     else:

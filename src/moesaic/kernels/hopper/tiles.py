@@ -163,7 +163,11 @@ def locate(t, work):
     j = find_entry(work.tile_end_ptr, t // work.n_tiles, work.N, work.LANES)
     first = gl.load(work.tile_end_ptr + j - 1, mask=j > 0, other=0)
     m_tiles = gl.load(work.tile_end_ptr + j) - first
-    e = gl.load(work.task_ptr + j).to(gl.int32)
+    e = gl.load(work.task_ptr + j)
+    if e.dtype == gl.int64:
+        # The low half of an id of nobody may look like an expert's.
+        e = gl.where((e >= 0) & (e < 0x7FFFFFFF), e, -1)
+    e = e.to(gl.int32)
     row_start = gl.load(work.row_start_ptr + j)
     rows = gl.load(work.rows_ptr + j)
     q = t - first * work.n_tiles
