@@ -173,6 +173,14 @@ def built() -> Iterator[tuple[str, nn.Module | Exception]]:
             yield family, error
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list whose members hold the experts."""
+    name = next(n for n, m in model.named_modules() if "is_concatenated" in vars(m))
+    while not isinstance(found := model.get_submodule(name), nn.ModuleList):
+        name = name.rpartition(".")[0]
+    return found
+
+
 def layout(model: nn.Module) -> str:
     """The layout group of a model's experts, in words."""
     experts: Any = next(m for m in model.modules() if "is_concatenated" in vars(m))

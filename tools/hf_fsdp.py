@@ -2,7 +2,8 @@
 
     python tools/hf_fsdp.py WORLD FAMILY ...     prints one JSON object: family -> losses
 
-One process a rank on this machine; WORLD 1 trains without sharding.
+One process a rank on this machine; WORLD 1 trains without sharding. A family that cannot be trained
+has words instead of losses, and they begin with "grouped_mm cannot either" where that is so.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from pathlib import Path
 import torch
 
 STEPS = 3
+Losses = list[float] | str
 
 
-def train(family: str, world: int) -> list[float]:
+def train(family: str, world: int, name: str = "moesaic") -> list[float]:
     """Losses of plain SGD steps on a fixed random batch, the same on every rank."""
     from hf_checks import output, select, token_ids
-    from hf_families import tiny_model
+    from hf_families import decoder_layers, tiny_model
     from torch.distributed.fsdp import fully_shard
 
-    model = select(tiny_model(family), "moesaic").train()
+    model = select(tiny_model(family), name).train()
     ids_BN = token_ids(model, 2, 12)
     if world > 1:
-        for layer in model.model.layers:  # type: ignore[union-attr]
+        for layer in decoder_layers(model):
             fully_shard(layer)
         fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -44,21 +46,34 @@ def train(family: str, world: int) -> list[float]:
     return losses
 
 
+def tried(family: str, world: int) -> Losses:
+    """`train`, or what went wrong, and whether it does with grouped_mm too."""
+    try:
+        return train(family, world)
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        try:
+            train(family, world, "grouped_mm")
+        except Exception:
+            return f"grouped_mm cannot either ({told})"
+        return told
+
+
 def rank_main(rank: int, world: int, port: int, families: list[str]) -> None:
     """One rank; rank 0 prints."""
     if world > 1:
         torch.distributed.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
         )
-    losses = {family: train(family, world) for family in families}
+    losses = {family: tried(family, world) for family in families}
     if rank == 0:
         print(json.dumps(losses))
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
-def launch(world: int, families: list[str], timeout_s: float = 240.0) -> dict[str, list[float]]:
-    """The losses of every family over so many ranks.
+def launch(world: int, families: list[str], timeout_s: float = 240.0) -> dict[str, Losses]:
+    """The losses of every family over so many ranks, or what went wrong.
 
     Raises:
         RuntimeError: a rank failed; the message ends with its last lines.
@@ -85,7 +100,7 @@ def launch(world: int, families: list[str], timeout_s: float = 240.0) -> dict[st
     for rank, (_, error) in zip(ranks, texts, strict=True):
         if rank.returncode:
             raise RuntimeError(error[-2000:])
-    losses: dict[str, list[float]] = json.loads(texts[0][0].splitlines()[-1])
+    losses: dict[str, Losses] = json.loads(texts[0][0].splitlines()[-1])
     return losses
 
 

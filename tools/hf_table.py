@@ -1,6 +1,6 @@
 """Run every check of `hf_checks` on every family and write the table of docs/transformers.md.
 
-    python tools/hf_table.py [--families mixtral gpt_oss] [--page docs/transformers.md] [--check]
+    python tools/hf_table.py [--families mixtral gpt_oss] [--checks LoRA] [--page FILE] [--check]
 
 Each result goes to benchmarks/transformers-families.json at once; `--resume` leaves out what
 stands there already. The page gets the table between its two marks. `--check` runs nothing and
@@ -30,16 +30,19 @@ def short(error: BaseException) -> str:
     return f"FAILED {type(error).__name__}: {text}"[:160].replace("|", "/")
 
 
-def run(family: str) -> dict[str, str]:
-    """What every check says of a family."""
+def run(family: str, checks: list[str] | None = None) -> dict[str, str]:
+    """What every check says of a family, or those named."""
     from hf_checks import CHECKS
     from hf_families import layout, tiny_model
+    from hf_training import lora
 
     try:
         found = {"layout": layout(tiny_model(family))}
     except Exception as error:
         return {"layout": f"cannot be built: {short(error)}"}
-    for name, check in CHECKS.items():
+    for name, check in (CHECKS | {"LoRA": lora}).items():
+        if checks is not None and name not in checks:
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -97,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, write, or check; 1 when the page is stale or a check failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="*")
+    parser.add_argument("--checks", nargs="*", help="columns to make again, others stay")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "transformers.md")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--check", action="store_true")
@@ -113,9 +117,16 @@ def main(arguments: list[str] | None = None) -> int:
             if chosen.resume and family in results:
                 continue
             start = time.perf_counter()
-            results[family] = run(family)
+            kept = results.get(family, {}) if chosen.checks is not None else {}
+            results[family] = kept | run(family, chosen.checks)
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", "utf-8")
             print(f"{family} {time.perf_counter() - start:.0f} s {results[family]}", flush=True)
+        if chosen.checks is None or "FSDP2" in chosen.checks:
+            from hf_training import fsdp2
+
+            for family, words in fsdp2(list(chosen.families or families()), 900.0).items():
+                results[family]["FSDP2"] = words
+            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", "utf-8")
     failed = [f for f, row in results.items() if any(v.startswith("FAILED") for v in row.values())]
     page = chosen.page.read_text("utf-8") if chosen.page.exists() else ""
     new = filled(page, results) if page else page

@@ -5,70 +5,54 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import hf_training
 import pytest
 import torch
-from hf_checks import close, output, select, token_ids
-from hf_families import tiny_model
-from hf_fsdp import launch
+from hf_checks import select, token_ids
+from hf_families import families, tiny_model
 
 import moesaic
+from moesaic.integrations import transformers as adapter
 
 LAYOUTS = ("qwen3_moe", "minimax_m3_vl", "gpt_oss", "openai_privacy_filter", "nemotron_h")
-
-
-def same_losses(chosen: list[str]) -> None:
-    alone, sharded = launch(1, chosen), launch(2, chosen)
-    for family in chosen:
-        assert sharded[family] == pytest.approx(alone[family], rel=1e-5), family
-        assert abs(alone[family][0] - alone[family][-1]) > 1e-3, f"{family} did not train"
+OTHERS = sorted(set(families()) - set(LAYOUTS))
 
 
 def test_fsdp2_on_two_gloo_ranks_trains_to_the_same_losses() -> None:
-    same_losses(list(LAYOUTS))
+    assert hf_training.fsdp2(list(LAYOUTS)) == dict.fromkeys(LAYOUTS, "same losses")
 
 
-TARGETS = {
-    "attention": {"target_modules": ["q_proj", "v_proj"]},
-    "experts": {
-        "target_modules": [],
-        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-    },
-}
+@pytest.mark.slow
+def test_fsdp2_of_every_family() -> None:
+    words = hf_training.fsdp2(OTHERS, 900.0)
+    assert words.keys() == set(OTHERS)
+    assert not {f: w for f, w in words.items() if w.startswith("FAILED")}
 
 
-def adapted(family: str, target: str) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    options = dict(TARGETS[target])
-    if family == "nemotron_h" and target == "experts":
-        options["target_parameters"] = ["experts.up_proj", "experts.down_proj"]
-    model = get_peft_model(tiny_model(family), LoraConfig(r=4, **options))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero at the start, which would hide a missing adapter
-                parameter.normal_(std=0.1, generator=generator)
-    return model
+def test_other_losses_of_shards_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: dict[int, Any] = {1: {"a": [3.0, 2.0], "b": "X"}, 2: {"a": [3.0, 2.1], "b": "X"}}
+    monkeypatch.setattr(hf_training, "launch", lambda world, *_: losses[world])
+    words = hf_training.fsdp2(["a", "b"])
+    assert words == {"a": "FAILED losses [3.0, 2.0] [3.0, 2.1]", "b": "FAILED X"}
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:peft.*", "ignore::RuntimeWarning:peft.*")
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("family", LAYOUTS)
-def test_lora_gives_the_logits_and_gradients_of_eager(family: str, target: str) -> None:
-    outcomes, plain = {}, output(select(tiny_model(family), "eager"), token_ids(tiny_model(family)))
-    for name in ("eager", "moesaic"):
-        model = adapted(family, target)
-        select(model.get_base_model(), name)
-        out = output(model, token_ids(model.get_base_model()))
-        out.square().mean().backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-        outcomes[name] = out, grads
-    (theirs, wanted), (ours, found) = outcomes["eager"], outcomes["moesaic"]
-    close(ours, theirs, "logits with LoRA")
-    assert not torch.allclose(theirs, plain, atol=1e-3), "the adapters changed nothing"
-    assert found.keys() == wanted.keys() and len(found) >= 4
-    for name, grad in wanted.items():
-        close(found[name], grad, f"gradients of {name}", 1e-4)
+@pytest.mark.parametrize(
+    "family", [*LAYOUTS, *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)]
+)
+def test_lora_gives_the_logits_and_gradients_of_eager(family: str) -> None:
+    words = hf_training.lora(family)
+    assert words.startswith("attention ") and ", experts " in words, words
+
+
+def test_a_wrong_adapter_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.moe import ExpertsInterface
+
+    def other(module: Any, hidden: torch.Tensor, *routing: Any) -> torch.Tensor:
+        return adapter.moesaic_experts(module, 1.01 * hidden, *routing)
+
+    monkeypatch.setitem(ExpertsInterface._global_mapping, "moesaic", other)
+    with pytest.raises(AssertionError, match="differ by"):
+        hf_training.lora("qwen3_moe")
 
 
 def trained(tmp_path: Path, name: str) -> list[float]:
