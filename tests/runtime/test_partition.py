@@ -98,6 +98,26 @@ def test_a_driver_without_green_contexts_is_told_once_and_the_gpu_stays_whole(
 
 
 @pytest.mark.usefixtures("streams_are_handles")
+@pytest.mark.parametrize("problem", ["cannot launch", "too many"])
+def test_slices_on_which_triton_does_not_run_are_not_used(
+    problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def sms_used(stream: int) -> set[int]:
+        if problem == "cannot launch":
+            raise RuntimeError("invalid resource handle")
+        return set(range(40))
+
+    partition._say_once.cache_clear()
+    driver = FakeDriver()
+    with caplog.at_level(logging.WARNING, logger="moesaic"):
+        assert open_partition(driver=driver, sms_used=sms_used) is None
+    word = "invalid resource" if problem == "cannot launch" else "40 SMs of a part that has 8"
+    assert word in caplog.text and not driver.contexts and not driver.streams
+    good = open_partition(driver=driver, sms_used=lambda stream: {0})
+    assert good is not None and good.parts == 1
+
+
+@pytest.mark.usefixtures("streams_are_handles")
 def test_splits_that_do_not_fit_are_refused() -> None:
     gpu = open_partition(driver=FakeDriver())
     assert gpu is not None

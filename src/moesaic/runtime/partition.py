@@ -15,13 +15,13 @@ goes on unsliced with the same bits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 
-from ..hardware.green import GreenDevice, GreenUnavailable
+from ..hardware.green import GreenDevice, GreenError, GreenUnavailable, probe_launch
 from .control import label_of
 from .plan import MachineSlices
 from .seats import Seat, SeatedWork
@@ -36,15 +36,31 @@ def _say_once(reason: str) -> None:
 
 
 def open_partition(
-    device: int = 0, *, clusters: bool = True, driver: Any = None
+    device: int = 0,
+    *,
+    clusters: bool = True,
+    driver: Any = None,
+    sms_used: Callable[[Any], set[int]] | None = None,
 ) -> GreenDevice | None:
-    """The GPU in slices of `SLICE_SMS` SMs; None, and the reason once in the log, if it cannot.
+    """The GPU in slices of `SLICE_SMS` SMs, a Triton launch on one of them tried; None, and the
+    reason once in the log, if it cannot.
 
-    `clusters`: as in `GreenDevice`; an H200 gives 15 slices with them and 16 without.
+    Args:
+        clusters: as in `GreenDevice`; an H200 gives 15 slices with them and 16 without.
+        driver: as in `GreenDevice`.
+        sms_used: as in `probe_launch`; Moesaic's own kernel on a real driver.
     """
+    gpu = None
     try:
-        return GreenDevice(device, atom_sms=SLICE_SMS, clusters=clusters, driver=driver)
-    except GreenUnavailable as error:
+        gpu = GreenDevice(device, atom_sms=SLICE_SMS, clusters=clusters, driver=driver)
+        if sms_used is None and driver is None:
+            from ..kernels.smid import sms_used
+        if sms_used is not None:
+            probe_launch(gpu.slice([0]), sms_used)
+        return gpu
+    except (GreenUnavailable, GreenError) as error:
+        if gpu is not None:
+            gpu.close()
         _say_once(str(error))
         return None
 
