@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from moesaic.bench import report
-from moesaic.bench.paper import break_even, configuration, figures, page, tables, targets, windows
+from moesaic.bench.paper import (
+    break_even,
+    configuration,
+    figures,
+    misses,
+    page,
+    tables,
+    targets,
+    windows,
+)
 from moesaic.bench.paper.executor import LADDER, LOOP, OURS, registry
 from moesaic.bench.results import Line, Recorder, make_line
 from moesaic.bench.suite import Cell, Context
@@ -169,6 +178,29 @@ def test_a_small_gap_to_the_floor_moves_a_cell_from_the_loop_to_the_cell_rule() 
     little = targets.summarize(whole(loop=1.1))
     assert "(15 of 15 cells)" in much[0].name and "(9 of 9 cells)" in much[2].name
     assert "(0 of 0 cells)" in little[0].name and "(24 of 24 cells)" in little[2].name
+
+
+def test_cells_over_the_rule_are_listed_with_what_their_launches_counted(tmp_path: Path) -> None:
+    lines = [x | {"gbps": 450.0, "tflops": 400.0} for x in whole()]
+    assert misses.over_lines(lines) == []
+    assert misses.part(lines, tmp_path).startswith("Every measured cell that the rule judges")
+    cell = Cell("paper-medium", 4096, clock="experts")
+    wanted = (cell.model, cell.tokens, OURS)
+    lines = [
+        x | {"ms": 0.3} if (x["model"], x["tokens"], x["impl"]) == wanted else x for x in lines
+    ]
+    (over,) = {(x["model"], x["tokens"]) for x in misses.over_lines(lines)}
+    assert over == ("paper-medium", 4096)
+    assert "not counted" in misses.part(lines, tmp_path)
+    counted = {"clock_ghz": 1.5, "dram_read_bytes": 0.0, "dram_written_bytes": 0.0}
+    launches = [
+        line(cell, "moesaic 1: chain", "eager", ms=0.2, tensor=0.4, sms_active=0.8, **counted),
+        line(cell, "dense-twin 1: mm", "eager", ms=0.1, tensor=0.8, sms_active=0.8, **counted),
+    ]
+    (tmp_path / "launches.jsonl").write_text("".join(json.dumps(x) + "\n" for x in launches))
+    text = misses.part(lines, tmp_path)
+    assert "| Medium | 4096 | 0.3 | 0.132 | 2.27 | products | 3.00 | waits 2.00 × busy 1.50" in text
+    assert text.rstrip().endswith("tensor pipes idle in a block |")
 
 
 def test_gains_are_without_over_with_and_a_loss_is_shown() -> None:

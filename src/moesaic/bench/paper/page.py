@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..report import Sheet, markdown, provenance, short, targets_sheet
 from ..results import Line, Target, read_lines
-from . import break_even, tables
+from . import break_even, misses, tables
 from .configuration import claims, grid, layers
 from .executor import registry
 from .figures import figures
@@ -151,7 +151,8 @@ def section(
 
     tokens = grid()["energy"]["every_executor_at"]
     parts = [provenance(lines), markdown(targets_sheet(targets))]
-    parts += ["Cell by cell:", shown(tables.cell_by_cell(lines)), *speed(lines, figure)]
+    parts += ["Cell by cell:", shown(tables.cell_by_cell(lines)), misses.part(lines, root / device)]
+    parts += speed(lines, figure)
     parts += power(lines, figure)
     parts += ["### Across GPUs (table 5)", f"At {tokens} tokens."]
     parts += [shown(tables.devices(lines_by_device(root)))]
