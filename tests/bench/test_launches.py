@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,6 +48,16 @@ def test_a_line_per_launch_says_what_was_busy() -> None:
     assert counted.value == 1.0 and not counted.met
 
 
+def test_the_combine_is_held_against_a_copy_of_as_many_bytes() -> None:
+    text = table("spin_kernel", "up", "combine_kernel", "spin_kernel", "copy_")
+    lines = launches.lines_from(text, labels(suite.OURS, suite.COPY), STAMP)
+    (rate,) = (t for t in suite.summarize(lines) if "combine" in t.name)
+    assert rate.value == 1.0 and rate.met
+    slower = [x | {"ms": 0.0025} if x["impl"].endswith("combine_kernel") else x for x in lines]
+    (rate,) = (t for t in suite.summarize(slower) if "combine" in t.name)
+    assert rate.value == pytest.approx(0.8) and not rate.met
+
+
 def test_a_cell_that_failed_has_a_line_and_spoils_the_summary() -> None:
     failed = labels(suite.OURS)[0] | {"error": "OutOfMemoryError: x", "marked": False}
     lines = launches.lines_from(table("spin_kernel", "k"), [failed, *labels(suite.TWIN)], STAMP)
@@ -65,6 +76,9 @@ def test_the_cases_are_the_layer_and_its_twin_and_every_cell_has_a_model() -> No
     assert [c.impl for c in cases] == [suite.OURS, suite.TWIN]
     assert cases[0].err < 1e-5 and cases[0].call().shape == (8, 32)
     assert cases[1].call().shape == (16, 32)
+    many = launches.layer_cases(replace(cell, tokens=4096), torch.device("cpu"), 0,
+                                impl="reference", models=tiny)  # fmt: skip
+    assert [c.call().numel() for c in many] == [4096 * 32, 8192 * 32, 4096 * 3 * 32 / 2]
     assert {cell.model for cell in suite.cells()} <= set(launches.SHAPES)
     with pytest.raises(RuntimeError, match="ncu_counters"):
         suite.run([], None)  # type: ignore[arg-type]

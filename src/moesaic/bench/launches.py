@@ -18,7 +18,16 @@ from .counters import Case, counted
 from .layers import Machine, load, make_work, ours
 from .results import Line, make_line
 from .suite import Cell
-from .suites.launches import GPTOSS, METRICS, OURS, TWIN, kernel_name, line_values
+from .suites.launches import (
+    COPIED_TOKENS,
+    COPY,
+    GPTOSS,
+    METRICS,
+    OURS,
+    TWIN,
+    kernel_name,
+    line_values,
+)
 from .suites.layer import load_curve
 from .workloads import MODELS, Model
 
@@ -33,7 +42,8 @@ def layer_cases(
     impl: str = "auto",
     models: Mapping[str, Model] = SHAPES,
 ) -> Iterator[Case]:
-    """moesaic's layer, checked against the reference, and cuBLAS on the dense twin."""
+    """moesaic's layer, checked against the reference; cuBLAS on the dense twin; of many tokens also
+    an elementwise pass that reads and writes as much as the combine does."""
     model, dtype = models[cell.model], getattr(torch, cell.dtype)
     machine = Machine(device, 1.0, 1)
     loaded = load(model, dtype, [ours(impl, OURS)], machine, seed)
@@ -48,6 +58,12 @@ def layer_cases(
     yield Case(cell, OURS, layer, err)
     twin = dense_twin(model.spec(), cell.tokens * model.top_k, dtype=dtype, device=device)
     yield Case(cell, TWIN, twin, 0.0)
+    if cell.tokens >= COPIED_TOKENS:
+        moved = cell.tokens * (model.top_k + 1) * model.hidden_size
+        source = torch.randn(moved // 2, dtype=torch.float32, device=device).to(dtype)
+        target = torch.empty_like(source)
+        # A plain copy is no kernel, so nothing that ncu counts.
+        yield Case(cell, COPY, lambda: torch.neg(source, out=target), 0.0)
 
 
 def lines_from(text: str, labels: Sequence[dict[str, Any]], stamped: Line) -> list[Line]:

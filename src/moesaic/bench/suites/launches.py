@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..ncu import BYTES, RATE, SHARE, TIME, Units
 from ..report import Sheet, markdown, provenance, targets_sheet
-from ..results import Line, Target, at_least, at_most
+from ..results import Line, Target, at_least, at_most, geomean
 from ..suite import Cell, Context, Suite
 
 CYCLES: Units = {"cycle": 1.0}
@@ -30,7 +30,10 @@ METRICS: Mapping[str, Units] = {
     "dram__bytes_read.sum": BYTES,
     "dram__bytes_write.sum": BYTES,
 }
-OURS, TWIN = "moesaic", "dense-twin"
+OURS, TWIN, COPY = "moesaic", "dense-twin", "copy"
+COMBINE = "combine_kernel"
+COPIED_TOKENS = 4096
+"""From so many tokens on, a copy of as many bytes as the combine moves is counted too."""
 GPTOSS = "gpt-oss-120b-swiglu"
 MODELS = ("Qwen3-30B-A3B", "DeepSeek-V3", GPTOSS, "Qwen3-235B-A22B", "OLMoE", "Mixtral-8x7B")
 PAPER = ("paper-small", "paper-medium", "paper-large")
@@ -81,8 +84,21 @@ def kernel_name(name: str) -> str:
     return name.split("(")[0].split("<")[0].split("::")[-1].split()[-1]
 
 
+def combine_rates(lines: Sequence[Line]) -> list[float]:
+    """Time of a copy over that of the combine that moves as many bytes, a number per cell."""
+    copies: dict[Cell, float] = {}
+    sums: dict[Cell, float] = {}
+    for x in lines:
+        cell = Cell(x["model"], x["tokens"], x["routing"])
+        if x["ms"] and x["impl"].startswith(f"{COPY} "):
+            copies[cell] = x["ms"]
+        elif x["ms"] and x["impl"].endswith(f": {COMBINE}"):
+            sums[cell] = x["ms"]
+    return [copies[cell] / sums[cell] for cell in copies if cell in sums]
+
+
 def summarize(lines: Sequence[Line]) -> list[Target]:
-    """Cells of the list of which both moesaic and the twin were counted; lines wrong or failed."""
+    """Cells of the list with moesaic and the twin counted; the combine's rate; bad lines."""
     have = {
         who: {Cell(x["model"], x["tokens"], x["routing"]) for x in lines
               if x["impl"].startswith(who) and x["ms"]}
@@ -90,10 +106,13 @@ def summarize(lines: Sequence[Line]) -> list[Target]:
     }  # fmt: skip
     counted = have[OURS] & have[TWIN] & set(cells())
     bad = [x for x in lines if x.get("wrong") or x.get("error")]
+    rates = combine_rates(lines)
     return [
         at_least("cells counted", float(len(counted)), float(len(cells()))),
+        at_least(f"rate of the combine ÷ a copy's, from {COPIED_TOKENS} tokens on, geomean",
+                 geomean(rates) if rates else None, 0.95),
         at_most("lines wrong or failed", float(len(bad)), 0.0),
-    ]
+    ]  # fmt: skip
 
 
 def counters_sheet(lines: Sequence[Line]) -> Sheet:
