@@ -20,9 +20,13 @@ import torch
 import torch.distributed as dist
 
 from moesaic.functional import moe
+from moesaic.parallel.counting import measured_counts
 from moesaic.parallel.exchange import memory
 from moesaic.parallel.expert_parallel import ExpertParallel, Options, take_experts
+from moesaic.parallel.links import busiest, link_times
 from moesaic.parallel.placement import Placement, contiguous
+from moesaic.parallel.planning import plan
+from moesaic.parallel.topology import Topology
 from moesaic.types import ExpertSpec, ExpertWeights
 
 
@@ -222,6 +226,54 @@ def control(rank: int, world: int) -> dict:
     return told
 
 
+def measured(rank: int, world: int) -> dict:
+    """Layers count what every source had; a plan from that is better, and bits are the same."""
+    case = Case(8, 2, (20, 12))
+    spec, weights, batches = draw(case, world)
+    # Sources like experts of the other end of the ranks.
+    batches = [
+        (h, (ids % 2 + 2 * ((world - 1 - r) % 4)).to(torch.int32), s)
+        for r, (h, ids, s) in enumerate(batches)
+    ]
+    hidden, ids, share = batches[rank]
+    group, placement = dist.group.WORLD, contiguous(8, world)
+
+    def made(where: Placement) -> ExpertParallel:
+        own = take_experts(weights, where, layer=0, rank=rank)
+        return ExpertParallel(spec, where, own, top_k=2, group=group)
+
+    told: dict = {}
+    layers = [made(placement), made(placement)]
+    layers[0](hidden, ids, share)
+    try:
+        measured_counts(layers, group)
+        told["not counting"] = False
+    except ValueError as error:
+        told["not counting"] = "call count" in str(error)
+    for layer in layers:
+        layer.count()
+    for layer in (layers[0], layers[0], layers[1]):
+        layer(hidden, ids, share)
+    layers[1].end(layers[1].experts(layers[1].begin(hidden, ids, share)))
+    counts = measured_counts(layers, group)
+    twice = [(2 * torch.bincount(b[1].flatten(), minlength=8)).tolist() for b in batches]
+    told["counts"] = counts.tolist() == [twice, twice]
+    layers[0].count(False)
+    layers[0](hidden, ids, share)
+    layers[0].count()
+    told["from zero"] = not measured_counts(layers, group)[0].any()
+    topology = Topology(
+        nodes=2, gpus_per_node=2, gpu_bytes_per_s=4e11, nics_per_node=2, nic_bytes_per_s=5e10
+    )
+    found = plan(counts, topology, row_bytes=64)
+    before = busiest(link_times(placement.destinations(0), counts[0], topology, 64))[2]
+    told["better"] = found.seconds[0] < 0.5 * before
+    told["bits"] = torch.equal(
+        made(found.placement)(hidden, ids, share), moe(hidden, ids, share, weights, spec)
+    )
+    return told
+
+
 def lost(rank: int, world: int) -> dict:
     """Rank 0 goes alone: whatever it waits for ends with an error; the others wait till it is done.
 
@@ -276,7 +328,7 @@ def main() -> None:
         "gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world,
         timeout=timedelta(seconds=240),
     )  # fmt: skip
-    special = {"control": control, "lost": lost}
+    special = {"control": control, "measured": measured, "lost": lost}
     told = {
         n: special[n](rank, world) if n in special else run(n, rank, world) for n in sys.argv[4:]
     }

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..parallel.expert_parallel import ExpertParallel, Options, group_of, take_experts
+from ..parallel.backends import Options, group_of
+from ..parallel.expert_parallel import ExpertParallel, take_experts
 from ..parallel.placement import Placement, contiguous
 from ..types import ExpertSpec, ExpertWeights
 from .layouts import UnsupportedExperts, weights_of

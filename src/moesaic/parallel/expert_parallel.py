@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,22 +27,21 @@ from ..dispatch import Impl
 from ..functional import route
 from ..types import ExpertSpec, ExpertWeights, RouterSpec
 from ..validate import check_inputs, check_weights
-from .exchange.base import (
-    TIMEOUT_S,
-    Exchange,
-    ExpertRows,
-    Received,
-    Seat,
-    combine,
-    dispatch,
-    seat_of,
-)
+from .backends import Options, choose_backend, group_of, make_exchange
+from .counting import add_rows
+from .exchange.base import Exchange, ExpertRows, Received, combine, dispatch, seat_of
 from .placement import Placement, contiguous
 from .rows import expert_rows, row_dtype, weigh
-from .wire import fp8_width, pack_fp8, unpack_fp8
+from .wire import pack_fp8, unpack_fp8
 
-Backend = Literal["auto", "local", "gloo", "nccl", "two_level", "symmetric"]
-Wire = Literal["exact", "fp8"]
+__all__ = [
+    "ExpertParallel",
+    "ExpertParallelMoE",
+    "Options",
+    "Step",
+    "choose_backend",
+    "take_experts",
+]
 
 
 def take_experts(
@@ -51,117 +50,6 @@ def take_experts(
     """The weights of the experts that `rank` holds, copied from those of all experts."""
     own = list(placement.hosted(layer)[rank])
     return ExpertWeights(**{name: t[own].contiguous() for name, t in weights.named().items()})
-
-
-def group_of(where: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
-    """The process group of a mesh of one dimension, or the group itself.
-
-    Raises:
-        ValueError: the mesh has several dimensions.
-    """
-    if isinstance(where, DeviceMesh):
-        if where.ndim != 1:
-            raise ValueError(f"the mesh must have 1 dimension, got {where.ndim}; pass mesh['ep']")
-        return where.get_group()
-    return where
-
-
-def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
-    """What moves tensors of a device in a group that may have a backend for each: gloo, nccl."""
-    parts = (part.partition(":") for part in str(dist.get_backend_config(group)).split(","))
-    by_device = {kind: name for kind, _, name in parts}
-    return by_device.get(device.type, dist.get_backend(group))
-
-
-def choose_backend(backend: str, group: dist.ProcessGroup | None, device: torch.device) -> str:
-    """The backend of a layer; `auto` is `symmetric` on GPUs of one node, else the group's own.
-
-    Raises:
-        ValueError: no such backend, or it needs a group and there is none.
-    """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
-    if group is None:
-        if backend not in ("auto", "local"):
-            raise ValueError(f"backend {backend!r} needs a process group or mesh, got none")
-        return "local"
-    if backend != "auto":
-        return backend
-    if dist.get_world_size(group) == 1:
-        return "local"
-    one_node = dist.get_world_size(group) <= max(1, torch.cuda.device_count())
-    return "symmetric" if device.type == "cuda" and one_node else backend_of(group, device)
-
-
-class Options(NamedTuple):
-    """How a layer exchanges; see `ExpertParallel`.
-
-    `num_sms` is the SM budget of the exchange, `expert_sms` that of the products of this rank's
-    experts, for exchanges that run beside them (`begin`, `experts`, `end`); None: all SMs.
-    """
-
-    backend: Backend = "auto"
-    capacity: int = 4096
-    num_sms: int | None = None
-    expert_sms: int | None = None
-    per_node: int | None = None
-    wire: Wire = "exact"
-    timeout_s: float = TIMEOUT_S
-
-
-def make_exchange(
-    seat: Seat,
-    group: dist.ProcessGroup | None,
-    options: Options,
-    *,
-    top_k: int,
-    hidden: int,
-    dtype: torch.dtype,
-) -> Exchange:
-    """The exchange of a layer; a collective of the group.
-
-    Raises:
-        ValueError, RuntimeError: the backend does not fit the group or the device, and why.
-    """
-    backend = choose_backend(options.backend, group, seat.place_E.device)
-    if group is not None and dist.get_world_size(group) != seat.ranks:
-        size = dist.get_world_size(group)
-        raise ValueError(f"the placement is over {seat.ranks} ranks, the group has {size}")
-    if options.num_sms is not None and backend != "symmetric":
-        raise ValueError(
-            f"num_sms is a budget of backend 'symmetric', got {backend!r}; NCCL's is set when its "
-            "group is made (config.max_ctas of ProcessGroupNCCL.Options)"
-        )
-    if backend == "local":
-        from .exchange.local import LocalExchange
-
-        return LocalExchange(seat)
-    assert group is not None
-    if backend == "symmetric":
-        from .exchange.symmetric import SymmetricExchange
-
-        row = (fp8_width(hidden), torch.uint8) if options.wire == "fp8" else (hidden, dtype)
-        return SymmetricExchange(
-            seat,
-            group,
-            top_k=top_k,
-            row=row,
-            back=(hidden, row_dtype(dtype, seat.place_E.device)),
-            capacity=options.capacity,
-            num_sms=options.num_sms,
-            timeout_s=options.timeout_s,
-        )
-    from .exchange.collective import FlatExchange, TwoLevelExchange, node_groups
-
-    if backend == "two_level":
-        if options.per_node is None:
-            raise ValueError("backend 'two_level' needs per_node, the ranks of a node")
-        outer, inner = node_groups(group, options.per_node)
-        return TwoLevelExchange(seat, outer, inner, timeout_s=options.timeout_s)
-    found = backend_of(group, seat.place_E.device)
-    if found != backend:
-        raise ValueError(f"backend {backend!r} needs such a group, got {found}")
-    return FlatExchange(seat, group, timeout_s=options.timeout_s)
 
 
 class Step(NamedTuple):
@@ -229,6 +117,8 @@ class ExpertParallel(nn.Module):
             check_weights(weights, self.local_spec, sample_TH)
         self.shape = (spec.hidden_size, dtype, top_k)
         self.recent: deque[int] = deque(maxlen=256)
+        self.counting = False
+        self.counts_E: Tensor | None = None
         if like is not None:
             if like.shape != self.shape:
                 raise ValueError(f"layers of an exchange must agree: {like.shape}, {self.shape}")
@@ -304,17 +194,31 @@ class ExpertParallel(nn.Module):
         tensors = (hidden_TH, topk_weights_TK)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError("expert parallelism has no gradients; call under torch.no_grad()")
-        bound = self._noted(bound)
+        bound = self._noted(bound, topk_ids_TK)
         outs = [
             self._round(hidden_TH[part], topk_ids_TK[part], topk_weights_TK[part], bound)
             for part in self.exchange.parts(hidden_TH.shape[0], bound)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _noted(self, bound: int | None) -> int:
-        """The bound of a call, noted for `refit`."""
+    def count(self, on: bool = True) -> None:
+        """From now on count this rank's rows for every expert, from 0; see `counting`.
+
+        Off until asked for. Graphs captured while it is on count at every replay, others never.
+        """
+        self.counting = on
+        if self.counts_E is not None:
+            self.counts_E.zero_()  # the same memory, as graphs hold its address
+        elif on:
+            device = self.seat.place_E.device
+            self.counts_E = torch.zeros(self.spec.num_experts, dtype=torch.int64, device=device)
+
+    def _noted(self, bound: int | None, topk_ids_TK: Tensor) -> int:
+        """The bound of a call, noted for `refit`, its rows for `counting`."""
         bound = self.options.capacity if bound is None else bound
         self.recent.append(bound)
+        if self.counting and self.counts_E is not None:
+            add_rows(self.counts_E, topk_ids_TK)
         return bound
 
     def refit(self, headroom: float = 1.25) -> int:
@@ -355,7 +259,7 @@ class ExpertParallel(nn.Module):
         bound: int | None = None,
     ) -> Step:
         """First seam: send the tokens; other work may run before `experts`. One round only."""
-        bound = self._noted(bound)
+        bound = self._noted(bound, topk_ids_TK)
         handle = self.exchange.send(self.pack(hidden_TH), topk_ids_TK, bound=bound)
         return Step(handle, topk_weights_TK, bound, hidden_TH.dtype)
 
