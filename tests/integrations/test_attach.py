@@ -83,11 +83,27 @@ def test_observers_see_every_layer_and_the_profiler_counts_every_row() -> None:
         output(model, ids_BN)
         profiler.step()
         profile = profiler.poll()
+        assert all(layer.profiler is profiler for layer in attachment.layers)
+        assert copy.deepcopy(attachment.layers[0]).profiler is None
+    assert all(layer.profiler is None for layer in attachment.layers)
     assert seen == [(layer.index, (ids_BN.numel(), 2)) for layer in attachment.layers]
     assert profile is not None
     assert [x.rows for x in profile.layers] == [2 * ids_BN.numel()] * len(seen)
     moesaic.detach(model)
     assert not any(hasattr(m, name) for m in experts_of(model) for name in ("counters", "spec"))
+
+
+@pytest.mark.parametrize("fuse", ["always", "never"])
+def test_a_layer_is_held_to_the_sms_that_a_scheduler_gave_it(fuse: Any) -> None:
+    model = tiny_model("qwen3_moe").requires_grad_(False)
+    ids_BN = token_ids(model)
+    attachment = moesaic.attach(model, fuse_routers=fuse)
+    want = output(model, ids_BN)
+    attachment.layers[1].num_sms = 64
+    with pytest.raises(RuntimeError, match="obeys no SM budget"):  # as on any CPU
+        output(model, ids_BN)
+    attachment.layers[1].num_sms = None
+    assert torch.equal(output(model, ids_BN), want)
 
 
 def test_an_unsupported_activation_names_family_attribute_and_remedy() -> None:

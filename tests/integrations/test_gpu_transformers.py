@@ -73,6 +73,23 @@ def test_a_compiled_block_gives_the_answers_of_its_parts(family: str) -> None:
         assert typical_error([compiled(hidden)], [want]) < 5e-3
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 600])
+def test_a_budget_of_sms_changes_no_bit(tokens: int) -> None:
+    sizes = {
+        "vocab_size": 64, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 128, "num_experts_per_tok": 2, "num_experts": 8, "moe_intermediate_size": 256,
+    }  # fmt: skip
+    model = random_model("Qwen3-30B-A3B", CUDA, 2, **sizes)
+    layers = moesaic.attach(model).layers
+    ids_BN = torch.arange(tokens, device=CUDA).view(1, tokens) % 64
+    found = []
+    for budget in (None, 24):
+        for layer in layers:
+            layer.num_sms = budget
+        found.append(output(model, ids_BN))
+    assert torch.equal(*found)
+
+
 def test_fp32_logits_of_16_bit_states_are_those_of_fp32() -> None:
     gen = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 7168, generator=gen).to(CUDA, torch.bfloat16) for n in (70, 9))

@@ -43,13 +43,15 @@ WITHOUT_INTERFACE = (
 
 @dataclass
 class LayerState:
-    """One MoE layer of an attached model; `profiler` and `schedule` are for the runtime to set.
+    """One MoE layer of an attached model, and what the runtime says of it.
 
     `spec` is None for a layer that runs `fallback`. `router`, `block`: "fused", or why it was left
     as it is.
     `spread`: what runs the experts over several ranks, if a mesh was given.
     `observe(state, topk_ids_TK)`, while it is not None, is called before the experts of every
-    forward that is not compiled.
+    forward that is not compiled. `profiler`: the `Profiler` that counts the layer now.
+    `num_sms`: SMs that its experts may use, for a scheduler to set; see `moesaic.moe`. Compiled
+    and captured steps keep the number of when they were made.
     """
 
     index: int
@@ -62,8 +64,12 @@ class LayerState:
     fallback: str | None = None
     observe: Callable[[LayerState, Tensor], None] | None = None
     profiler: Any = None
-    schedule: Any = None
+    num_sms: int | None = None
     spread: SpreadLayer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not watched."""
+        return vars(self) | {"profiler": None}
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ torch.library.define(
     "moesaic::block",
     "(Tensor hidden, Tensor? logits, Tensor? router, Tensor? router_bias, Tensor? correction, "
     "Tensor?[] params, Tensor[] shared, Tensor[] ahead, str rule, bool fp32, bool as_logits, "
-    "str spec, str impl) -> Tensor",
+    "str spec, str impl, int? num_sms) -> Tensor",
 )
 
 
@@ -127,9 +127,11 @@ def _block(
     as_logits: bool,
     spec: str,
     impl: str,
+    num_sms: int | None,
 ) -> Tensor:
     fetches = bool(ahead) and hidden.is_cuda and hidden.shape[0] <= AHEAD
     more = (ahead,) if fetches else ()
+    budget = {} if num_sms is None else {"num_sms": num_sms}
 
     def routed() -> Tensor:
         if logits is not None:
@@ -140,7 +142,7 @@ def _block(
             _, ids, weights = route(
                 hidden, router, router_bias, correction, rule, fp32, as_logits, *more
             )
-        return experts_op(hidden, ids, weights, *params, spec, impl)
+        return experts_op(hidden, ids, weights, *params, spec, impl, **budget)
 
     return _sum_with_shared(hidden, shared, routed) if shared else routed()
 
@@ -246,7 +248,7 @@ def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, 
     return (
         outside, None if outside is not None else weight, router_bias, correction, params, shared,
         _plain_weights(plan.ahead, hidden_TH), rule.spec.key(), rule.fp32, rule.as_logits,
-        plan.spec.key(), state.impl,
+        plan.spec.key(), state.impl, state.num_sms,
     )  # fmt: skip
 
 

@@ -84,7 +84,10 @@ def moesaic_experts(
     hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
     impl: Impl = "auto" if state is None else state.impl
     counters = getattr(self, "counters", None)
-    out_TH = moe(hidden_TH, ids_TK, scales_TK, weights, spec, impl=impl, counters=counters)
+    num_sms = None if state is None else state.num_sms
+    out_TH = moe(
+        hidden_TH, ids_TK, scales_TK, weights, spec, impl=impl, counters=counters, num_sms=num_sms
+    )
     return out_TH.view(hidden_states.shape).to(hidden_states.dtype)
 
 

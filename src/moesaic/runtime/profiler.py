@@ -185,11 +185,15 @@ class Profiler:
             # Graphs captured from now on write there as long as the module lives.
             module.kept_counters = counters
             self._modules.append(module)
+            if ATTACHED in vars(module):
+                vars(module)[ATTACHED].profiler = self
 
     def detach(self) -> None:
         """Stop counting in the modules that were attached."""
         for module in self._modules:
             module.counters = None  # type: ignore[assignment]
+            if ATTACHED in vars(module):
+                vars(module)[ATTACHED].profiler = None
         self._modules.clear()
 
     def __enter__(self) -> Profiler:
