@@ -16,6 +16,8 @@ from moesaic.bench.results import Recorder, make_line, stamp
 from moesaic.bench.scenes import WIDTHS, scene
 from moesaic.bench.suite import Cell, Context
 from moesaic.bench.suites.policies import SUITE
+from moesaic.runtime.plan import Curve, GroupProfile, MachineSlices, Plan, Share
+from moesaic.runtime.policies.sizing import plan_ms
 from moesaic.types import ExpertSpec
 
 TINY = ExpertSpec(num_experts=17, hidden_size=16, intermediate_size=8)
@@ -86,7 +88,8 @@ def test_the_measured_cell_writes_curves_then_policies(gpu: None, tmp_path) -> N
     lines = recorder.lines
     assert not [x for x in lines if x.get("error") or x.get("wrong")]
     curve = [x for x in lines if x["clock"] == "curve"]
-    assert {x["work"] for x in curve} == {"gemm", "copy"} and len(curve) == 2 * 16
+    assert {x["work"] for x in curve} == {"gemm", "copy", "hot", "cold", "shared"}
+    assert len(curve) == 5 * 16
     done = {x["impl"]: x for x in lines if x["clock"] == "measured"}
     assert set(done) >= {"none", "static", "dynamic", "adaptive", "oracle", "streams"}
     assert done["none"]["plans"] == [[]] * sliced_plans.STEPS
@@ -117,6 +120,26 @@ def test_rows_of_the_curves_are_even_and_of_their_group_only() -> None:
         counted = np.array(rows[work])
         assert set(np.flatnonzero(counted)) == set(view.groups[group].experts)
         assert (counted % 2 == 0).all() and sum(rows[work]) // 2 >= max(rows[work])
+
+
+def test_every_group_has_a_curve_of_its_own_rows() -> None:
+    """Groups of one kind of work still share what bounds it."""
+    view = scene("prefill-docs", 4, "layer")
+    ids = sliced_plans.own_ids(view)
+    steps = view.steps[: sliced_plans.WINDOW]
+    for group in view.groups:
+        wanted = np.mean([[step.counts_E[e] for e in group.experts] for step in steps], axis=0)
+        counts = np.bincount(ids[group.name].flatten().numpy(), minlength=17)
+        assert counts[list(group.experts)] == pytest.approx(wanted, abs=2)
+    assert ids["shared"].unique().tolist() == [16]
+    assert len(ids["shared"]) == sum(steps[0].counts_E) // 2
+    own = sliced_plans.by_own_curves(view)
+    assert [group.curve for group in own.groups] == ["hot", "cold", "shared"]
+    flat = Curve(work="gemm", sms=(8, 132), ms=(1.0, 1.0))
+    plan = Plan(policy="t", reason="", shares=tuple(Share(g.name, 40) for g in own.groups))
+    curves = {group.name: flat for group in own.groups}
+    profile = GroupProfile(step=0, groups=own.groups)
+    assert plan_ms(profile, (1.0, 1.0, 1.0), plan, curves, MachineSlices()) == 3.0
 
 
 def test_a_measured_time_makes_targets() -> None:

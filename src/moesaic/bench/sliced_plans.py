@@ -7,10 +7,11 @@ every token: so a plan's groups (hot, cold, shared) are groups of experts, each 
 of its own, and not slicing is the ordinary layer. The routing of each step is made from the counts
 that were recorded. Every answer is compared bit for bit with the unsliced layer's.
 
-Clock `curve`: hot experts with their rows (`gemm`: bound by products) and cold experts with an
-eighth of theirs (`copy`: bound by reading weights), each alone on every size. Clock `measured`: the
-mean over the steps of the median of some rounds, under each policy's plan for that step; plans are
-from the curves just measured. `streams` is no policy: the groups on ordinary streams.
+Clock `curve`: every group with its own rows alone on every size, which plans are made from; and two
+kinds of work for replays elsewhere, hot experts with their rows (`gemm`: bound by products) and
+cold experts with an eighth of theirs (`copy`: bound by reading weights). Clock `measured`: the mean
+over the steps of the median of some rounds, under each policy's plan for that step. `streams` is no
+policy: the groups on ordinary streams.
 """
 
 from __future__ import annotations
@@ -160,22 +161,43 @@ def curve_rows(view: Scene) -> dict[str, list[int]]:
     return rows
 
 
+def own_ids(view: Scene) -> dict[str, Tensor]:
+    """Ids (T, K') of each group's own rows in a mean step of the warm-up, by group."""
+    mean_E = np.mean([step.counts_E for step in view.steps[:WINDOW]], axis=0)
+    found = {}
+    for group in view.groups:
+        counts = [0] * SPEC.num_experts
+        for expert in group.experts:
+            counts[expert] = 2 * max(1, round(mean_E[expert] / 2))
+        tokens = round(float(mean_E.sum())) // TOP_K
+        shared = torch.full((tokens, 1), SHARED, dtype=torch.int32)
+        found[group.name] = ids_from(counts, shared=False) if group.experts else shared
+    return found
+
+
 def measure_curves(layer: Layer, view: Scene) -> tuple[Curves, list[Line]]:
-    """Curves over every size, and bare lines of their points."""
+    """Each group's curve over every size, by its name, and bare lines of all points."""
     machine = layer.machine
     sizes = [*machine.sizes, machine.total_sms]
+    kinds = {group.name: group.curve for group in view.groups}
+    wanted = {work: ids_from(rows, shared=False) for work, rows in curve_rows(view).items()}
     found, lines = {}, []
-    for work, counts in curve_rows(view).items():
-        ids_TK = ids_from(counts, shared=False)
+    for work, ids_TK in (wanted | own_ids(view)).items():
         ms = [alone_ms(layer, ids_TK, sms) for sms in sizes]
-        found[work] = curve(work, sizes, ms)
-        rows = sum(counts)
+        if work in kinds:
+            found[work] = curve(kinds[work], sizes, ms)
         lines += [
             {"clock": "curve", "impl": f"{work}@{sms}", "work": work, "sms": sms, "ms": t,
-             "rows": rows, "slowdown": t / ms[-1]}
+             "rows": ids_TK.numel(), "slowdown": t / ms[-1]}
             for sms, t in zip(sizes, ms, strict=True)
         ]  # fmt: skip
     return found, lines
+
+
+def by_own_curves(view: Scene) -> Scene:
+    """The same groups, each with the curve of its own name."""
+    groups = tuple(replace(group, curve=group.name) for group in view.groups)
+    return replace(view, groups=groups)
 
 
 def plans_of(view: Scene, curves: Curves, machine: MachineSlices) -> dict[str, list[Plan]]:
@@ -321,6 +343,7 @@ def measure_cell(cell: Cell, fixed: Line, context: Context) -> None:
     curves, points = measure_curves(layer, view)
     context.record([make_line(fixed, **point) for point in points])
     context.say("curves: " + str({w: [round(t, 2) for t in c.ms] for w, c in curves.items()}))
+    view = by_own_curves(view)
     plans = plans_of(view, curves, layer.machine)
     made = dict[tuple[int, ...], Replayable]()
     found, different = measure_steps(layer, view, plans, made, context)

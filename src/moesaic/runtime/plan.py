@@ -83,8 +83,9 @@ class MachineSlices:
 class Curve:
     """Measured milliseconds of some work on ever more SMs, at one reference load.
 
-    `load` is the work of the measurement in any unit (rows, tokens); of its time, `fixed_ms` does
-    not grow with the load. The last point is the whole GPU.
+    `work` is its kind: groups whose curves have the same one share what bounds it. `load` is the
+    work of the measurement in any unit (rows, tokens); of its time, `fixed_ms` does not grow with
+    the load. The last point is the whole GPU.
 
     Raises:
         ValueError: no points, SMs not ascending, times not positive and finite.

@@ -47,8 +47,8 @@ class Table:
         found = [curves[group.curve] for group in groups]
         sizes = (*machine.sizes, machine.total_sms)
         slope = [[(c.ms_at(s) - c.fixed_ms) / c.load for c in found] for s in sizes]
-        kinds = list(dict.fromkeys(group.curve for group in groups))
-        alike = [[float(group.curve == kind) for group in groups] for kind in kinds]
+        kinds = list(dict.fromkeys(curve.work for curve in found))
+        alike = [[float(curve.work == kind) for curve in found] for kind in kinds]
         fixed_N = np.array([c.fixed_ms for c in found])
         return Table(tuple(groups), curves, machine, np.array(slope), fixed_N, np.array(alike))
 

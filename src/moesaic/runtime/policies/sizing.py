@@ -143,8 +143,9 @@ def plan_ms(
         return alone
     together: dict[str, float] = {}
     for group, load in zip(profile.groups, loads_N, strict=True):
-        time = curves[group.curve].ms_at(machine.total_sms, load)
-        together[group.curve] = together.get(group.curve, 0.0) + time
+        curve = curves[group.curve]
+        time = curve.ms_at(machine.total_sms, load)
+        together[curve.work] = together.get(curve.work, 0.0) + time
     return max([alone, *together.values()])
 
 
