@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,10 @@ from typer.testing import CliRunner
 
 from moesaic.cli import app
 from moesaic.models.pretrained import load_pretrained
+from moesaic.planner.cluster import load_cluster
+from moesaic.planner.model import load_model
+from moesaic.planner.sampling import Sampler
+from moesaic.planner.workload import load_workload
 from moesaic.run import pretrained
 from moesaic.run.generate import Decoder, Stream
 from moesaic.run.witness import unit_weights
@@ -239,6 +244,24 @@ def test_profile_writes_what_planners_read(directory: Path, text: Path, tmp_path
     assert rows == tokens * 2
     events = json.loads((folder / "perfetto.json").read_text("utf-8"))["traceEvents"]
     assert any(event["name"] == "rows" for event in events)
+
+
+def test_a_profile_of_one_step_plans_a_deployment(
+    directory: Path, text: Path, tmp_path: Path
+) -> None:
+    code, found, output = invoke("profile", directory, "--text", text, "--out", tmp_path / "runs")
+    assert code == 0, output
+    trace = Path(found["report"]) / "trace.parquet"
+    (tmp_path / "workload.yaml").write_text(
+        f"phase: decode\ntrace: {trace}\nreplan: {{every: 1}}\n"
+    )
+    work = load_workload(tmp_path / "workload.yaml", num_experts=8, layers=2)
+    assert work.trace is not None and work.trace.shape[1:] == (2, 8)
+    model = load_model(directory / "config.json")
+    for steps in (1, 2, 5):  # a short text is one step: its past is itself
+        kept = replace(work, trace=np.repeat(work.trace[:1], steps, axis=0))
+        drawn = Sampler(model, load_cluster("H200x1"), kept).counts(1, 4096).sum(axis=(0, 1))
+        assert drawn.sum() and np.all(drawn[work.trace[0].sum(axis=0) == 0] == 0)
 
 
 @pytest.mark.parametrize(

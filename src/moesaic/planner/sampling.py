@@ -87,7 +87,7 @@ class Sampler:
         some = np.linspace(0, layers - 1, min(self.layers, layers)).astype(int)
         if self.deploy:
             return [(int(layer), steps, steps - 1) for layer in some]
-        half, replan = max(1, steps // 2), self.workload.replan
+        half, replan = min(max(1, steps // 2), steps - 1), self.workload.replan
         every = replan.every if replan else steps
         seen = np.unique(np.linspace(half, steps - 1, MOMENTS).astype(int))
         # The same steps whatever `every`, so that ways to plan anew can be compared.
