@@ -31,7 +31,7 @@ from .backends import Options, choose_backend, group_of, make_exchange
 from .counting import add_rows
 from .exchange.base import Exchange, ExpertRows, Received, combine, dispatch, seat_of
 from .placement import Placement, contiguous
-from .rows import expert_rows, row_dtype, weigh
+from .rows import Share, expert_rows, row_dtype, weigh
 from .wire import pack_fp8, unpack_fp8
 
 __all__ = [
@@ -164,7 +164,7 @@ class ExpertParallel(nn.Module):
             received.ids_RJ,
             self.weights,
             self.local_spec,
-            expected=bound * self.top_k,
+            share=Share.of(bound, self.top_k, self.seat.ranks),
             impl=self.impl,
             num_sms=self.options.expert_sms,
         )

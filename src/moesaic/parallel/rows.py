@@ -9,7 +9,7 @@ the expert's weights alone. The sum runs over k in order in fp32, as in one proc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,23 @@ from ..ops import ungated
 from ..reference import moe_reference
 from ..types import ExpertSpec, ExpertWeights
 from .exchange.base import ExpertRows, Returned
+
+
+class Share(NamedTuple):
+    """What an evenly loaded rank computes: as much as a layer of so many tokens and choices."""
+
+    tokens: int
+    top_k: int
+
+    @staticmethod
+    def of(bound: int, top_k: int, ranks: int) -> Share:
+        """The share of one of `ranks` that bring `bound` tokens of `top_k` choices each.
+
+        >>> Share.of(bound=512, top_k=8, ranks=2), Share.of(bound=512, top_k=2, ranks=8)
+        (Share(tokens=1024, top_k=4), Share(tokens=1024, top_k=1))
+        """
+        own = max(1, round(top_k / ranks))
+        return Share(-(-bound * top_k // own), own)
 
 
 def _epilogue(spec: ExpertSpec) -> dict[str, Any]:
@@ -32,7 +49,7 @@ def expert_rows(
     weights: ExpertWeights,
     spec: ExpertSpec,
     *,
-    expected: int,
+    share: Share,
     impl: Impl = "auto",
     num_sms: int | None = None,
 ) -> ExpertRows:
@@ -42,7 +59,7 @@ def expert_rows(
         rows_RH: fp32, fp16 or bf16; a row without a live slot may hold anything.
         ids_RJ: int32, index of an expert of `weights` or -1.
         weights: of this rank's experts; `spec.num_experts` is their number.
-        expected: how many live slots to expect, for the choice of tiles.
+        share: how many live slots to expect, for the choice of tiles.
         num_sms: SM budget of the products on a GPU; None: all.
 
     Raises:
@@ -60,7 +77,7 @@ def expert_rows(
         return _rows_cpu(rows_RH, ids_RJ, weights, spec, chosen)
     with torch.cuda.device(rows_RH.device):
         if chosen == "hopper":
-            return _rows_hopper(rows_RH, ids_RJ, weights, spec, expected, num_sms)
+            return _rows_hopper(rows_RH, ids_RJ, weights, spec, share, num_sms)
         return _rows_triton(rows_RH, ids_RJ, weights, spec, num_sms)
 
 
@@ -121,41 +138,62 @@ def _rows_hopper(
     ids_RJ: Tensor,
     weights: ExpertWeights,
     spec: ExpertSpec,
-    expected: int,
+    share: Share,
     num_sms: int | None,
 ) -> ExpertRows:
     if spec.layers == 3 or spec.bias:
         from ..kernels.hopper.mlp import rows_mlp
 
         named: dict[str, Any] = dict(weights.named())
+        expected = max(1, share.tokens * share.top_k)
         rows_XH, position_S = rows_mlp(
-            rows_RH, ids_RJ, **named, **ungated(spec), num_sms=num_sms, expected=max(1, expected)
+            rows_RH, ids_RJ, **named, **ungated(spec), num_sms=num_sms, expected=expected
         )
         return ExpertRows(rows_XH, position_S.view(ids_RJ.shape))
     from ..kernels.batching import batch_rows
     from ..kernels.device import sm_count
-    from ..kernels.hopper.experts import choose, products
+    from ..kernels.hopper.experts import choose_measured
 
-    experts, sms = spec.num_experts, num_sms or sm_count(rows_RH.device)
-    config = choose(max(2, expected), 1, experts, weights.up.shape[1], sms)
+    sms = num_sms or sm_count(rows_RH.device)
+    config = choose_measured(
+        max(2, share.tokens), share.top_k, weights.up.shape, spec.gated, rows_RH.dtype,
+        rows_RH.device, sms,
+    )  # fmt: skip
     sort, tasks = batch_rows(
         ids_RJ,
-        experts,
+        spec.num_experts,
         heights=(config.up.bm,),
         order=config.order,  # type: ignore[arg-type]
     )
-    rows_XH = products(
-        rows_RH,
-        sort.order_S,
-        tasks,
-        top_k=ids_RJ.shape[1],
-        up=weights.up,
-        down=weights.down,
-        **_epilogue(spec),
-        num_sms=sms,
-        config=config,
-    )
+    rows_XH = _products(rows_RH, ids_RJ, sort.order_S, tasks, weights, spec, config, sms)
     return ExpertRows(rows_XH, sort.position_S.view(ids_RJ.shape))
+
+
+def _products(
+    rows_RH: Tensor,
+    ids_RJ: Tensor,
+    order_S: Tensor,
+    tasks: Any,
+    weights: ExpertWeights,
+    spec: ExpertSpec,
+    config: Any,
+    sms: int,
+) -> Tensor:
+    """Both products of the sorted slots, in one launch or two as the tiles want: (S, H)."""
+    from ..kernels.hopper.experts import products
+    from ..kernels.hopper.flex import flex_mm_hopper
+    from ..kernels.hopper.pair import pair_mm_hopper
+
+    how: dict[str, Any] = {"top_k": ids_RJ.shape[1], "num_sms": sms, **_epilogue(spec)}
+    up, down = weights.up, weights.down
+    if config.up.kernel not in ("pair", "flex"):
+        return products(rows_RH, order_S, tasks, up=up, down=down, config=config, **how)
+    act_SI = rows_RH.new_empty((order_S.numel(), down.shape[2]))
+    out_SH = rows_RH.new_empty((order_S.numel(), rows_RH.shape[1]))
+    both = pair_mm_hopper if config.up.kernel == "pair" else flex_mm_hopper
+    return both(
+        rows_RH, up, down, tasks, act_SI, out_SH, config=config.up, order_S=order_S, pdl=True, **how
+    )
 
 
 def row_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
