@@ -350,7 +350,10 @@ def test_cells_over_their_limit_are_listed_with_what_counters_say(tmp_path: Path
     text = layer_misses.misses_part(lines, tmp_path)
     assert "**4–128 tokens, worst case** (1 cell); largest: SMs without a block in 1." in text
     assert "| 128 | tiny | worst | 1.2 | 1.08 | 1.11 | memory | 1.20 | tail 2.00 × " in text
-    assert "busy 1.20 × others 1.11 × bytes 1.00 × rate 0.45 | SMs without a block |" in text
+    assert (
+        "busy 1.20 × others 1.11 × bytes 1.00 × rate 0.45; tensor 0 % | SMs without a block |"
+        in text
+    )
     assert "tail 1.20" in text and "rows 1.00 × " in text and "waits 1.25" in text
     for x in (slow, heavy):
         factors = layer_misses.factors_of(x, layer_misses.by_cell(counters))

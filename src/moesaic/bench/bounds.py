@@ -7,13 +7,15 @@ flops at the tensor pipes' peak as the first number of both:
 - `rows`: flops that the tensor pipes did over flops that were wanted; tiles that are not full.
 - `tail`: one over the share of the launch in which the average SM held a block; the last tiles.
 - `waits`: SMs busy over tensor pipes busy; what a block waits for while it is there.
+- `clock`: one over the SMs' clock in the products; the GPU lowers it near its power limit.
 - `others`: all launches over those that hold the products; sorting, the map, the sum.
 - `busy`: the time in the suite over the launches' sum here; the clock of a GPU that is kept busy,
   less what launches overlap.
 
 Each is moesaic's over the twin's. Where reading is the floor (`memory`): `bytes` (DRAM bytes over
 those that must move), `tail`, `rate` (4.5 TB/s over the rate while blocks are there), `others`,
-`busy`. The factors multiply to time over floor, exactly, by their definitions.
+`busy`. The factors multiply to time over floor, exactly, by their definitions. Many rows an expert
+keep the tensor pipes busy where reading is the floor too, so their share is told beside them.
 
 >>> binding_factors(Factors("memory", {"bytes": 1.0, "tail": 1.3, "rate": 1.1}))
 ('tail',)
@@ -37,10 +39,11 @@ NAMES: Mapping[str, str] = {
     "rows": "tiles that are not full",
     "tail": "SMs without a block",
     "waits": "tensor pipes idle in a block",
+    "clock": "a lower clock than the twin's",
     "bytes": "bytes read again",
     "rate": "DRAM slower than 4.5 TB/s while blocks are there",
     "others": "launches around the products",
-    "busy": "clock under load, less overlap",
+    "busy": "slower in the suite than launch by launch",
 }
 NEAR = 0.6
 """A factor whose logarithm is at least this share of the largest one's binds beside it."""
@@ -48,10 +51,12 @@ NEAR = 0.6
 
 @dataclass(frozen=True)
 class Factors:
-    """The numbers that multiply to a cell's time over its floor, and what the floor is of."""
+    """The numbers that multiply to a cell's time over its floor; what the floor is of; the share of
+    the tensor pipes' peak in the products."""
 
     floor: str
     values: dict[str, float]
+    tensor: float = 0.0
 
     @property
     def product(self) -> float:
@@ -110,8 +115,9 @@ def work_factors(got: Counted, flops: float, seconds: float) -> dict[str, float]
         "rows": got.tensor_flops / flops,
         "tail": 1 / got.sms_active,
         "waits": got.sms_active / got.tensor,
+        "clock": 1 / got.clock_hz,
         "others": got.all_s / got.products_s,
-        "busy": seconds / got.all_s / got.clock_hz,
+        "busy": seconds / got.all_s,
     }
 
 
@@ -120,7 +126,7 @@ def product_factors(cell: Line, ours: Counted, twin: Counted) -> Factors:
     flops = cell["tflops"] * cell["ms"] * 1e9
     mine = work_factors(ours, flops, cell["ms"] / 1e3)
     theirs = work_factors(twin, flops, cell["floor_ms"] / 1e3)
-    return Factors("products", {name: mine[name] / theirs[name] for name in mine})
+    return Factors("products", {name: mine[name] / theirs[name] for name in mine}, ours.tensor)
 
 
 def memory_factors(cell: Line, ours: Counted) -> Factors:
@@ -136,6 +142,7 @@ def memory_factors(cell: Line, ours: Counted) -> Factors:
             "others": ours.all_s / ours.products_s,
             "busy": cell["ms"] / 1e3 / ours.all_s,
         },
+        ours.tensor,
     )
 
 
@@ -148,6 +155,7 @@ def binding_factors(factors: Factors) -> tuple[str, ...]:
 
 
 def told(factors: Factors) -> str:
-    """The factors as text, the largest first: ``tail 1.30 x rate 1.10 x ...``."""
+    """The factors as text, the largest first: ``tail 1.30 × rate 1.10 × ..., tensor 12 %``."""
     order = sorted(factors.values.items(), key=lambda item: -item[1])
-    return " × ".join(f"{name} {value:.2f}" for name, value in order)
+    text = " × ".join(f"{name} {value:.2f}" for name, value in order)
+    return f"{text}; tensor {100 * factors.tensor:.0f} %"
