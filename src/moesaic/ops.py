@@ -15,7 +15,7 @@ no dataclasses. Autograd lives outside, in `functional.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -139,12 +139,12 @@ def _choose_cpu(
 
 
 def _choose_cuda(
-    logits: Tensor, bias: Tensor | None, spec: str, as_logits: bool, ahead: Sequence[Tensor] = ()
+    logits: Tensor, bias: Tensor | None, spec: str, as_logits: bool
 ) -> tuple[Tensor, Tensor]:
     from .kernels.routing import choose_experts
 
-    dtype = logits.dtype if as_logits else torch.float32
-    return choose_experts(logits, bias, weights_dtype=dtype, ahead=ahead, **_rule(spec))
+    weights_dtype = logits.dtype if as_logits else torch.float32
+    return choose_experts(logits, bias, weights_dtype=weights_dtype, **_rule(spec))
 
 
 def _choose_fake(
@@ -210,7 +210,6 @@ def _route_hidden_cuda(
     spec: str,
     fp32: bool,
     as_logits: bool,
-    ahead: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not fp32 and one_launch(hidden.shape[0], weight.shape[0]):
         from .kernels import router
@@ -218,10 +217,10 @@ def _route_hidden_cuda(
         if router.refusal(hidden, weight) is None:
             dtype = hidden.dtype if as_logits else torch.float32
             return router.route_hidden(
-                hidden, weight, linear_bias, bias, weights_dtype=dtype, ahead=ahead, **_rule(spec)
+                hidden, weight, linear_bias, bias, weights_dtype=dtype, **_rule(spec)
             )
     logits = router_product(hidden, weight, linear_bias, fp32)
-    return logits, *_choose_cuda(logits, bias, spec, as_logits, ahead)
+    return logits, *_choose_cuda(logits, bias, spec, as_logits)
 
 
 def _route_hidden_fake(
@@ -443,8 +442,6 @@ route_op: Callable[..., Routed] = torch.ops.moesaic.route.default
 route_counted_op: Callable[..., Routed] = torch.ops.moesaic.route_counted.default
 route_hidden_op: Callable[..., Routed] = torch.ops.moesaic.route_hidden.default
 choose_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.moesaic.choose.default
-choose_ahead = on_its_device(_choose_cuda)  # both on a GPU, with `ahead`: see kernels.ahead
-route_hidden_ahead = on_its_device(_route_hidden_cuda)
 experts_op: Callable[..., Tensor] = torch.ops.moesaic.experts.default
 experts_counted_op: Callable[..., Tensor] = torch.ops.moesaic.experts_counted.default
 experts_backward_op: Callable[..., list[Tensor]] = torch.ops.moesaic.experts_backward.default

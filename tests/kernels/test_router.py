@@ -10,10 +10,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from moesaic.kernels import ahead, router
+from moesaic.kernels import router
 from moesaic.kernels import tickets as tickets_file
 from moesaic.kernels.router import plan_router, route_hidden, route_hidden_ref
-from moesaic.kernels.routing import choose_experts
 from moesaic.kernels.routing_ref import route_ref
 from moesaic.kernels.tickets import Tickets
 
@@ -157,40 +156,3 @@ def test_tickets_of_captured_launches_stay_theirs(monkeypatch: pytest.MonkeyPatc
     assert len(taken) == 30 and eager not in taken
     capturing[0], before = True, len(made)
     assert len(tickets.take(100)) == 100 and len(made) == before + 1
-
-
-def test_what_is_fetched_ahead_is_cut_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = (12 << 10, 20 << 10, 3 << 10, 256 << 10)
-    tensors = [torch.zeros(n, dtype=torch.uint8) for n in sizes]
-    assert ahead.plan_ahead([], 1) == (0, ahead.NOTHING)
-    # Chunks of 4 KiB, 32 a program: 3, 5 and, of too few bytes, none; then all of the last.
-    programs, named = ahead.plan_ahead(tensors, 1)
-    assert programs == 3 and named["LANES"] == 32
-    assert [named[name] for name in ahead.ENDS] == [3, 8, 72, 72]
-    assert [named[n].numel() for n in ahead.NAMES] == [sizes[0], sizes[1], sizes[3], sizes[3]]
-    monkeypatch.setattr(ahead, "LIMIT", 40 << 10)
-    programs, named = ahead.plan_ahead([tensors[3][1:], tensors[0].view(2, -1).T, *tensors], 1)
-    assert programs == 1 and [named[name] for name in ahead.ENDS] == [3, 8, 8, 8]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_fetching_ahead_changes_no_bit() -> None:
-    device = torch.device("cuda")
-    later = [torch.randn(n, device=device).bfloat16() for n in (3_000_000, 5_000_001, 9_000_000)]
-    before = [tensor.clone() for tensor in later]
-    rule: dict[str, Any] = {"top_k": 8, "scoring": "softmax"}
-    whole = rule | {"renormalize": True, "n_group": 1, "topk_group": 1}
-    for tokens in (1, 3, 16, 200):
-        states, weight = _inputs(tokens, 128, 2048, device, torch.bfloat16)
-        logits = states @ weight.T
-        pairs = [
-            (choose_experts(logits, **whole), choose_experts(logits, ahead=later, **whole)),
-            (
-                route_hidden(states, weight, **rule),
-                route_hidden(states, weight, ahead=later, **rule),
-            ),
-        ]
-        torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for one, two in pairs for a, b in zip(one, two, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(later, before, strict=True))

@@ -6,8 +6,8 @@ A block whose router was fused is looked at once: its own `forward` is run with 
 parts, and where what it does with them is `experts(x, *router(x))`, plus a shared expert and that
 one's gate if it has them, `fused_block` takes its place. That goes from one op to the next without
 calling modules between, and in a CUDA graph the shared expert runs beside the routed ones, on a
-stream of its own. The bits are those of the parts called one after the other. With few tokens the
-launch that chooses also asks the L2 for what the next decoder layer reads first.
+stream of its own. The bits are those of the parts called one after the other. With few tokens a
+last launch asks the L2 for what the next decoder layer reads first.
 
 Modules that are not called see no hooks: while any part has a hook, a replaced forward, gradients,
 counters or an observer, the block's own `forward` runs, with the fused router in it. So
@@ -27,14 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn import parameter_names
-from ..ops import (
-    WEIGHT_NAMES,
-    choose_ahead,
-    choose_op,
-    experts_op,
-    route_hidden_ahead,
-    route_hidden_op,
-)
+from ..ops import WEIGHT_NAMES, choose_op, experts_op, on_its_device, route_hidden_op
 from ..types import ExpertSpec
 from ..validate import values_wanted
 from .layouts import ACTIVATIONS
@@ -46,7 +39,7 @@ BESIDE = 512
 """Tokens up to which a shared expert runs beside the routed ones: with more it fills the GPU."""
 
 AHEAD = 16
-"""Tokens up to which the next layer's weights are fetched: with more, experts fill the L2."""
+"""Tokens up to which the next layer's weights are fetched: with more they are a small part."""
 
 torch.library.define(
     "moesaic::block",
@@ -113,6 +106,13 @@ def _sum_with_shared(
     return out_TH.add_(rows[2])
 
 
+@on_its_device
+def _fetch(_: Tensor, ahead: list[Tensor]) -> None:
+    from ..kernels.ahead import fetch_ahead
+
+    fetch_ahead(ahead)
+
+
 def _block(
     hidden: Tensor,
     logits: Tensor | None,
@@ -129,22 +129,21 @@ def _block(
     impl: str,
     num_sms: int | None,
 ) -> Tensor:
-    fetches = bool(ahead) and hidden.is_cuda and hidden.shape[0] <= AHEAD
-    more = (ahead,) if fetches else ()
     budget = {} if num_sms is None else {"num_sms": num_sms}
 
     def routed() -> Tensor:
         if logits is not None:
-            choose = choose_ahead if fetches else choose_op
-            ids, weights = choose(logits, correction, rule, as_logits, *more)
+            ids, weights = choose_op(logits, correction, rule, as_logits)
         else:
-            route = route_hidden_ahead if fetches else route_hidden_op
-            _, ids, weights = route(
-                hidden, router, router_bias, correction, rule, fp32, as_logits, *more
+            _, ids, weights = route_hidden_op(
+                hidden, router, router_bias, correction, rule, fp32, as_logits
             )
         return experts_op(hidden, ids, weights, *params, spec, impl, **budget)
 
-    return _sum_with_shared(hidden, shared, routed) if shared else routed()
+    out = _sum_with_shared(hidden, shared, routed) if shared else routed()
+    if ahead and hidden.is_cuda and hidden.shape[0] <= AHEAD:
+        _fetch(hidden, ahead)
+    return out
 
 
 def _block_fake(hidden: Tensor, *_: object) -> Tensor:

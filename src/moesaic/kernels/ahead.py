@@ -1,9 +1,9 @@
-"""Weights that launches after the router will read, asked into the L2 while it chooses.
+"""Weights that later launches will read, asked into the L2 while the memory has little to do.
 
-One token's choice of experts is a program or two: for its time the memory would stand idle. Further
-programs of the same launch ask the L2 for the first bytes of what the next decoder layer reads
-whatever the choice. They neither wait for anything nor are waited for, write nothing, and change no
-result; the lines are asked to stay while the experts' weights stream by.
+After the experts of a few tokens come norms and residuals, which leave the memory idle, and then
+the products of the next decoder layer's attention, whose weights are known. One launch asks the L2
+for them: it starts when the one before it ends, writes nothing, waits for none of what it asked
+for, and changes no result.
 
     a, b, c, d    up to four tensors, taken in order, the last one cut where LIMIT is reached
 """
@@ -17,74 +17,93 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
-LIMIT = 24 << 20
-"""Bytes of a launch: about half of an H200's L2 beside the experts."""
-PROGRAM = 128 << 10
+from .aot import AotCase
+
+LIMIT = 38 << 20
+"""Bytes of a launch: less than an H200's L2 of 50 MB."""
+CHUNK = 4096
+LANES = 32
 MOST = 4
-NAMES = tuple(f"ahead_{letter}" for letter in "abcd")
 ENDS = tuple(f"end_{letter}" for letter in "abcd")
-NOTHING: dict[str, Any] = dict.fromkeys((*NAMES, *ENDS)) | {"LANES": 0}
-"""A launch that asks for nothing."""
 
 _ASK = tl.constexpr(
     """{
     .reg .pred live;
-    .reg .b64 keep;
     setp.ne.s32 live, $2, 0;
-    createpolicy.fractional.L2::evict_last.b64 keep, 1.0;
-    @live cp.async.bulk.prefetch.L2.global.L2::cache_hint [$1], $3, keep;
+    @live cp.async.bulk.prefetch.L2.global [$1], $3;
     mov.u32 $0, 0;
     }"""
 )
 
 
-@triton.jit
-def fetch_ahead(
-    program, ahead_a, ahead_b, ahead_c, ahead_d, end_a, end_b, end_c, end_d,
-    LANES: tl.constexpr, SIZE: tl.constexpr,
+@triton.jit(do_not_specialize=[*ENDS])
+def ahead_kernel(
+    ahead_a, ahead_b, ahead_c, ahead_d, end_a, end_b, end_c, end_d,
+    SIZE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Ask for LANES chunks of SIZE bytes, from number `program` * LANES of all.
+    """A program asks for COUNT chunks of SIZE bytes, a lane for one, from number program * COUNT.
 
-    Chunks below end_a are those of ahead_a, up to end_b those of ahead_b, and so on.
+    ahead_*: 16-byte aligned addresses. Chunks below end_a are those of ahead_a, those up to end_b
+    of ahead_b, and so on.
 
-    Example: LANES 2, SIZE 4096, ends 3, 3, 4, 4: program 1 asks for bytes 8192 to 12287 of ahead_a
+    Example: COUNT 2, SIZE 4096, ends 3, 3, 4, 4: program 1 asks for bytes 8192 to 12287 of ahead_a
     and the first 4096 of ahead_c.
     """
-    chunk = program * LANES + tl.arange(0, LANES)
+    chunk = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     at = ahead_a.to(tl.int64) + chunk.to(tl.int64) * SIZE
     at = tl.where(chunk >= end_a, ahead_b.to(tl.int64) + (chunk - end_a).to(tl.int64) * SIZE, at)
     at = tl.where(chunk >= end_b, ahead_c.to(tl.int64) + (chunk - end_b).to(tl.int64) * SIZE, at)
     at = tl.where(chunk >= end_c, ahead_d.to(tl.int64) + (chunk - end_c).to(tl.int64) * SIZE, at)
     live = (chunk < end_d).to(tl.int32)
-    size = tl.full([LANES], SIZE, tl.int32)
+    size = tl.full([COUNT], SIZE, tl.int32)
     tl.inline_asm_elementwise(
         _ASK, "=r,l,r,r", [at, live, size], dtype=tl.int32, is_pure=False, pack=1
     )
+    # Whoever waits for this launch waits for those before it.
+    gdc_wait()
 
 
-def plan_ahead(ahead: Sequence[Tensor], num_warps: int) -> tuple[int, dict[str, Any]]:
-    """Programs that fetch, and the arguments of the launch that has them; 0 and `NOTHING` if none.
+def plan_ahead(ahead: Sequence[Tensor]) -> tuple[int, tuple[Any, ...]]:
+    """Programs, and the arguments of a launch; no programs where there is nothing to ask for.
 
     Tensors that are not contiguous or do not start at a multiple of 16 bytes are left out.
     """
-    lanes = 32 * num_warps
-    size = PROGRAM // lanes
-    left, total, taken, ends = LIMIT // size, 0, [], []
+    left, total, taken, ends = LIMIT // CHUNK, 0, [], []
     for tensor in ahead[:MOST]:
-        chunks = min(left, tensor.numel() * tensor.element_size() // size)
+        chunks = min(left, tensor.numel() * tensor.element_size() // CHUNK)
         if chunks and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
             left, total = left - chunks, total + chunks
             taken.append(tensor)
             ends.append(total)
     if not taken:
-        return 0, dict(NOTHING)
+        return 0, ()
     missing = MOST - len(taken)
-    values = [*taken, *taken[-1:] * missing, *ends, *ends[-1:] * missing]
-    named = dict(zip((*NAMES, *ENDS), values, strict=True))
-    return triton.cdiv(total, lanes), named | {"LANES": lanes}
+    arguments = (*taken, *taken[-1:] * missing, *ends, *ends[-1:] * missing)
+    return triton.cdiv(total, LANES), arguments
 
 
-def can_fetch(tensor: Tensor) -> bool:
-    """Whether the device of a tensor has the instruction."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+def fetch_ahead(ahead: Sequence[Tensor]) -> None:
+    """Ask the L2 for the first `LIMIT` bytes of tensors on a GPU; before sm_90: nothing."""
+    if torch.cuda.get_device_capability(ahead[0].device) < (9, 0):
+        return
+    programs, arguments = plan_ahead(ahead)
+    if programs:
+        ahead_kernel[(programs,)](*arguments, SIZE=CHUNK, COUNT=LANES, num_warps=1, launch_pdl=True)
+
+
+def aot_cases() -> list[AotCase]:
+    """The one form."""
+    names = tuple(f"ahead_{letter}" for letter in "abcd")
+    return [
+        AotCase(
+            name="ahead/bf16",
+            fn=ahead_kernel,
+            signature=dict.fromkeys(names, "*bf16") | dict.fromkeys(ENDS, "i32"),
+            constexprs={"SIZE": CHUNK, "COUNT": LANES},
+            options={"num_warps": 1, "launch_pdl": True},
+            archs=(90, 100),
+            ptx={90: ("cp.async.bulk.prefetch.L2",)},
+        )
+    ]

@@ -16,7 +16,6 @@ than torch's product and `routing.choose_experts`: those of few experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .ahead import ENDS, NAMES, PROGRAM, can_fetch, fetch_ahead, plan_ahead
 from .aot import AotCase
 from .device import registers
 from .routing import plan_route
@@ -76,10 +74,7 @@ def _store_logits(total_TE, at_TE, live_TE, expert_E, real_E, linear_ptr, logits
     return logit_TE.to(tl.float32)
 
 
-FETCHED = tl.constexpr(PROGRAM)
-
-
-@triton.jit(do_not_specialize=["tokens", *ENDS])
+@triton.jit(do_not_specialize=["tokens"])
 def router_kernel(
     hidden_ptr,
     weight_ptr,
@@ -108,15 +103,6 @@ def router_kernel(
     ROWS: tl.constexpr,
     SPREAD: tl.constexpr,
     PDL: tl.constexpr,
-    ahead_a=None,
-    ahead_b=None,
-    ahead_c=None,
-    ahead_d=None,
-    end_a=None,
-    end_b=None,
-    end_c=None,
-    end_d=None,
-    LANES: tl.constexpr = 0,
 ):
     """A block of BLOCK_T tokens per program, or per group of programs that SPREAD its pieces.
 
@@ -125,7 +111,7 @@ def router_kernel(
     to the scores for the choice alone, or None. logits_ptr: (T, E), any float dtype. ids_ptr:
     (T, TOP_K) int32. weights_ptr: (T, TOP_K), any float dtype. pieces_ptr: (pieces, T, E) fp32 and
     tickets_ptr: int32 zeros, one a block, left as zeros, where SPREAD, else None. ROWS: rows that
-    are chosen for at once. Where LANES, the last programs only fetch, see `ahead`.
+    are chosen for at once.
 
     Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], TOP_K 2, renormalised softmax: logits
     [[1, 2, 3]], ids [[2, 1]], weights [[0.73106, 0.26894]].
@@ -134,25 +120,6 @@ def router_kernel(
     tiles: tl.constexpr = (experts + BLOCK_E - 1) // BLOCK_E
     pieces: tl.constexpr = (HIDDEN + SPLIT - 1) // SPLIT
     parts: tl.constexpr = tiles * pieces if SPREAD else 1
-    if LANES:
-        choosing = tl.num_programs(0) - tl.cdiv(end_d, LANES)
-        if tl.program_id(0) >= choosing:
-            if PDL:
-                gdc_launch_dependents()
-            fetch_ahead(
-                tl.program_id(0) - choosing,
-                ahead_a,
-                ahead_b,
-                ahead_c,
-                ahead_d,
-                end_a,
-                end_b,
-                end_c,
-                end_d,
-                LANES,
-                FETCHED // LANES,
-            )
-            return
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -304,7 +271,6 @@ def route_hidden(
     scale: float = 1.0,
     logits_dtype: torch.dtype | None = None,
     weights_dtype: torch.dtype = torch.float32,
-    ahead: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (T, E), ids (T, K) int32 and weights (T, K), from one kernel.
 
@@ -314,7 +280,6 @@ def route_hidden(
         bias_E: fp32, for `scoring="sigmoid"`; the choice is made on score + bias.
         logits_dtype: what sums are rounded to before anything else; None: that of `hidden_TH`.
         weights_dtype: what the weights are rounded to.
-        ahead: what launches after this one read, asked into the L2 meanwhile (sm_90 and up).
 
     Raises:
         ValueError: what `refusal` says, or a bias without sigmoid scoring.
@@ -338,9 +303,8 @@ def route_hidden(
         shape = (triton.cdiv(hidden, SPLIT), tokens, experts)
         pieces = hidden_TH.new_empty(shape, dtype=torch.float32)
         tickets = _tickets(hidden_TH.device).take(blocks)
-    overlap = can_fetch(hidden_TH)
-    fetching, fetched = plan_ahead(ahead, plan["num_warps"]) if ahead and overlap else (0, {})
-    router_kernel[(programs + fetching,)](
+    overlap = hidden_TH.is_cuda and torch.cuda.get_device_capability(hidden_TH.device) >= (9, 0)
+    router_kernel[(programs,)](
         hidden_TH.contiguous(),
         weight_EH.contiguous(),
         linear_bias_E,
@@ -355,7 +319,6 @@ def route_hidden(
         HIDDEN=hidden,
         PDL=overlap,
         **plan,
-        **fetched,
         **({"launch_pdl": True} if overlap else {}),
     )
     return logits_TE, ids_TK, weights_TK
@@ -381,8 +344,7 @@ def route_hidden_ref(
 
 
 def _aot_case(name: str, tokens: int, experts: int, hidden: int, **how: Any) -> AotCase:
-    flags = ("quick", "pdl", "bias", "linear", "fetching")
-    quick, pdl, bias, linear, fetching = (how.pop(flag, False) for flag in flags)
+    quick, pdl, bias, linear = (how.pop(f, False) for f in ("quick", "pdl", "bias", "linear"))
     rule: dict[str, Any] = {"scoring": "softmax", "renormalize": True, "n_group": 1}
     logits = how.pop("logits", "bf16")
     _, _, plan = plan_router(tokens, experts, hidden, **(rule | {"topk_group": 1} | how))
@@ -394,7 +356,6 @@ def _aot_case(name: str, tokens: int, experts: int, hidden: int, **how: Any) -> 
     for pointer, kind, there in (
         ("linear_ptr", "*bf16", linear), ("bias_ptr", "*fp32", bias),
         ("pieces_ptr", "*fp32", spread), ("tickets_ptr", "*i32", spread),
-        *((name, "*bf16", fetching) for name in NAMES), *((name, "i32", fetching) for name in ENDS),
     ):  # fmt: skip
         if there:
             signature[pointer] = kind
@@ -404,8 +365,7 @@ def _aot_case(name: str, tokens: int, experts: int, hidden: int, **how: Any) -> 
         name=f"router/{name}-t{tokens}",
         fn=router_kernel,
         signature=signature,
-        constexprs=plan
-        | {"HIDDEN": hidden, "PDL": pdl, "LANES": 32 * options["num_warps"] if fetching else 0},
+        constexprs=plan | {"HIDDEN": hidden, "PDL": pdl},
         options=options | ({"launch_pdl": True} if pdl else {}),
         archs=(90, 100) if pdl else (80, 90, 100),
         quick=quick,
@@ -423,7 +383,6 @@ def aot_cases() -> list[AotCase]:
         _aot_case("qwen3", 8192, 128, 2048, top_k=8, pdl=True),
         _aot_case("mixtral", 128, 8, 4096, top_k=2, pdl=True),
         _aot_case("mixtral", 8192, 8, 4096, top_k=2, pdl=True),
-        _aot_case("fetching", 1, 8, 4096, top_k=2, pdl=True, fetching=True, quick=True),
         _aot_case("deepseek-v3", 1, 256, 7168, **deepseek),
         _aot_case("deepseek-v3", 256, 256, 7168, **deepseek),
         _aot_case("deepseek-v3", 8192, 256, 7168, quick=True, **deepseek),

@@ -18,7 +18,6 @@ scores are all zero; it stands in its own file because the CPU must not need Tri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .ahead import ENDS, NAMES, PROGRAM, can_fetch, fetch_ahead, plan_ahead
 from .aot import AotCase
 from .launching import launch
 from .routing_ref import route_ref
@@ -38,10 +36,7 @@ __all__ = ["aot_cases", "plan_route", "route", "route_kernel", "route_ref"]
 MAX_PROGRAMS = 2112
 
 
-FETCHED = tl.constexpr(PROGRAM)
-
-
-@triton.jit(do_not_specialize=["tokens", *ENDS])
+@triton.jit(do_not_specialize=["tokens"])
 def route_kernel(
     logits_ptr,
     bias_ptr,
@@ -63,15 +58,6 @@ def route_kernel(
     ALONE: tl.constexpr,
     counters_ptr=None,
     PDL: tl.constexpr = False,
-    ahead_a=None,
-    ahead_b=None,
-    ahead_c=None,
-    ahead_d=None,
-    end_a=None,
-    end_b=None,
-    end_c=None,
-    end_d=None,
-    LANES: tl.constexpr = 0,
 ):
     """BLOCK_T rows at a time, the programs striding over the batch; E = GROUPS * GROUP.
 
@@ -84,33 +70,13 @@ def route_kernel(
     Example: logits [[0, 2, 2, 1], [5, nan, 1, 1]], TOP_K 2, renormalised softmax: ids
     [[1, 2], [0, 2]], weights [[0.5, 0.5], [0.98201, 0.01799]], counts [1, 1, 2, 0].
     """
-    programs = tl.num_programs(0)
-    if LANES:
-        programs -= tl.cdiv(end_d, LANES)
-        if tl.program_id(0) >= programs:
-            if PDL:
-                gdc_launch_dependents()
-            fetch_ahead(
-                tl.program_id(0) - programs,
-                ahead_a,
-                ahead_b,
-                ahead_c,
-                ahead_d,
-                end_a,
-                end_b,
-                end_c,
-                end_d,
-                LANES,
-                FETCHED // LANES,
-            )
-            return
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     column_E = tl.arange(0, GROUPS_PAD * GROUP_PAD)
     expert_E, real_E = experts_of(column_E, GROUPS, GROUP, GROUPS_PAD, GROUP_PAD)
     seen_TE = tl.zeros([BLOCK_T, GROUPS_PAD * GROUP_PAD], tl.int32)
-    for block in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), programs):
+    for block in range(tl.program_id(0), tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
         token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
         live_TE = (token_T < tokens)[:, None] & real_E[None, :]
         row_T1 = token_T.to(tl.int64)[:, None]
@@ -248,7 +214,6 @@ def choose_experts(
     *,
     weights_dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
-    ahead: Sequence[Tensor] = (),
     **rule: Any,
 ) -> tuple[Tensor, Tensor]:
     """`route` without counts: ids (T, K) int32 and weights (T, K), always one launch.
@@ -258,7 +223,6 @@ def choose_experts(
     Args:
         logits_TE, bias_E, scale: as for `route`.
         weights_dtype: what the weights are rounded to.
-        ahead: what launches after this one read, asked into the L2 meanwhile (sm_90 and up).
         rule: as for `plan_route`.
 
     Raises:
@@ -270,9 +234,8 @@ def choose_experts(
     weights_TK = logits_TE.new_empty((tokens, rule["top_k"]), dtype=weights_dtype)
     if tokens:
         programs, plan = plan_route(tokens, experts, **rule)
-        pdl = can_fetch(logits_TE)
-        fetching, fetched = plan_ahead(ahead, plan["num_warps"]) if ahead and pdl else (0, {})
-        route_kernel[(programs + fetching,)](
+        pdl = logits_TE.is_cuda and torch.cuda.get_device_capability(logits_TE.device) >= (9, 0)
+        route_kernel[(programs,)](
             logits_TE,
             bias_E,
             ids_TK,
@@ -282,7 +245,6 @@ def choose_experts(
             logits_TE.stride(0),
             scale,
             **plan,
-            **fetched,
             **({"PDL": True, "launch_pdl": True} if pdl else {}),
         )
     return ids_TK, weights_TK
@@ -299,8 +261,8 @@ def _check(logits_TE: Tensor, bias_E: Tensor | None, scoring: str) -> None:
 
 
 def _aot_case(name: str, dtype: str, tokens: int, experts: int, top_k: int, **how: Any) -> AotCase:
-    flags = ("quick", "bias", "counted", "pdl", "fetching")
-    quick, bias, counted, pdl, fetching = (how.pop(flag, False) for flag in flags)
+    flags = ("quick", "bias", "counted", "pdl")
+    quick, bias, counted, pdl = (how.pop(flag, False) for flag in flags)
     rule: dict[str, Any] = {"scoring": "softmax", "renormalize": True, "n_group": 1}
     rule |= {"topk_group": 1} | how
     _, plan = plan_route(tokens, experts, top_k=top_k, **rule)
@@ -310,8 +272,7 @@ def _aot_case(name: str, dtype: str, tokens: int, experts: int, top_k: int, **ho
     signature |= {"tokens": "i32", "row_stride": "i32", "scale": "fp32"}
     for pointer, kind, there in (
         ("bias_ptr", "*fp32", bias), ("counters_ptr", "*i32", counted),
-        ("counts_ptr", "*i32", not pdl), *((name, "*bf16", fetching) for name in NAMES),
-        *((name, "i32", fetching) for name in ENDS),
+        ("counts_ptr", "*i32", not pdl),
     ):  # fmt: skip
         if there:
             signature[pointer] = kind
@@ -321,11 +282,10 @@ def _aot_case(name: str, dtype: str, tokens: int, experts: int, top_k: int, **ho
         name=f"route/{name}-t{tokens}",
         fn=route_kernel,
         signature=signature,
-        constexprs=plan | {"PDL": pdl, "LANES": 32 * options["num_warps"] if fetching else 0},
+        constexprs=plan | {"PDL": pdl},
         options=options | ({"launch_pdl": True} if pdl else {}),
         archs=(90, 100) if pdl else (80, 90, 100),
         aligned=("row_stride",) if experts % 16 == 0 else (),
-        ptx={90: ("cp.async.bulk.prefetch.L2",)} if fetching else {},
         quick=quick,
     )
 
@@ -344,7 +304,6 @@ def aot_cases() -> list[AotCase]:
         _aot_case("deepseek-v3", "fp32", 8192, 256, 8, quick=True, **deepseek),
         _aot_case("chosen", "bf16", 1, 128, 8, quick=True, pdl=True),
         _aot_case("chosen", "bf16", 128, 8, 2, pdl=True),
-        _aot_case("fetching", "bf16", 1, 128, 8, quick=True, pdl=True, fetching=True),
         _aot_case("chosen", "fp32", 8192, 256, 8, pdl=True, **deepseek),
         _aot_case("counted", "fp32", 8192, 256, 8, quick=True, counted=True, **deepseek),
         _aot_case("gpt-oss", "bf16", 8192, 128, 4, scoring="topk_softmax"),
