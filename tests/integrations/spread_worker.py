@@ -16,8 +16,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moesaic
+from moesaic.parallel.counting import measured_counts
 from moesaic.parallel.expert_parallel import Options
 from moesaic.parallel.placement import Placement
+from moesaic.parallel.planning import plan
+from moesaic.parallel.topology import Topology
 
 
 def make_model() -> Qwen3MoeForCausalLM:
@@ -66,6 +69,11 @@ def main() -> None:
         held = [0 if layer.weights is None else len(layer.weights.up) for layer in layers]
         shared = len({id(getattr(x.exchange, "wire", None) or x.exchange.window) for x in layers})
         told[name] |= {"held": held, "exchanges": shared}
+        if name == "symmetric":
+            for layer in layers:
+                layer.count()
+            model(prompt)
+            counts = measured_counts(layers, dist.group.WORLD)
         if name == "mesh":
             again = model.generate(prompt, max_new_tokens=4, do_sample=False, synced_gpus=True)
             told[name]["tokens"] = torch.equal(again, tokens)
@@ -76,6 +84,12 @@ def main() -> None:
         told[name]["keys"] = list(model.state_dict()) == keys
         told[name]["back"] = not any("_moesaic" in k for m in model.modules() for k in vars(m))
         dist.barrier()
+    told["planned"] = {"counts": counts.sum(axis=2).tolist() == [[2 * 5, 2 * 2 * 7]] * 3}
+    topology = Topology(nodes=1, gpus_per_node=world, gpu_bytes_per_s=4e11)
+    found = plan(counts, topology, row_bytes=4 * 32).placement
+    moesaic.attach(model, mesh=mesh, placement=found)
+    told["planned"]["logits"] = torch.equal(model(prompt).logits, want)
+    moesaic.detach(model)
     moesaic.attach(model)
     told["after"] = {"logits": torch.equal(model(prompt).logits, want)}
     try:
