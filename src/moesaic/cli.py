@@ -260,8 +260,8 @@ def plan(
         bool, typer.Option("--explain", help="Say what binds and what would change the verdict.")
     ] = False,
     results: Annotated[Path, typer.Option(help="Measured lines.")] = Path("benchmarks/results"),
-    workers: Annotated[int | None, typer.Option(help="Processes; none: every core.")] = None,
-    layers: Annotated[int, typer.Option(help="Layers whose routing is sampled.")] = 4,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; none: every core.")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers whose routing is sampled.")] = 4,
 ) -> None:
     """What a deployment will do, before the cluster is rented; the advice may be "don't"."""
     with edge():

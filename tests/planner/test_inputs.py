@@ -74,7 +74,7 @@ def test_presets_and_overrides() -> None:
     over = cluster("preset: H100\nnodes: 2\ngpu: {mfu: 0.5}\nnetwork: {nics: 4, gb_per_s: 100}\n")
     assert over.gpu.mfu == 0.5 and over.gpu.memory_bytes == 80e9
     assert over.network is not None and over.network.nics == 4
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"H300x4 is neither a file nor a preset \(H200, "):
         load_cluster("H300x4")
 
 
@@ -181,6 +181,43 @@ def test_a_hugging_face_config_is_counted_right(tmp_path: Path) -> None:
     assert (shared.dtype, shared.moe_layers, shared.shared_experts) == ("fp8", 58, 1)
 
 
+MAVERICK = {
+    "model_type": "llama4_text", "hidden_size": 5120, "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384, "interleave_moe_layer_step": 2, "num_hidden_layers": 48,
+    "num_local_experts": 128, "num_experts_per_tok": 1, "num_attention_heads": 40,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 202048, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_interleaved_dense_layers_and_a_shared_expert_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MAVERICK))
+    found = load_model(tmp_path)
+    assert (found.moe_layers, found.dense_layers, found.shared_experts) == (24, 24, 1)
+    assert found.parameters / 1e9 == pytest.approx(400, abs=2)
+    listed = MIXTRAL | {"mlp_only_layers": [0, 5]}
+    (tmp_path / "config.json").write_text(json.dumps(listed))
+    assert load_model(tmp_path).dense_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layer_types": ["full_attention", "linear_attention"]}, "2: layer_types must be a list"),
+        ({"mamba_d_state": 16}, "2: mamba_d_state is of a model whose layers do not all attend"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "3: quant_method must be fp8"),
+        ({"num_experts_per_tok": None}, ": num_experts_per_tok must be a whole number"),
+    ],
+)
+def test_what_the_planner_cannot_count_is_refused_with_its_line(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    # The change stands first: its line is the second, or the third inside a block.
+    text = json.dumps(change | {k: v for k, v in MIXTRAL.items() if k not in change}, indent=1)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json:\d*{words}"):
+        load_model(tmp_path)
+
+
 def test_our_model_file(tmp_path: Path) -> None:
     found = model(MODEL, tmp_path)
     assert found.moe_layers == 3 and found.attention.kind == "MHA"
@@ -267,6 +304,9 @@ def test_a_trace_is_read_and_another_models_is_refused(tmp_path: Path) -> None:
 
 def test_quantities_keep_their_types() -> None:
     block: Any = parse("a: true\nb: 1e3\nc: null\nd: [1, 2]\n", "x.yaml")
-    assert block.boolean("a") is True and block.number("b") == 1000 and block.text("c") is None
+    assert block.boolean("a") is True and block.number("b") == 1000
+    assert block.text("c", None) is None
+    with pytest.raises(ValueError, match=r"x\.yaml:3: c must be a text, got None"):
+        block.text("c")
     assert block.integers("d") == (1, 2)
     block.done()

@@ -306,6 +306,26 @@ def test_an_explanation_names_what_helps() -> None:
     assert gains["memory bandwidth x2"] > gains["flops x2"] and gains["flops x2"] < 1.05
 
 
+def test_an_explanation_of_dont_names_what_would_make_it_possible() -> None:
+    """A cache that needs a little more than the memory: twice of it, or half the batch, helps."""
+    some = small_question(sequences=1000, context=20000)
+    need = min(p.memory.total for p in search(some, workers=1))
+    gpu = replace(some.cluster.gpu, memory_bytes=0.9 * need, reserve_bytes=0.0)
+    tight = replace(some, cluster=replace(some.cluster, gpu=gpu))
+    found = search(tight, workers=1)
+    verdict = explain(tight, found, judge(found, tight.workload))
+    then = {c.what: c.best for c in verdict.changes}
+    assert verdict.best is None and "with it or without" in verdict.one_per_gpu
+    assert then["memory x2"] is not None and then["half the batch"] is not None
+    assert then["flops x2"] is None and then["NVLink x2"] is None
+    told = {str(c) for c in verdict.changes}
+    assert "flops x2: still nothing within the limits" in told
+    slow = replace(some.workload, sequences=64, context=2000, tpot_ms=1e-3)
+    late = replace(some, workload=slow)
+    found = search(late, workers=1)
+    assert all(c.best is None for c in explain(late, found, judge(found, slow)).changes)
+
+
 def test_an_empty_space_is_refused() -> None:
     space = Space(families=("one-per-gpu",), where="w.yaml:3")
     with pytest.raises(ValueError, match=r"w\.yaml:3: no strategy is left for 8 GPUs"):

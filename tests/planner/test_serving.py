@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from moesaic.planner.batching import serve
+from moesaic.planner.cluster import load_cluster
 from moesaic.planner.engine_kernels import engine_experts_s, engine_reduce_s
 from moesaic.planner.engines import known_model, part_of
-from moesaic.planner.serving import ENGINES, Deployment, Load, serve
+from moesaic.planner.fleet import queued
+from moesaic.planner.offers import judged, offers
+from moesaic.planner.requests import Asked, Load, Requests, read_requests
+from moesaic.planner.scheduler import ENGINES
+from moesaic.planner.search import Question
+from moesaic.planner.serving import Deployment
+from moesaic.planner.workload import Workload, load_workload
 
 MODEL = known_model("qwen3_30b")
 
@@ -100,3 +110,127 @@ def test_small_kernels_add_their_time_to_every_layer_and_drag_stretches_both() -
     host = small.engine.step_s + 8 * small.engine.request_s
     ratio = (slow.step_s(8, 100.0, 0, 0.0, 0) - host) / (small.step_s(8, 100.0, 0, 0.0, 0) - host)
     assert ratio == pytest.approx(1.6 / (1 + small.engine.drag))
+
+
+# --- in a plan ---------------------------------------------------------------------------------
+
+
+def question(served: Asked, **changes) -> Question:
+    work = Workload(prompt=200, output=50, served=served, **changes)
+    return Question(model=MODEL, cluster=load_cluster("H200x2"), workload=work)
+
+
+def test_a_copy_in_a_queue_is_the_engine_alone_when_requests_do_not_meet() -> None:
+    """Three requests far apart: each takes what one alone takes, front end included."""
+    alone = serve(on(), Load(total=1, prompt=200, output=50))
+    far = Requests(np.array([0.0, 50.0, 100.0]), np.full(3, 200), np.full(3, 50))
+    for copies in (1, 4):
+        found = queued(on(), far, copies)
+        assert found.ttft_s == pytest.approx(alone.ttft_s)
+        assert found.ttft_p95_s == pytest.approx(alone.ttft_s)
+        assert found.tpot_s == pytest.approx(alone.tpot_s)
+        assert found.seconds == pytest.approx(100.0 + alone.seconds)
+
+
+def test_a_queue_of_one_copy_is_the_step_by_step_run_of_the_same_arrivals() -> None:
+    """Arrivals known beforehand and a router that learns of them give the same steps."""
+    d, load = on(front_s=0.0, most=16), Load(total=120, prompt=200, output=50, rate=20.0)
+    known = serve(d, load, seed=3)
+    times = np.random.default_rng(3).exponential(1 / 20.0, 120).cumsum()
+    found = queued(d, Requests(times, *load.lengths()), 1)
+    assert found.seconds == pytest.approx(known.seconds, rel=2e-3)
+    assert found.ttft_s == pytest.approx(known.ttft_s, rel=2e-2)
+    assert found.tpot_s == pytest.approx(known.tpot_s, rel=1e-2)
+
+
+def test_more_copies_shorten_the_wait_of_requests_that_come_too_fast() -> None:
+    times = np.linspace(0.0, 2.0, 400)
+    burst = Requests(times, np.full(400, 1000), np.full(400, 50))
+    one, four = (queued(on(most=16), burst, copies) for copies in (1, 4))
+    assert four.ttft_p95_s < one.ttft_p95_s / 2 and four.output_tokens == one.output_tokens
+    assert one.ttft_p95_s > one.ttft_median_s
+
+
+def test_offers_of_every_layout_are_ranked_and_judged_by_the_limits() -> None:
+    asked = Asked(engines=("vllm", "sglang"), gpus=(1, 2, 8), at_once=(8,), requests=16)
+    found = offers(question(asked), workers=1)
+    # TP and TP EP and DP EP on 2 and 8 GPUs; TP8 cuts experts of 768 too.
+    assert {o.layout for o in found} == {"1 GPU", "TP2", "TP2 EP2", "DP2 EP2", "TP8", "TP8 EP8",
+                                         "DP8 EP8"}  # fmt: skip
+    assert all(o.used == 16 for o in found)
+    rates = [o.per_gpu for o in found]
+    assert rates == sorted(rates, reverse=True) and {o.served.requests for o in found if o.served
+                                                     } == {32, 128, 256}  # fmt: skip
+    best = judged(found, Workload())
+    assert f"{found[0].deployment.engine.name} {found[0].layout} with 8 at once" in best
+    assert "No serving engine keeps" in judged(found, Workload(tpot_ms=0.01))
+    assert all("published times of" in o.kernels for o in found)
+
+
+def test_weights_that_leave_no_cache_are_shown_and_never_recommended() -> None:
+    asked = Asked(engines=("vllm",), gpus=(1,), at_once=(8,), memory=0.3)
+    found = offers(question(asked), workers=1)
+    assert [o.served for o in found] == [None] and "61 GB of weights in 42 GB" in found[0].why
+    assert "has room in a node" in judged(found, Workload())
+    with pytest.raises(ValueError, match="no layout of vllm is possible"):
+        offers(question(replace(asked, gpus=(3,))), workers=1)
+
+
+def test_a_card_without_published_times_takes_the_roofline_and_says_so() -> None:
+    asked = Asked(engines=("vllm",), gpus=(2,), at_once=(8,), requests=16)
+    known = question(asked)
+    bare = replace(known, cluster=replace(known.cluster, device=None))
+    one, other = (offers(q, workers=1)[0] for q in (known, bare))
+    assert other.kernels == "roofline" and one.kernels != "roofline"
+    assert one.served is not None and other.served is not None
+    assert other.served.tpot_s < one.served.tpot_s
+
+
+def test_requests_of_a_file_are_served_as_they_come(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text("seconds,prompt,output\n105,300,20\n100,200,50\n")
+    (tmp_path / "w.yaml").write_text("served: {engines: [vllm], requests_file: r.csv}\n")
+    work = load_workload(tmp_path / "w.yaml", num_experts=128, layers=48)
+    assert work.served is not None and work.served.trace is not None
+    assert work.served.trace.seconds_R.tolist() == [0.0, 5.0]
+    found = offers(replace(question(work.served), workload=work), workers=1)[0]
+    assert found.served is not None and found.served.prompt_tokens == 500
+    assert 5.0 < found.served.seconds < 8.0 and found.load == "2 in 5 s"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("served: {engines: [vlm], at_once: [4]}", r"w\.yaml:1: engines must be a list out of"),
+        ("served: {engines: [vllm]}", r"w\.yaml:1: served needs one of at_once, .* got none"),
+        ("arrival: {rate: 1}\nserved: {at_once: [4]}", r"w\.yaml:2: .* got at_once and arrival"),
+        ("served: {at_once: [4], batch: 3}", r"w\.yaml:1: unknown field 'batch'"),
+        ("phase: prefill\nserved: {at_once: [4]}", r"w\.yaml:2: served needs phase decode"),
+        ("phase: prefill\narrival: {rate: 1}", r"w\.yaml:2: arrival needs phase decode"),
+        ("served: {requests_file: none.csv}", r"w\.yaml:1: cannot read none\.csv"),
+        ("arrival: {rate: 1}\nserved:\n  requests: 4", r"w\.yaml:3: requests needs at_once"),
+    ],
+)
+def test_a_wrong_question_to_engines_is_refused_with_its_line(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "w.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load_workload(tmp_path / "w.yaml", num_experts=128, layers=48)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seconds,prompt\n", r"r\.csv:1: the columns must be seconds,prompt,output"),
+        ("seconds,prompt,output\n0,10,10\n1,0,10\n", r"r\.csv:3: a request is .* got '1,0,10'"),
+        ("seconds,prompt,output\n0,10\n", r"r\.csv:2: a request is"),
+        ("seconds,prompt,output\n", r"r\.csv:2: no request"),
+    ],
+)
+def test_a_wrong_request_trace_is_refused_with_its_line(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "r.csv").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_requests(tmp_path / "r.csv")

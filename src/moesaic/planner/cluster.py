@@ -166,13 +166,18 @@ def load_cluster(path: str | Path) -> Cluster:
     """A cluster from a file, or from ``PRESET`` or ``PRESETxNODES`` (``H200x4``).
 
     Raises:
-        OSError: the file is missing.
+        OSError: there is neither such a file nor such a preset.
         ValueError: a field that is unknown, missing or impossible; names the line.
     """
     name, _, nodes = str(path).partition("x")
     if name in presets() and (not nodes or nodes.isdigit()):
         text = f"name: {path}\npreset: {name}\nnodes: {nodes or 1}\n"
         return cluster_from(parse(text, str(path)), Path())
+    if not Path(path).exists():
+        known = ", ".join(presets())
+        raise FileNotFoundError(
+            f"{path} is neither a file nor a preset ({known}; {presets()[0]}x4 is four nodes)"
+        )
     return cluster_from(read(path), Path(path).parent)
 
 

@@ -17,9 +17,11 @@ from .cluster import Gpu, load_cluster
 from .exchange import Ways, measured_ways
 from .kernels import ROOFLINE, KernelTable, device_lines, fit_table, measured_layers, path_of
 from .model import Model, load_model
+from .offers import HEADS as OFFER_HEADS
+from .offers import cells, judged, offers, shown_offers
 from .predict import Prediction, first_token_s, predict
 from .queueing import Queued, Service, simulate_queue
-from .report import HEADS, Plan, facts, row, shown, write
+from .report import HEADS, Plan, engine_sources, facts, row, shown, write
 from .sampling import Sampler
 from .search import Question, explain, judge, search
 from .shapes import EIGHT, FIELD, SHAPES, SPREAD
@@ -83,6 +85,7 @@ def make_plan(
         )
         if q.workload.arrival is not None:
             queued = serve(q, best, ttft)
+    found = offers(q, workers=workers, progress=progress) if q.workload.served else []
     notes = []
     if best is not None and q.workload.ttft_ms and ttft and ttft * 1e3 > q.workload.ttft_ms:
         notes.append(
@@ -90,7 +93,8 @@ def make_plan(
             f"over the limit of {q.workload.ttft_ms:g} ms"
         )
     return Plan(question=q, predictions=tuple(predictions), verdict=verdict, ttft_s=ttft,
-                queued=queued, notes=tuple(notes))  # fmt: skip
+                queued=queued, offers=tuple(found), notes=tuple(notes),
+                served=judged(found, q.workload) if found else None)  # fmt: skip
 
 
 def serve(question: Question, best: Prediction, ttft_s: float) -> Queued:
@@ -149,7 +153,16 @@ def show(plan: Plan, explained: bool) -> None:
     wide.print(Text(plan.verdict.one_per_gpu))
     if explained:
         for change in plan.verdict.changes:
-            wide.print(Text(f"  {change.what}: x {change.gain:.2f}, best then {change.best}"))
+            wide.print(Text(f"  {change}"))
+    if plan.served is not None:
+        engines = Table(box=None, header_style="bold")
+        for head in OFFER_HEADS:
+            engines.add_column(head, justify="left" if head in OFFER_HEADS[:2] else "right")
+        for offer in shown_offers(plan.offers):
+            engines.add_row(*(Text(cell, "" if offer.served else "dim") for cell in cells(offer)))
+        wide.print(engines)
+        wide.print(Text("experts' times: ", "bold") + Text("; ".join(engine_sources(plan))))
+        wide.print(Text("engines: ", "bold") + Text(plan.served))
 
 
 def main(
@@ -190,6 +203,7 @@ def main(
                 "tokens_per_s_per_gpu": None if best is None else round(best.per_gpu, 1),
                 "step_ms": None if best is None else round(best.step_s * 1e3, 3),
                 "ttft_ms": None if plan.ttft_s is None else round(plan.ttft_s * 1e3, 1),
+                "engine": plan.served,
                 "files": files,
             },
             separators=(",", ":"),

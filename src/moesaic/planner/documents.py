@@ -64,6 +64,8 @@ class Block:
         if not isinstance(node, yaml.ScalarNode):
             raise self.wrong(name, expected, "a list or fields")
         if node.tag.endswith(":null"):
+            if default is MISSING:
+                raise self.wrong(name, expected, None)
             return None
         return node.value
 
@@ -184,6 +186,10 @@ class Block:
         import yaml
 
         return isinstance(self._nodes[name][0], yaml.SequenceNode)
+
+    def length(self, name: str) -> int:
+        """How many items a list has."""
+        return len(self._nodes[name][0].value)
 
     def names(self) -> Iterator[str]:
         """The fields that are there."""

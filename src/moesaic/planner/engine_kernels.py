@@ -35,6 +35,7 @@ Floats = npt.NDArray[np.float64]
 NEAR = np.array([1.0, 1.0, 2.0])
 # Whose kernels a card without points is compared with, and what runs where an engine has none.
 SISTER = {"H800": "H100", "H20": "H200"}
+KNOWN_CARDS = ("A100", "H100", "H200", *SISTER)
 OTHER_ENGINE = "vllm"
 # Rows that the smallest tile of a product on tensor cores has, filled or not.
 TILE_ROWS = 16
@@ -77,11 +78,13 @@ def _slice(spec: ExpertSpec, cut: int) -> ExpertSpec:
 @cache
 def slices(card: str, engine: str, dtype: str) -> Slices | None:
     """The points of a card's kernels, None where none are published."""
+    of = (card, engine, dtype)
+    entries = [e for e in published()["moe"] if (e["card"], e["engine"], e["dtype"]) == of]
+    if not entries:
+        return None
     gpu, _ = _gpu(card)
     points, logs = [], []
-    for entry in published()["moe"]:
-        if (entry["card"], entry["engine"], entry["dtype"]) != (card, engine, dtype):
-            continue
+    for entry in entries:
         hidden, inner, top_k, experts = entry["shape"]
         cut = int(entry["cut"])
         part = _slice(
@@ -92,23 +95,43 @@ def slices(card: str, engine: str, dtype: str) -> Slices | None:
             floor = float(roofline_s(gpu, part, tokens * top_k, active, 1 if dtype == "fp8" else 2))
             points.append(np.log2([tokens * top_k / active, inner / cut, hidden]))
             logs.append(np.log(us * 1e-6 / floor))
-    return Slices(np.array(points), np.array(logs)) if points else None
+    return Slices(np.array(points), np.array(logs))
+
+
+def _known(card: str, engine: str, dtype: str) -> tuple[str, str] | None:
+    """This engine's kernels, else another's, else those of 16 bits (eight-bit weights)."""
+    tries = ((engine, dtype), (OTHER_ENGINE, dtype), (engine, "bf16"), (OTHER_ENGINE, "bf16"))
+    return next((one for one in tries if slices(card, *one)), None)
 
 
 def _points(card: str, engine: str, dtype: str) -> Slices | None:
-    """This engine's points, else those of another, else those of 16 bits (eight-bit weights)."""
-    tries = ((engine, dtype), (OTHER_ENGINE, dtype), (engine, "bf16"), (OTHER_ENGINE, "bf16"))
-    return next((found for e, d in tries if (found := slices(card, e, d))), None)
+    """The points of those kernels; None where a card has none."""
+    known = _known(card, engine, dtype)
+    return None if known is None else slices(card, *known)
+
+
+def source_of(card: str | None, engine: str, dtype: str) -> str:
+    """Whence the times of experts come, in words."""
+    if card is None:
+        return "roofline"
+    known, sister = _known(card, engine, dtype), SISTER.get(card)
+    if known is not None:
+        return f"published times of {known[0]} in {known[1]} on {card}"
+    if sister is None:
+        return "roofline"
+    known = _known(sister, engine, dtype)
+    assert known is not None
+    return f"roofline, at least published times of {known[0]} in {known[1]} on {sister}"
 
 
 def engine_experts_s(
-    gpu: Gpu, card: str, engine: str, spec: ExpertSpec, rows: float, active: float,
+    gpu: Gpu, card: str | None, engine: str, spec: ExpertSpec, rows: float, active: float,
     itemsize: int, *, cut: int = 1,
 ) -> float:  # fmt: skip
     """Seconds of the experts of one layer on one rank.
 
     Args:
-        gpu: the card, of which `card` is the preset's name.
+        gpu: the card, of which `card` is the preset's name; None: the roofline.
         engine: whose kernels.
         rows, active: rows of this rank and its experts that have any.
         itemsize: bytes of a weight.
@@ -118,10 +141,10 @@ def engine_experts_s(
     dtype = "fp8" if itemsize == 1 else "bf16"
     each = rows / max(active, 1.0)
     floor = float(roofline_s(gpu, part, rows, active, itemsize))
-    points = _points(card, engine, dtype)
+    points = None if card is None else _points(card, engine, dtype)
     if points is not None:
         return floor * points.ratio(each, part.intermediate_size, part.hidden_size)
-    sister = SISTER.get(card)
+    sister = None if card is None else SISTER.get(card)
     if sister is None:
         return gpu.overhead_s + floor
     other, _ = _gpu(sister)

@@ -3,7 +3,8 @@
     C requests at once · T tokens of a step
 
 Conditions are those of the source; what it does not give is the same for all rows: the engine's
-defaults (`serving.ENGINES`), routing ``lognormal:0.4``, ten times as many requests as are at once.
+defaults (`scheduler.ENGINES`), routing ``lognormal:0.4``, ten times as many requests as are at
+once.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+from .batching import serve
 from .cluster import Cluster, load_cluster
 from .documents import Block
 from .model import Model, load_model
 from .own import Row
-from .serving import ENGINES, Deployment, Load, serve
+from .requests import REPEATS, Load
+from .scheduler import ENGINES
+from .serving import Deployment
 
 # A number in fp8 with its share of the scales and of a row's header: 7408 bytes for 7168 numbers.
 FP8_WIRE = 7408 / 7168
-REPEATS = 10
-# Rounds of figures that were predicted blind and from which `serving.Engine` was fitted after.
+# Rounds of figures that were predicted blind and from which `scheduler.Engine` was fitted after.
 FITTED = (2, 3, 4, 5)
 FIGURES = (
     "output_tokens_per_s", "input_tokens_per_s", "total_tokens_per_s", "requests_per_s", "ttft_ms",

@@ -19,6 +19,10 @@ from .documents import Block, read
 ITEMSIZES = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
 HF_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8"}
 EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
+ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")
+# Fields of models some of whose layers do not attend.
+HYBRID = ("attn_layer_period", "attn_type_list", "conv_L_cache", "linear_num_key_heads",
+          "mamba_d_state", "mamba_n_heads")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,13 +287,16 @@ def _hugging_face(block: Block, file: Path) -> Model:
     )  # fmt: skip
     width = block.integer(width_field)
     layers = block.integer("num_hidden_layers")
-    quantized = block.block("quantization_config")
-    method = quantized.text("quant_method", None) if quantized else None
+    _only_attention(block)
+    method = _quant_method(block)
     dtype_field = "torch_dtype" if "torch_dtype" in block else "dtype"
     dtype = HF_DTYPES.get(block.text(dtype_field, "bfloat16"), "bf16")
     shared = block.integer("n_shared_experts", 0, low=0) or 0
     shared_width = block.integer("shared_expert_intermediate_size", None)
+    shared_width = shared_width or block.integer("shared_intermediate_size", None, low=0)
     family = block.text("model_type", "")
+    if family.startswith("llama4"):
+        shared, dense = 1, block.integer("intermediate_size_mlp")
     spec = _spec(
         block, (count, "hidden_size", width_field),
         num_experts=block.integer(count), hidden_size=hidden, intermediate_size=width,
@@ -317,11 +324,41 @@ def _hugging_face(block: Block, file: Path) -> Model:
     )
 
 
+def _only_attention(block: Block) -> None:
+    """Refuse models with layers that do not attend: their state and kernels are not modelled."""
+    for name in HYBRID:
+        if name in block:
+            raise ValueError(
+                f"{block.where(name)}: {name} is of a model whose layers do not all attend; the "
+                "planner knows attention alone"
+            )
+    if "layer_types" in block and block.is_list("layer_types"):
+        block.texts("layer_types", among=ATTENDING)
+
+
+def _quant_method(block: Block) -> str | None:
+    """How the weights are quantized; only eight-bit ones are known."""
+    quantized = block.block("quantization_config")
+    if quantized is None:
+        return None
+    method: str | None = quantized.text("quant_method", None)
+    if method not in (None, "fp8"):
+        raise quantized.wrong(
+            "quant_method", "fp8 (else write YAML of ours, with the dtype it runs in)", method
+        )
+    return method
+
+
 def _dense_layers(block: Block, layers: int) -> int:
     """How many layers have no experts."""
+    named = "mlp_only_layers"
+    listed = block.is_list(named) and block.length(named) if named in block else 0
+    if "num_dense_layers" in block:
+        return int(block.integer("num_dense_layers", 0, low=0) or 0)
+    every = "interleave_moe_layer_step"
+    step = block.integer(every if every in block else "decoder_sparse_step", 1, low=1) or 1
     first = block.integer("first_k_dense_replace", 0, low=0) or 0
-    step = block.integer("decoder_sparse_step", 1, low=1) or 1
-    return int(first) if step == 1 else layers - layers // step
+    return int(listed) + (int(first) if step == 1 else layers - layers // step)
 
 
 def _hf_attention(block: Block, hidden: int, heads: int) -> Attention:

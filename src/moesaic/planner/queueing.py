@@ -7,13 +7,13 @@ them. Seeded; equal input gives equal output.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .workload import Arrival
+from .requests import Arrival
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +55,6 @@ class Queued:
     tokens_per_s: float
 
 
-def arrivals(arrival: Arrival, seed: int) -> Sequence[float]:
-    """The times at which requests come."""
-    if arrival.times:
-        return [t for t in arrival.times if t <= arrival.seconds]
-    random = np.random.default_rng(seed)
-    gaps = random.exponential(1 / arrival.rate, max(1, round(3 * arrival.rate * arrival.seconds)))
-    times = np.cumsum(gaps)
-    return [float(t) for t in times[times <= arrival.seconds]]
-
-
 def simulate_queue(service: Service, arrival: Arrival, *, seed: int = 0) -> Queued:
     """Serve the arrivals until the time is over.
 
@@ -73,9 +63,7 @@ def simulate_queue(service: Service, arrival: Arrival, *, seed: int = 0) -> Queu
     """
     import simpy
 
-    times = arrivals(arrival, seed)
-    if not times:
-        raise ValueError(f"no request arrives within {arrival.seconds} s; raise rate or seconds")
+    times = arrival.drawn(seed)
     env: Any = simpy.Environment()
     waiting = [simpy.Store(env) for _ in range(service.copies)]
     first: list[float] = []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .offers import HEADS as OFFER_HEADS
+from .offers import Offer, cells, offer_entry, shown_offers
 from .pictures import pareto_svg, perfetto, timeline_svg
 from .predict import Prediction
 from .queueing import Queued
@@ -26,6 +28,8 @@ class Plan:
     verdict: Verdict
     ttft_s: float | None = None
     queued: Queued | None = None
+    offers: tuple[Offer, ...] = ()
+    served: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -109,10 +113,12 @@ def document(plan: Plan) -> dict[str, Any]:
         "recommended": None if v.best is None else v.best.strategy.name,
         "verdict": v.sentence,
         "one_expert_per_gpu": v.one_per_gpu,
-        "changes": [{"what": c.what, "gain": c.gain, "best": c.best} for c in v.changes],
+        "changes": [asdict(c) for c in v.changes],
         "ttft_ms": None if plan.ttft_s is None else plan.ttft_s * 1e3,
         "queue": None if plan.queued is None else plan.queued.__dict__,
         "notes": plan.notes,
+        "served": plan.served,
+        "offers": [offer_entry(o) for o in plan.offers],
         "predictions": [entry(p) for p in plan.predictions],
     }
 
@@ -160,6 +166,11 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     return [*found, *(("note", note) for note in plan.notes)]
 
 
+def engine_sources(plan: Plan) -> list[str]:
+    """Whence each engine's times of experts come."""
+    return list(dict.fromkeys(f"{o.deployment.engine.name}: {o.kernels}" for o in plan.offers))
+
+
 def html(plan: Plan, title: str) -> str:
     """One HTML file without outside references."""
     import jinja2
@@ -170,6 +181,8 @@ def html(plan: Plan, title: str) -> str:
     best = plan.verdict.best or plan.predictions[0]
     return template.render(
         title=title, plan=plan, heads=HEADS, facts=facts(plan), best=best,
+        kernels=engine_sources(plan), offer_heads=OFFER_HEADS,
+        offers=[(o.served, cells(o)) for o in shown_offers(plan.offers)],
         rows=[(p.fits, row(p)) for p in shown(plan.predictions, plan.verdict.best)],
         pareto=pareto_svg(plan.predictions), timeline=timeline_svg(best.line),
         breakdown=sorted(best.breakdown.items(), key=lambda x: -x[1]),

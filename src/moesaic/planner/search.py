@@ -7,9 +7,10 @@ The order of the result depends on the predictions alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from .cluster import Cluster
 from .exchange import NO_WAYS, Ways
@@ -22,6 +23,7 @@ from .strategies import Strategy, enumerate_strategies
 from .workload import Workload
 
 OURS = ("one-per-gpu", "literal")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +44,22 @@ class Change:
 
     Args:
         what: the change in words.
-        gain: the recommended strategy's throughput after it over before.
-        best: the strategy that would be best then.
+        gain: the recommended strategy's throughput per GPU after it over before; None where
+            nothing is recommended.
+        best: the strategy that would be best then; None: still none is within the limits.
     """
 
     what: str
-    gain: float
-    best: str
+    gain: float | None
+    best: str | None
+
+    def __str__(self) -> str:
+        if self.gain is None:
+            then = "still nothing within the limits" if self.best is None else (
+                f"then {self.best} is within the limits"
+            )  # fmt: skip
+            return f"{self.what}: {then}"
+        return f"{self.what}: x {self.gain:.2f}, best then {self.best}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +109,26 @@ def each_batch(question: Question) -> list[Question]:
     ]
 
 
+def over_cores(
+    function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], workers: int | None
+) -> Iterator[T]:
+    """What the function makes of every job, in the order in which processes are done with them.
+
+    Args:
+        workers: processes; None takes every core, 1 stays in this process.
+    """
+    count = min(workers or os.cpu_count() or 1, len(jobs))
+    if count <= 1:
+        yield from (function(*job) for job in jobs)
+        return
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context) as pool:
+        for done in as_completed([pool.submit(function, *job) for job in jobs]):
+            yield done.result()
+
+
 def predict_all(
     question: Question,
     strategies: Sequence[Strategy],
@@ -113,26 +144,12 @@ def predict_all(
         workers: processes; None takes every core, 1 stays in this process.
         progress: called with how many are done, and of how many.
     """
-    groups = _together(strategies)
-    count = workers or os.cpu_count() or 1
     found: list[Prediction] = []
-
-    def add(more: list[Prediction]) -> None:
+    jobs = [(question, group) for group in _together(strategies)]
+    for more in over_cores(predict_group, jobs, workers):
         found.extend(more)
         if progress is not None:
             progress(len(found), len(strategies) * len(each_batch(question)))
-
-    if count == 1 or len(groups) == 1:
-        for group in groups:
-            add(predict_group(question, group))
-    else:
-        import multiprocessing
-
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(count, len(groups)), mp_context=context) as pool:
-            jobs = [pool.submit(predict_group, question, group) for group in groups]
-            for job in as_completed(jobs):
-                add(job.result())
     return sorted(found, key=lambda p: (-p.tokens_per_s, p.strategy.name, p.batch))
 
 
@@ -188,7 +205,8 @@ def judge(predictions: Sequence[Prediction], workload: Workload, gpus: int = 0) 
         else:
             nearest = min(predictions, key=lambda p: p.memory.total)
             why = f"nothing fits: {nearest.strategy.name} needs {nearest.memory.why()}"
-        return Verdict(best=None, sentence=f"Don't: {why}.", one_per_gpu=_one_per_gpu(predictions))
+        lone = "One expert per GPU: nothing here is within memory and limits, with it or without."
+        return Verdict(best=None, sentence=f"Don't: {why}.", one_per_gpu=lone)
     best = max(good, key=lambda p: p.tokens_per_s)
     idle = gpus - best.gpus if gpus else 0
     return Verdict(
@@ -233,31 +251,52 @@ def _one_per_gpu(predictions: Sequence[Prediction]) -> str:
     )
 
 
-def explain(question: Question, predictions: Sequence[Prediction], verdict: Verdict) -> Verdict:
-    """The verdict with what each doubled resource, and even routing, would do to it."""
-    if verdict.best is None:
-        return verdict
-    leaders: dict[str, Prediction] = {}
+def _leaders(predictions: Iterable[Prediction]) -> dict[str, Prediction]:
+    """The first of every family."""
+    found: dict[str, Prediction] = {}
     for p in predictions:
-        if keeps_limits(p, question.workload):
-            leaders.setdefault(p.strategy.family, p)
+        found.setdefault(p.strategy.family, p)
+    return found
+
+
+def explain(question: Question, predictions: Sequence[Prediction], verdict: Verdict) -> Verdict:
+    """The verdict with what each doubled resource, a changed batch, and even routing would do.
+
+    Tried again are the best of every family, what misses only memory, and, where nothing is
+    recommended, the fastest and the smallest.
+    """
+    tight = _leaders(p for p in predictions if not p.fits)
+    tried = list(_leaders(p for p in predictions if keeps_limits(p, question.workload)).values())
+    if verdict.best is None:
+        orders = (lambda p: p.step_s, lambda p: p.memory.total)
+        tried = [p for by in orders for p in _leaders(sorted(predictions, key=by)).values()]
     rows: dict[str, list[Prediction]] = {}
-    for leader in leaders.values():
+    for leader in tried + list(tight.values()):
         work = replace(question.workload, sequences=leader.batch, batches=())
-        for what, changed in _changed(replace(question, workload=work)):
-            rows.setdefault(what, []).extend(predict_group(changed, [leader.strategy]))
+        for what, changed in _changed(replace(question, workload=work), verdict.best is None):
+            if leader in tried or what == MEMORY:
+                rows.setdefault(what, []).extend(predict_group(changed, [leader.strategy]))
     changes = []
     for what, again in rows.items():
-        same = next(p for p in again if p.strategy == verdict.best.strategy)
-        best = max(again, key=lambda p: p.tokens_per_s * keeps_limits(p, question.workload))
-        changes.append(Change(what=what, gain=same.per_gpu / verdict.best.per_gpu,
-                              best=best.strategy.name))  # fmt: skip
+        good = [p for p in again if keeps_limits(p, question.workload)]
+        then = max(good, key=lambda p: p.tokens_per_s, default=None)
+        gain = None
+        if verdict.best is not None:
+            same = next(p for p in again if p.strategy == verdict.best.strategy)
+            gain = same.per_gpu / verdict.best.per_gpu
+        best = None if then is None else then.strategy.name
+        changes.append(Change(what=what, gain=gain, best=best))
     return replace(verdict, changes=tuple(changes))
 
 
-def _changed(q: Question) -> list[tuple[str, Question]]:
+MEMORY = "memory x2"
+
+
+def _changed(q: Question, halved: bool) -> list[tuple[str, Question]]:
+    """What could be otherwise; with `halved` the batch too is tried at half."""
     c, gpu = q.cluster, q.cluster.gpu
     found = [
+        (MEMORY, replace(c, gpu=replace(gpu, memory_bytes=2 * gpu.memory_bytes))),
         ("memory bandwidth x2", replace(c, gpu=replace(gpu, bytes_per_s=2 * gpu.bytes_per_s))),
         (
             "flops x2",
@@ -274,7 +313,11 @@ def _changed(q: Question) -> list[tuple[str, Question]]:
     if q.workload.trace is not None or parse_routing(q.workload.routing)[0] != "uniform":
         even = replace(q.workload, routing="uniform", trace=None, replan=None)
         changed.append(("even routing", replace(q, workload=even)))
-    double = replace(q.workload, sequences=2 * q.workload.sequences,
-                     prefill_tokens=2 * q.workload.prefill_tokens)  # fmt: skip
+    w = q.workload
+    double = replace(w, sequences=2 * w.sequences, prefill_tokens=2 * w.prefill_tokens)
     changed.append(("twice the batch", replace(q, workload=double)))
+    if halved:
+        half = replace(w, sequences=max(1, w.sequences // 2),
+                       prefill_tokens=max(w.prompt, w.prefill_tokens // 2))  # fmt: skip
+        changed.append(("half the batch", replace(q, workload=half)))
     return changed

@@ -350,12 +350,13 @@ with their sources in `public.yaml` and `operations.json`, all in `src/moesaic/p
    once where no limit is given), lengths, and no speculation, no hits of a prefix cache and no rate
    of arrival. What was read and not taken, and why, is in `public.yaml`. 89.4 % off: where a site
    sends 100 to 1000 requests in one burst, predictions were 1.3 to 7.3 times too fast.
-7. What those benchmarks do was read, and engines are simulated since (`serving.py`): every step has
-   a budget of tokens (2048 or 8192) and at most so many requests, prompts go first or are mixed in,
-   a burst ends in a tail of few requests, and a host adds a time a step and a request. The largest
-   cause was none of these: an expert cut over 4 or 8 GPUs is 2 to 3.6 times slower than its share,
-   by published times of such slices and of the all-reduces inside engines (`engine_kernels.py`,
-   aiconfigurator-core 0.12.0). One number was then chosen from round 2, which is fitted since.
+7. What those benchmarks do was read, and engines are simulated since (`batching.py`): every step
+   has a budget of tokens (2048 or 8192) and at most so many requests, prompts go first or are mixed
+   in, a burst ends in a tail of few requests, and a host adds a time a step and a request. The
+   largest cause was none of these: an expert cut over 4 or 8 GPUs is 2 to 3.6 times slower than its
+   share, by published times of such slices and of the all-reduces inside engines
+   (`engine_kernels.py`, aiconfigurator-core 0.12.0). One number was then chosen from round 2,
+   which is fitted since.
 8. Blind, round 3, 28 rows: 90.2 %. Of these, 19 are DeepSeek on vLLM 0.7, 55 to 380 % too fast.
 9. Blind, round 4, 22 rows: 35.6 %, all but one too fast. Random loads on four H200s were within
    12 %; three rows of eight H100s were 163 to 183 % too fast, as if these had no NVLink, which
@@ -372,7 +373,7 @@ with their sources in `public.yaml` and `operations.json`, all in `src/moesaic/p
 
 **What counts end to end.** DeepSeek's and SGLang's published node throughputs that fitted nothing,
 and rows that were predicted blind with the parameters as they are. Rows of earlier rounds are
-fitted, whatever their error. Rows of an engine older than those that `serving.ENGINES` describes
+fitted, whatever their error. Rows of an engine older than those that `scheduler.ENGINES` describes
 were shown alone in round 3; round 6 counts an older one, as its page gives the engine's limits: so
 was decided before it was predicted.
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..trace import read_trace
 from .documents import Block, parse, read
+from .requests import Arrival, Asked, arrival_from, asked_from
 from .routing import Counts, parse_routing
 
 FAMILIES = ("one-per-gpu", "literal", "ep", "tp-pp", "tp-ep-dp", "disaggregated")
@@ -39,15 +40,6 @@ class Space:
     overlap: tuple[bool, ...] = (False, True)
     where: str = "the command line"
     asked_ep: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arrival:
-    """Requests: `rate` a second for `seconds`, evenly random, or times read from a file."""
-
-    rate: float
-    seconds: float
-    times: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +93,7 @@ class Workload:
         serving: what a serving engine adds; None: nothing, as in this project's own runtime.
         keep_cache: whether a prefill keeps the cache of its whole batch, or of one micro-batch.
         tpot_ms, ttft_ms: limits a recommendation must keep.
+        arrival: requests that queue at what is recommended; served: serving engines to try.
     """
 
     phase: Literal["decode", "prefill"] = "decode"
@@ -125,6 +118,7 @@ class Workload:
     tpot_ms: float | None = None
     ttft_ms: float | None = None
     arrival: Arrival | None = None
+    served: Asked | None = None
     space: Space = Space()
     seed: int = 0
 
@@ -157,6 +151,10 @@ def workload_from(block: Block, folder: Path, *, num_experts: int, layers: int) 
         except ValueError as error:
             raise ValueError(f"{block.where('routing')}: {error}") from error
     batches = _batches(block, phase)
+    arrival = arrival_from(block.block("arrival"), folder)
+    for field in ("arrival", "served"):
+        if field in block and phase == "prefill":
+            raise ValueError(f"{block.where(field)}: {field} needs phase decode, requests end")
     prompt, output = block.integer("prompt", base.prompt), block.integer("output", base.output)
     found = Workload(
         phase=phase,
@@ -180,7 +178,8 @@ def workload_from(block: Block, folder: Path, *, num_experts: int, layers: int) 
         serving=_serving(block.block("serving")),
         tpot_ms=block.number("tpot_ms", None, above=True),
         ttft_ms=block.number("ttft_ms", None, above=True),
-        arrival=_arrival(block.block("arrival"), folder),
+        arrival=arrival,
+        served=asked_from(block.block("served"), folder, arrival),
         space=_space(block.block("strategies"), num_experts),
         seed=block.integer("seed", 0, low=0),
     )
@@ -249,28 +248,6 @@ def _serving(block: Block | None) -> Serving | None:
     )
     block.done()
     return found
-
-
-def _arrival(block: Block | None, folder: Path) -> Arrival | None:
-    if block is None:
-        return None
-    name = block.text("times", None)
-    times: tuple[float, ...] = ()
-    if name is not None:
-        try:
-            lines = (folder / name).read_text("utf-8").split()
-            times = tuple(sorted(float(line) for line in lines))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{block.where('times')}: {name} must be a file of seconds, one a line ({error})"
-            ) from error
-        if not times or times[0] < 0:
-            raise block.wrong("times", "a file of at least one second of 0 or more", name)
-    seconds = block.number("seconds", times[-1] if times else 60.0, above=True)
-    default = len(times) / seconds if times else None
-    rate = block.number("rate", *(() if default is None else (default,)), above=True)
-    block.done()
-    return Arrival(rate=rate, seconds=seconds, times=times)
 
 
 def _space(block: Block | None, experts: int) -> Space:
