@@ -123,28 +123,19 @@ def plan(
     counts = check_counts(counts_LGE, topology)
     layers, ranks, experts = counts.shape
     room = experts_per_rank(experts, topology, expert_bytes, per_rank)
-    slots = room * ranks
-    wanted = slots if replicas is None else experts + replicas
-    if not experts <= wanted <= slots:
-        raise ValueError(f"replicas must be in [0, {slots - experts}], got {replicas}")
     _check_affinity(affinity, stay, layers, experts)
-    if rounds is None:
-        tried = layers * slots * room * topology.gpus_per_node
-        rounds = max(40, min(400, WORK // tried))
-    if kicks is None:
-        kicks = KICKS if layers * slots * topology.nodes <= SMALL else 0
+    effort = _effort(layers, room, topology, rounds, kicks)
+    wanted = _instances_wanted(experts, room * ranks, replicas)
     copies_LE = replica_counts(counts.sum(axis=1), wanted, ranks)
     placed: list[tuple[Layer, Layer]] = []
     times: list[tuple[Link, int, float]] = []
-    table: npt.NDArray[np.int32] | None = None
+    table = np.empty((0, 0), np.int32)
     for number in range(layers):
         own = counts[number]
-        if affinity is not None and table is not None:
+        if affinity is not None and number:
             own = arriving(own, table, affinity[number - 1], counts[number - 1], stay)
         found = instances(own, copies_LE[number])
-        rank_I = _place(found, own, topology, row_bytes, room, rounds, kicks, number)
-        if room > 1:
-            rank_I = _better(found, own, topology, row_bytes, rank_I, room)
+        rank_I = _place(found, own, topology, row_bytes, room, effort, number)
         placed.append(_by_expert(found, rank_I, experts))
         table = _table(found, rank_I, ranks, experts)
         times.append(busiest(link_times(table, own, topology, row_bytes)))
@@ -162,14 +153,37 @@ def plan(
     )
 
 
+def _instances_wanted(experts: int, slots: int, replicas: int | None) -> int:
+    """Instances a layer: experts and replicas.
+
+    Raises:
+        ValueError: the slots do not hold them.
+    """
+    wanted = slots if replicas is None else experts + replicas
+    if not experts <= wanted <= slots:
+        raise ValueError(f"replicas must be in [0, {slots - experts}], got {replicas}")
+    return wanted
+
+
+def _effort(
+    layers: int, room: int, topology: Topology, rounds: int | None, kicks: int | None
+) -> tuple[int, int]:
+    """Rounds and kicks of a layer: those asked for, else about as long on any problem."""
+    slots = room * topology.ranks
+    if rounds is None:
+        rounds = max(40, min(400, WORK // (layers * slots * room * topology.gpus_per_node)))
+    if kicks is None:
+        kicks = KICKS if layers * slots * topology.nodes <= SMALL else 0
+    return rounds, kicks
+
+
 def _place(
     found: Instances,
     counts_GE: Floats,
     topology: Topology,
     row_bytes: float,
     room: int,
-    rounds: int,
-    kicks: int,
+    effort: tuple[int, int],
     seed: int,
 ) -> Ints:
     """(I,) the rank of every instance of one layer."""
@@ -178,8 +192,9 @@ def _place(
     if topology.nodes > 1:
         node_room = room * topology.gpus_per_node
         problem = node_problem(rows_IG, found.expert_I, topology, row_bytes, node_room)
-        node_I = solve(problem, rounds=rounds, kicks=kicks, seed=seed)
-    return assign_gpus(rows_IG, found.expert_I, node_I, topology, room)
+        node_I = solve(problem, rounds=effort[0], kicks=effort[1], seed=seed)
+    rank_I = assign_gpus(rows_IG, found.expert_I, node_I, topology, room)
+    return _better(found, counts_GE, topology, row_bytes, rank_I, room) if room > 1 else rank_I
 
 
 def _better(
