@@ -99,7 +99,10 @@ def test_the_load_curve_is_what_the_training_log_gives() -> None:
     assert layer.load_curve() == pytest.approx(want, abs=1e-6)
 
 
-def test_windows_give_joules_a_token_and_host_time(tmp_path: Path) -> None:
+def test_windows_give_joules_a_token_and_host_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_windows, "HOST_REPEATS", 1)
     driver = Driver(watts=500.0)
 
     def clock() -> float:
