@@ -120,9 +120,8 @@ def test_the_twin_of_one_launch_is_three_products() -> None:
     weights = (torch.ones(2, 1, 2), -torch.ones(2, 1, 1), torch.ones(2, 2, 1))
     biases = (torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [9.0]]), torch.zeros(2, 2))
     got = chain.chain_mm_hopper_ref(
-        x, chain.Experts(weights, biases), tasks, order_S=torch.tensor([0, 1]), top_k=1,
-        activation="relu",
-    )  # fmt: skip
+        x, chain.Experts(weights, biases), tasks, order_S=torch.tensor([0, 1]), top_k=1
+    )
     assert got.tolist() == [[0.0, 0.0], [1.0, 1.0]]
 
 

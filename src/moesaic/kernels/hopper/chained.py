@@ -1,4 +1,4 @@
-"""All three products of a layer in one launch, by tiles as tall as their rows.
+"""All three products of a layer with ReLU in one launch, by tiles as tall as their rows.
 
     S routed rows · T tokens · E experts · H hidden width · I intermediate width
     BM most rows of a tile (to 128 + REST) · BN weight rows (128 or 256) · BK depth of a stage
@@ -12,11 +12,12 @@ that all tiles of the product before are written. Whoever waits holds no tile th
 and waits for tiles that were drawn before its own, so no program need run beside another.
 
 Weights stand on the wide side of wgmma, rows on the narrow one: a task's rows are cut evenly into
-as few tiles as BM allows, and a tile is multiplied at the least of 32, 64, 96, 128, 144 and 160
-rows that hold its own. Tiles of 256 weight rows are halved between two warpgroups, to move fewest
-bytes to the SMs. Tiles of 128 are given to the two in turn, so that one writes while the other
-multiplies, for short depths. Neither has been timed yet, and no rule chooses them. Order of the K
-chain and rounding are those of the other tiles: the bits are the same.
+as few tiles as BM allows, and a tile is multiplied at the least of a few heights that holds its
+rows. Tiles of 256 weight rows are halved between two warpgroups, to move fewest bytes to the SMs.
+Tiles of 128 are given to the two in turn, so that one writes while the other multiplies, for short
+depths. A warp of its own counts what was written: it, not a warpgroup, waits until writes have
+reached the L2. Order of the K chain and rounding are those of the other tiles: the bits are the
+same.
 """
 
 from triton.experimental import gluon
@@ -32,7 +33,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .operands import Chain, draw
-from .tiles import activate_alone
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 STEP = gl.constexpr(16)
@@ -235,16 +235,11 @@ def _put(p, y, PART: gl.constexpr, COUNT: gl.constexpr, base, width, row, left, 
 
 
 @gluon.jit
-def _write(p, acc, PART: gl.constexpr, COUNT: gl.constexpr, to, width, row, left, at, col, e):
-    """Add the bias to (128, COUNT), activate it if that is wanted, and write it.
-
-    `to`: where rows go, their bias, and whether they are activated.
-    """
-    base, biases, activated = to
-    column = col + gl.arange(0, SLAB, layout=gl.SliceLayout(1, acc.type.layout))
-    bias = gl.load(biases + e.to(gl.int64) * width + column, mask=column < width, other=0.0)
-    acc += bias.to(gl.float32)[:, None]
-    y = gl.where(activated, activate_alone(acc, p.ACTIVATION, False, 0.0, 1.0), acc)
+def _write(p, acc, bias, PART: gl.constexpr, COUNT: gl.constexpr, base, low, width, row, left, at,
+           col):  # fmt: skip
+    """Add the bias to (128, COUNT), put zeros for what is below `low`, and write it."""
+    acc += gl.convert_layout(bias, gl.SliceLayout(1, acc.type.layout))[:, None]
+    y = gl.where(acc < low, 0.0, acc)
     first, second = y.reshape(2, 64, COUNT).permute(1, 2, 0).split()
     _put(p, first, PART, COUNT, base, width, row, left, at, col)
     _put(p, second, PART, COUNT, base, width, row, left, at, col + 64)
@@ -255,8 +250,20 @@ def _multiply(p, tile, PART: gl.constexpr, A: gl.constexpr, B: gl.constexpr):
     """128 weight rows of a tile by its A + B rows: one in-order K chain an element."""
     FIRST: gl.constexpr = SLAB * PART if p.BN > SLAB else 0
     c = _note(p, tile, 0)
-    depth = gl.where(_note(p, tile, 3) < PRODUCT, p.hidden, p.inner)
+    note = _note(p, tile, 3)
+    product = note // PRODUCT
+    depth = gl.where(product == 0, p.hidden, p.inner)
+    width = gl.where(product == 2, p.hidden, p.inner)
+    col = (note % PRODUCT) * p.BN + FIRST
     LA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
+    biases = p.up_bias_ptr
+    if product == 1:
+        biases = p.mid_bias_ptr
+    if product == 2:
+        biases = p.down_bias_ptr
+    column = col + gl.arange(0, SLAB, layout=gl.SliceLayout(1, LA))
+    e = _note(p, tile, 4).to(gl.int64)
+    bias = gl.load(biases + e * width + column, mask=column < width, other=0.0).to(gl.float32)
     acc0 = gl.zeros((SLAB, A), gl.float32, layout=LA)
     if B > 0:
         LB: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, B, 16])
@@ -286,23 +293,15 @@ def _multiply(p, tile, PART: gl.constexpr, A: gl.constexpr, B: gl.constexpr):
     mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
     row = _note(p, tile, 1)
     left = _note(p, tile, 2)
-    note = _note(p, tile, 3)
-    e = _note(p, tile, 4)
-    product = note // PRODUCT
     base = p.first_ptr
-    biases = p.up_bias_ptr
     if product == 1:
         base = p.second_ptr
-        biases = p.mid_bias_ptr
     if product == 2:
         base = p.out_ptr
-        biases = p.down_bias_ptr
-    to = (base, biases, product < 2)
-    width = gl.where(product == 2, p.hidden, p.inner)
-    col = (note % PRODUCT) * p.BN + FIRST
-    _write(p, acc0, PART, A, to, width, row, left, 0, col, e)
+    low = gl.where(product < 2, 0.0, -float("inf"))
+    _write(p, acc0, bias, PART, A, base, low, width, row, left, 0, col)
     if B > 0:
-        _write(p, acc1, PART, B, to, width, row, left, A, col, e)
+        _write(p, acc1, bias, PART, B, base, low, width, row, left, A, col)
 
 
 @gluon.jit
@@ -315,24 +314,50 @@ def _consume(p, PART: gl.constexpr):
     mbarrier.wait(p.ready.index(i % QUEUE), (i // QUEUE) & 1)
     left = _note(p, i, 2)
     while left > 0:
-        if left <= 32:
-            _multiply(p, i, PART, 32, 0)
-        elif left <= 64:
-            _multiply(p, i, PART, 64, 0)
-        elif left <= 96:
+        if left <= 64:
+            if p.BM > 64:
+                _multiply(p, i, PART, 64, 0)
+            elif left <= 32:
+                _multiply(p, i, PART, 32, 0)
+            else:
+                _multiply(p, i, PART, 64, 0)
+        elif p.BM > 96:
+            if left <= SLAB:
+                _multiply(p, i, PART, 128, 0)
+            elif p.BM > SLAB + 16:
+                if left <= SLAB + 16:
+                    _multiply(p, i, PART, 128, 16)
+                else:
+                    _multiply(p, i, PART, 128, 32)
+            elif p.BM > SLAB:
+                _multiply(p, i, PART, 128, 16)
+        elif p.BM > 64:
             _multiply(p, i, PART, 64, 32)
-        elif left <= SLAB:
-            _multiply(p, i, PART, 128, 0)
-        elif left <= SLAB + 16:
-            _multiply(p, i, PART, 128, 16)
-        elif p.REST > 16:
-            _multiply(p, i, PART, 128, 32)
         barrier()
-        if _note(p, i, 3) < 2 * PRODUCT:
-            gl.atomic_add(p.done_ptr + _note(p, i, 5), 1, sem="release")
-        barrier()
+        mbarrier.arrive(p.written.index(i % QUEUE), count=1)
         mbarrier.arrive(p.taken.index(i % QUEUE), count=1)
         i += 1 if p.BN > SLAB else 2
+        mbarrier.wait(p.ready.index(i % QUEUE), (i // QUEUE) & 1)
+        left = _note(p, i, 2)
+
+
+@gluon.jit
+def _tell(p):
+    """One warp: counts written tiles at their entry, so that no warpgroup waits until its writes
+    have reached the L2."""
+    EACH: gl.constexpr = 2 if p.BN > SLAB else 1
+    i = p.hidden * 0
+    mbarrier.wait(p.ready.index(0), 0)
+    left = _note(p, i, 2)
+    while left > 0:
+        q = i % QUEUE
+        j = _note(p, i, 5)
+        mbarrier.wait(p.written.index(q), (i // QUEUE) & 1)
+        if _note(p, i, 3) < 2 * PRODUCT:
+            gl.atomic_add(p.done_ptr + j, EACH, sem="release")
+        barrier()
+        mbarrier.arrive(p.taken.index(q), count=1)
+        i += 1
         mbarrier.wait(p.ready.index(i % QUEUE), (i // QUEUE) & 1)
         left = _note(p, i, 2)
 
@@ -355,7 +380,6 @@ def chain_kernel(
     hidden, inner, up_n, mid_n, down_n, top_k,
     N: gl.constexpr, LANES: gl.constexpr, BM: gl.constexpr, REST: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, SPLIT: gl.constexpr,
-    ACTIVATION: gl.constexpr,
     CREG: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(act(x[token of row] @ up[e].T) @ mid[e].T) @ down[e].T, biases added.
@@ -383,9 +407,11 @@ def chain_kernel(
         mbarrier.init(empty.index(i), count=2 if BN > SLAB else 1)
     ready = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
+    written = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(QUEUE):
         mbarrier.init(ready.index(i), count=129)
-        mbarrier.init(taken.index(i), count=2 if BN > SLAB else 1)
+        mbarrier.init(taken.index(i), count=3 if BN > SLAB else 2)
+        mbarrier.init(written.index(i), count=2 if BN > SLAB else 1)
     fence_async_shared()
     notes = gl.allocate_shared_memory(
         gl.int32, [6 * QUEUE, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -393,9 +419,11 @@ def chain_kernel(
     p = Chain(
         x, order_ptr, up_desc, mid_desc, down_desc, first_ptr, second_ptr, out_ptr,
         up_bias_ptr, mid_bias_ptr, down_bias_ptr, tile_end_ptr, task_ptr, row_start_ptr, rows_ptr,
-        done_ptr, ticket_ptr, a_bufs, rest_bufs, b_bufs, c_bufs, notes, ready, taken, full, empty,
-        hidden, inner, top_k, N, LANES, BM, REST, BN, BK, NB, PDL, SPLIT, ACTIVATION,
+        done_ptr, ticket_ptr, a_bufs, rest_bufs, b_bufs, c_bufs, notes, ready, taken, written, full,
+        empty, hidden, inner, top_k, N, LANES, BM, REST, BN, BK, NB, PDL, SPLIT,
     )  # fmt: skip
     gl.warp_specialize(
-        [(_low, (p,)), (_high, (p,)), (_load, (p, up_n, mid_n, down_n))], [4, 4], [CREG, LREG]
+        [(_low, (p,)), (_high, (p,)), (_load, (p, up_n, mid_n, down_n)), (_tell, (p,))],
+        [4, 4, 1],
+        [CREG, LREG, 24],
     )

@@ -270,8 +270,7 @@ def rows_mlp(
         rows_SH = hidden.new_empty((slots, hidden.shape[1])) if out is None else out
         chain_mm_hopper(
             hidden, Experts(*zip(*(layer[:2] for layer in layers), strict=True)), tasks, rows_SH,
-            tiles=together, num_sms=num_sms, order_S=order_S, top_k=topk_ids.shape[1],
-            activation=activation, pdl=True,
+            tiles=together, num_sms=num_sms, order_S=order_S, top_k=topk_ids.shape[1], pdl=True,
         )  # fmt: skip
         return rows_SH, position_S
     rows_SH = chain(

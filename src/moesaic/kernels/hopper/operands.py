@@ -199,6 +199,7 @@ class Chain:
     notes: gl.shared_memory_descriptor
     ready: gl.shared_memory_descriptor
     taken: gl.shared_memory_descriptor
+    written: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     hidden: gl.tensor
@@ -213,14 +214,13 @@ class Chain:
     NB: gl.constexpr
     PDL: gl.constexpr
     SPLIT: gl.constexpr
-    ACTIVATION: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, x, order_ptr, up_desc, mid_desc, down_desc, first_ptr, second_ptr, out_ptr,
         up_bias_ptr, mid_bias_ptr, down_bias_ptr, tile_end_ptr, task_ptr, row_start_ptr, rows_ptr,
-        done_ptr, ticket_ptr, a_bufs, rest_bufs, b_bufs, c_bufs, notes, ready, taken, full, empty,
-        hidden, inner, top_k, N, LANES, BM, REST, BN, BK, NB, PDL, SPLIT, ACTIVATION,
+        done_ptr, ticket_ptr, a_bufs, rest_bufs, b_bufs, c_bufs, notes, ready, taken, written, full,
+        empty, hidden, inner, top_k, N, LANES, BM, REST, BN, BK, NB, PDL, SPLIT,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -246,6 +246,7 @@ class Chain:
         self.notes = notes
         self.ready = ready
         self.taken = taken
+        self.written = written
         self.full = full
         self.empty = empty
         self.hidden = hidden
@@ -260,4 +261,3 @@ class Chain:
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
         self.SPLIT = gl.constexpr(SPLIT)
-        self.ACTIVATION = gl.constexpr(ACTIVATION)
