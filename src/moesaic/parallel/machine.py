@@ -24,6 +24,11 @@ PCIE_LANE_BYTES_PER_S = {"2.5": 0.25e9, "5": 0.5e9, "8": 0.985e9, "16": 1.969e9,
 # NVML's levels of common ancestors, in its order.
 NVML_LEVELS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 
+Chain = tuple[ET.Element, ...]
+"""The elements of NCCL's XML above a device, below the root."""
+XmlGpu = tuple[Chain, ET.Element, ET.Element]
+"""That chain, the PCI element, the GPU."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -180,7 +185,7 @@ def from_smi(text: str, *, source: str = "nvidia-smi topo -m") -> Machine:
     )
 
 
-def _distance(one: tuple[ET.Element, ...], other: tuple[ET.Element, ...]) -> str:
+def _distance(one: Chain, other: Chain) -> str:
     """The code of two devices, from their chains of elements below the root."""
     common = sum(a is b for a, b in zip(one, other, strict=False))
     if common == 0:
@@ -195,20 +200,12 @@ def _lane_rate(pci: ET.Element) -> float:
     return PCIE_LANE_BYTES_PER_S.get(speed, 0.0) * int(pci.get("link_width", "0") or 0)
 
 
-def from_nccl(text: str, *, source: str = "NCCL topology") -> Machine:
-    """Read the XML that NCCL writes where NCCL_TOPO_DUMP_FILE says.
+def _devices(root: ET.Element) -> tuple[list[XmlGpu], list[tuple[Chain, ET.Element]]]:
+    """GPUs by their numbers, and NICs, each with the elements above it."""
+    gpus: list[XmlGpu] = []
+    nets: list[tuple[Chain, ET.Element]] = []
 
-    Raises:
-        ValueError: not XML, no GPU in it, or an NVLink to a GPU that is not in it.
-    """
-    try:
-        root = ET.fromstring(text)
-    except ET.ParseError as error:
-        raise ValueError(f"{source}: not XML ({error})") from error
-    gpus: list[tuple[tuple[ET.Element, ...], ET.Element, ET.Element]] = []
-    nets: list[tuple[tuple[ET.Element, ...], ET.Element]] = []
-
-    def walk(element: ET.Element, chain: tuple[ET.Element, ...]) -> None:
+    def walk(element: ET.Element, chain: Chain) -> None:
         for child in element:
             if child.tag == "gpu":
                 gpus.append((chain, element, child))
@@ -218,9 +215,11 @@ def from_nccl(text: str, *, source: str = "NCCL topology") -> Machine:
                 walk(child, (*chain, child))
 
     walk(root, ())
-    if not gpus:
-        raise ValueError(f"{source}: no <gpu> element; dump it with NCCL_TOPO_DUMP_FILE")
-    gpus.sort(key=lambda item: int(item[2].get("dev", "0")))
+    return sorted(gpus, key=lambda item: int(item[2].get("dev", "0"))), nets
+
+
+def _xml_links(gpus: list[XmlGpu], source: str) -> list[list[int]]:
+    """NVLinks of every pair; a switch joins a GPU to all others."""
     bus = {pci.get("busid", ""): i for i, (_, pci, _) in enumerate(gpus)}
     links = [[0] * len(gpus) for _ in gpus]
     for i, (_, _, gpu) in enumerate(gpus):
@@ -234,6 +233,23 @@ def from_nccl(text: str, *, source: str = "NCCL topology") -> Machine:
                 raise ValueError(f"{source}: GPU {i} has an nvlink to {target}, which is no GPU")
     for i in range(len(gpus)):
         links[i][i] = 0
+    return links
+
+
+def from_nccl(text: str, *, source: str = "NCCL topology") -> Machine:
+    """Read the XML that NCCL writes where NCCL_TOPO_DUMP_FILE says.
+
+    Raises:
+        ValueError: not XML, no GPU in it, or an NVLink to a GPU that is not in it.
+    """
+    try:
+        root = ET.fromstring(text)
+    except ET.ParseError as error:
+        raise ValueError(f"{source}: not XML ({error})") from error
+    gpus, nets = _devices(root)
+    if not gpus:
+        raise ValueError(f"{source}: no <gpu> element; dump it with NCCL_TOPO_DUMP_FILE")
+    links = _xml_links(gpus, source)
     chains = [chain for chain, _, _ in gpus]
     sm = int(gpus[0][2].get("sm", "90")) // 10
     lanes = [_lane_rate(pci) for _, pci, _ in gpus]

@@ -18,8 +18,9 @@ sum over k is the one of a single process: same order, same rounding, same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -138,6 +139,15 @@ def combine(exchange: Exchange, rows: ExpertRows, handle: Any) -> Returned:
     return exchange.receive_back(handle)
 
 
+class Seated(Protocol):
+    """What has a seat."""
+
+    seat: Seat
+
+
+Kind = TypeVar("Kind", bound=Seated)
+
+
 class Seat(NamedTuple):
     """Where one rank stands in a layer: how many ranks, experts a rank, and where to send."""
 
@@ -169,17 +179,21 @@ def seat_of(
     return Seat(rank, placement.ranks, local, torch.tensor(place, dtype=torch.int32, device=device))
 
 
-def check_seat(new: Seat, old: Seat) -> None:
-    """Check that an exchange for one seat serves another.
+def at_seat(exchange: Kind, seat: Seat) -> Kind:
+    """The same exchange for another seat, see `Exchange.at`.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the seats differ in what an exchange is made for.
     """
-    if new[:3] != old[:3] or new.place_E.device != old.place_E.device:
+    old = exchange.seat
+    if seat[:3] != old[:3] or seat.place_E.device != old.place_E.device:
         raise ValueError(
             "layers that share an exchange must have the same rank, ranks, experts a rank and "
-            f"device, got {(*new[:3], new.place_E.device)} and {(*old[:3], old.place_E.device)}"
+            f"device, got {(*seat[:3], seat.place_E.device)} and {(*old[:3], old.place_E.device)}"
         )
+    other = copy(exchange)
+    other.seat = seat
+    return other
 
 
 def places_of(topk_ids_TK: Tensor, seat: Seat) -> Tensor:

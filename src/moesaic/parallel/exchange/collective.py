@@ -15,7 +15,6 @@ the data path that reads the device; backend `symmetric` does not.
 from __future__ import annotations
 
 import time
-from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -30,7 +29,7 @@ from .base import (
     Returned,
     Seat,
     Wire,
-    check_seat,
+    at_seat,
     places_of,
 )
 
@@ -234,10 +233,7 @@ class FlatExchange:
 
     def at(self, seat: Seat) -> FlatExchange:
         """See `Exchange`."""
-        check_seat(seat, self.seat)
-        other = copy(self)
-        other.seat = seat
-        return other
+        return at_seat(self, seat)
 
     def parts(self, tokens: int, bound: int) -> list[slice]:
         """One round."""
@@ -297,10 +293,7 @@ class TwoLevelExchange:
 
     def at(self, seat: Seat) -> TwoLevelExchange:
         """See `Exchange`."""
-        check_seat(seat, self.seat)
-        other = copy(self)
-        other.seat = seat
-        return other
+        return at_seat(self, seat)
 
     def parts(self, tokens: int, bound: int) -> list[slice]:
         """One round."""

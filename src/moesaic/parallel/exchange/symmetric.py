@@ -18,7 +18,6 @@ On the CPU the same kernels run in Triton's interpreter over a shared file, for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import TIMEOUT_S, ExpertRows, Received, Returned, Seat, check_seat
+from .base import TIMEOUT_S, ExpertRows, Received, Returned, Seat, at_seat
 from .memory import SharedMemory, meet, shared_memory
 
 
@@ -118,10 +117,7 @@ class SymmetricExchange:
 
     def at(self, seat: Seat) -> SymmetricExchange:
         """See `Exchange`; who resizes one resizes all of them."""
-        check_seat(seat, self.seat)
-        other = copy(self)
-        other.seat = seat
-        return other
+        return at_seat(self, seat)
 
     def resize(self, capacity: int) -> None:
         """Make new buffers for `capacity` tokens a rank; a collective, and graphs become stale.
