@@ -1,4 +1,4 @@
-"""Suites whose numbers are hardware counters: `bytes` and `launches`, by Nsight Compute.
+"""Hardware counters by Nsight Compute: suites `bytes`, `launches`, the steps of `transformers`.
 
     python benchmarks/ncu_counters.py --suite launches [--out benchmarks/results] [--only MODEL]
         [--misses benchmarks/results/h200/layer.jsonl]
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from moesaic.bench import command, counters, launches, ncu, report
+from moesaic.bench import command, counters, launches, ncu, report, step_counters
 from moesaic.bench.layer_misses import over_limit
 from moesaic.bench.results import Recorder, device_slug, read_lines, stamp
 from moesaic.bench.suite import Cell
@@ -29,6 +29,7 @@ from moesaic.bench.suites import launches as launches_suite
 SUITES = {
     "bytes": (bytes_suite, counters.cases, counters.lines_from),
     "launches": (launches_suite, launches.layer_cases, launches.lines_from),
+    "transformers": (step_counters, step_counters.step_cases, step_counters.lines_from),
 }
 
 
@@ -62,13 +63,13 @@ def wanted(chosen: argparse.Namespace) -> list[Cell]:
 def count(chosen: argparse.Namespace, folder: Path) -> tuple[str, list[dict[str, object]]]:
     """ncu's log and the labels of one profiled run; whatever ncu left, also after a failure."""
     labels, log = folder / "labels.json", folder / "ncu.csv"
-    metrics = SUITES[chosen.suite][0].METRICS
+    definition = SUITES[chosen.suite][0]
+    caches = getattr(definition, "CACHES", "none")
+    around = ncu.command(sys.executable, __file__, definition.METRICS, labels, log, caches)
     passed = ["--suite", chosen.suite, "--budget-s", str(chosen.budget_s)]
     passed += [part for name in chosen.only for part in ("--only", name)]
     passed += [] if chosen.misses is None else ["--misses", str(chosen.misses)]
-    ran = subprocess.run(
-        [*ncu.command(sys.executable, __file__, metrics, labels, log), *passed], check=False
-    )
+    ran = subprocess.run([*around, *passed], check=False)
     if not log.exists() or not labels.exists():
         raise RuntimeError(f"ncu ended with {ran.returncode} and left no counters; see above")
     return log.read_text(encoding="utf-8"), json.loads(labels.read_text(encoding="utf-8"))

@@ -9,10 +9,16 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from moesaic.bench.results import Recorder
+from moesaic.bench import step_counters
+from moesaic.bench.results import Line, Recorder
 from moesaic.bench.suite import Cell, Context
 from moesaic.bench.suites import transformers as suite
-from moesaic.bench.transformers_page import budget_sheet, floor_us, rest_floor_us
+from moesaic.bench.transformers_page import (
+    budget_sheet,
+    floor_us,
+    rest_floor_us,
+    transformers_section,
+)
 from moesaic.bench.whole_models import (
     layer_forward,
     make_step,
@@ -146,3 +152,35 @@ def test_a_layers_budget_follows_from_the_lines() -> None:
     assert floor_us("Mixtral-8x7B", 8192) == pytest.approx(7500, rel=1e-3)
     # Products of 41.9 million weights and half of 8192 x 8192 pairs of 4096: 0.69 + 0.55 TFLOP.
     assert rest_floor_us("Mixtral-8x7B", "prefill", 8192) == pytest.approx(1606, rel=1e-2)
+
+
+@pytest.mark.parametrize(("routing", "tokens"), [("decode", 1), ("prefill", 40)])
+def test_a_step_whose_launches_are_counted_is_checked(routing: str, tokens: int) -> None:
+    cell = Cell("Qwen3-30B-A3B", tokens, routing)
+    with torch.no_grad():
+        (case,) = step_counters.step_cases(cell, CPU, 0, None, **SIZES["Qwen3-30B-A3B"])
+    assert 0 < case.err < 1.5e-2 and case.impl == "moesaic"
+
+
+def test_every_launch_has_a_line_and_counts_for_no_target() -> None:
+    stamp: Line = dict.fromkeys(("device", "torch", "triton", "commit", "date"), "x")
+    known = {"model": "Qwen3-30B-A3B", "tokens": 1, "routing": "decode", "dtype": "bfloat16"}
+    label = known | {"impl": "moesaic", "err": 0.0, "wrong": False}
+    failed = known | {"tokens": 16, "impl": "moesaic", "error": "X", "marked": False}
+    values = ["ns,2000", "hz,1.5e9", "cycle,3000", "cycle,2700", "%,75", "%,50"]
+    values += ["byte,8e6", "byte,5e6", "byte,0"]
+    rows = ['"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
+    for number, kernel in enumerate(("spin_kernel(long)", "triton_red_mm", "void a::pair<c>(d)")):
+        for metric, value in zip(step_counters.METRICS, values, strict=True):
+            unit, amount = value.split(",")
+            rows.append(f'"{number}","{kernel}","{metric}","{unit}","{amount}"')
+    lines = step_counters.lines_from("\n".join(rows), [label, failed], stamp)
+    assert [x["impl"] for x in lines] == [
+        "moesaic 01: triton_red_mm",
+        "moesaic 02: pair",
+        "moesaic",
+    ]
+    assert {x["clock"] for x in lines} == {"counters"} and lines[0]["gbps"] == 2500.0
+    assert {t.value for t in suite.summarize(lines)} == {None}
+    page, _ = transformers_section(lines, [], Path(), "h200", "")
+    assert "| moesaic 02: pair | 2.0 |" in page and "clock `counters`" not in page

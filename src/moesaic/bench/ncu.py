@@ -86,10 +86,15 @@ def split(launches: Iterable[Launch]) -> list[list[Launch]]:
     return parts
 
 
-def command(python: str, script: str, metrics: Iterable[str], labels: Path, log: Path) -> list[str]:
-    """The profiler's command line around `script --child labels`."""
+def command(
+    python: str, script: str, metrics: Iterable[str], labels: Path, log: Path, caches: str = "none"
+) -> list[str]:
+    """The profiler's command line around `script --child labels`.
+
+    `caches`: "all" empties them before every run of a launch.
+    """
     return [
-        "ncu", "--metrics", ",".join(metrics), "--clock-control", "none", "--cache-control", "none",
+        "ncu", "--metrics", ",".join(metrics), "--clock-control", "none", "--cache-control", caches,
         "--profile-from-start", "off", "--print-units", "base", "--csv", "--log-file", str(log),
         python, script, "--child", str(labels),
     ]  # fmt: skip

@@ -19,6 +19,7 @@ from pathlib import Path
 from ..cost import H200_READ_BYTES_PER_S, expert_flops, layer_bytes
 from .report import Sheet, markdown, section, short
 from .results import Line, Target
+from .suites.launches import counters_sheet
 from .suites.transformers import GOAL, GOALS, MOE, OURS, REST, TUNED, WITHOUT, best_ways, cells
 from .whole_models import CONFIGS, CONTEXT
 from .workloads import MODELS
@@ -92,9 +93,14 @@ def budget_sheet(lines: Sequence[Line]) -> Sheet:
 def transformers_section(
     lines: Sequence[Line], targets: Sequence[Target], root: Path, device: str, folder: str
 ) -> tuple[str, dict[str, str]]:
-    """The usual tables, after them the budget of a layer."""
+    """The usual tables, after them the budget of a layer, and the counters of its launches."""
+    counters = [x for x in lines if x["clock"] == "counters"]
+    lines = [x for x in lines if x["clock"] != "counters"]
     parts = [section(lines, targets, [])]
     table = budget_sheet(lines)
     if table.rows:
         parts += ["#### A layer's time", markdown(table)]
+    if counters:
+        parts += ["#### Every launch of a layer by hardware counters"]
+        parts += [markdown(counters_sheet(counters))]
     return "\n\n".join(parts) + "\n", {}
