@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from moesaic.functional import moe
+from moesaic.parallel.counting import measured_counts
 from moesaic.parallel.exchange import memory
 from moesaic.parallel.exchange.base import ExpertRows, combine, dispatch, seat_of
 from moesaic.parallel.exchange.collective import FlatExchange
@@ -178,6 +179,55 @@ def narrow_wire(
     return {"fp8 on the wire": faults}
 
 
+def between_steps(rank: int, ranks: int, device: torch.device) -> dict[str, list[str]]:
+    """Other buffers, budgets and replicas between steps; rows counted at every replay."""
+    spec, top_k, weights, batches = draw("uneven", ranks, device)
+    hidden, ids, share = batches[rank]
+    want, faults = moe(hidden, ids, share, weights, spec), []
+    bound, group = max(len(batch[0]) for batch in batches), dist.group.WORLD
+    placement = placements(spec.num_experts, ranks)["replicas"]
+    layer = ExpertParallel(
+        spec, placement, take_experts(weights, placement, layer=0, rank=rank), top_k=top_k,
+        group=group, options=Options("symmetric", capacity=bound // 2),
+    )  # fmt: skip
+
+    def check(what: str) -> None:
+        if not torch.equal(layer(hidden, ids, share, bound=bound), want):
+            faults.append(what)
+        dist.barrier()
+
+    check("rounds")
+    before = layer.exchange.num_bytes
+    layer.exchange.resize(bound)
+    check("resized")
+    if layer.exchange.num_bytes <= before:
+        faults.append("no more bytes")
+    if layer.refit() != layer.exchange.num_bytes or not bound < layer.exchange.capacity < 2 * bound:
+        faults.append("refit")
+    check("refitted")
+    layer.exchange.limit(16)
+    check("few SMs")
+    layer.exchange.limit(None)
+    turned = tuple(tuple(reversed(hosts)) for hosts in placement.layers[0])
+    layer.follow(Placement(ranks=ranks, layers=(turned,)))
+    check("followed")
+    layer.count()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(hidden, ids, share, bound=bound)
+    dist.barrier()
+    for _ in range(3):
+        graph.replay()
+    if not torch.equal(out, want):
+        faults.append("replays")
+    drawn = [torch.bincount(batch[1].flatten(), minlength=spec.num_experts) for batch in batches]
+    if measured_counts([layer], group)[0].tolist() != [(3 * own).tolist() for own in drawn]:
+        faults.append("counts")
+    return {"between steps": faults}
+
+
 def lost_peer(rank: int, ranks: int, device: torch.device) -> dict[str, list[str]]:
     """Rank 0 goes alone: it must come back, with NaN and an error."""
     seat = seat_of(contiguous(ranks, ranks), 0, rank=rank, device=device)
@@ -252,6 +302,8 @@ def main() -> None:
         say(rank, told)
     told |= bits(rank, ranks, device)
     if ranks > 1:
+        told |= between_steps(rank, ranks, device)
+        say(rank, told["between steps"])
         told |= lost_peer(rank, ranks, device)
     gathered: list = [None] * ranks
     dist.all_gather_object(gathered, told)
