@@ -10,6 +10,7 @@ So the times of clocks `model` and `parts` are the times; this says what a launc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from ..integrations.attach import selected
 from .counters import Case, counted
 from .results import Line, make_line
 from .suite import Cell
+from .suites import transformers as timed
 from .suites.launches import METRICS, kernel_name, line_values
-from .suites.transformers import OURS, SUITE, tunes
+from .suites.transformers import OURS, tunes
 from .whole_models import (
     CONTEXT,
     layer_forward,
@@ -36,6 +38,16 @@ __all__ = ["CACHES", "CLOCK", "METRICS", "SUITE", "lines_from", "step_cases"]
 
 CLOCK, CACHES = "counters", "all"
 WARM_CALLS = 3
+ORDER = (1, 8192, 128, 16, 64)
+"""Tokens of a step: a single sequence, prefill and large batches first."""
+
+
+def cells() -> list[Cell]:
+    """The suite's, in `ORDER`."""
+    return sorted(timed.cells(), key=lambda cell: ORDER.index(cell.tokens))
+
+
+SUITE = replace(timed.SUITE, cells=cells)
 
 
 def step_cases(

@@ -38,8 +38,8 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 BESIDE = 512
 """Tokens up to which a shared expert runs beside the routed ones: with more it fills the GPU."""
 
-AHEAD = 16
-"""Tokens up to which the next layer's weights are fetched: with more they are a small part."""
+AHEAD = 0
+"""Tokens up to which the next layer's weights are fetched."""
 
 torch.library.define(
     "moesaic::block",
