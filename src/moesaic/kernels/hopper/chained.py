@@ -62,10 +62,29 @@ def _announce(p, i, c, row, left, n, e, j):
 
 
 @gluon.jit
-def _note(p, i, what: gl.constexpr):
-    """One number of those announced of tile `i`."""
+def _note(p, q, what: gl.constexpr):
     L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(p.notes.index(6 * (i % QUEUE) + what).load(L), axis=0)
+    return gl.max(p.notes.index(6 * q + what).load(L), axis=0)
+
+
+@gluon.jit
+def _hear(p, i):
+    """Wait until tile `i` of this program is announced; what was, in the order of `_announce`."""
+    q = i % QUEUE
+    mbarrier.wait(p.ready.index(q), (i // QUEUE) & 1)
+    c = _note(p, q, 0)
+    row = _note(p, q, 1)
+    left = _note(p, q, 2)
+    n = _note(p, q, 3)
+    e = _note(p, q, 4)
+    j = _note(p, q, 5)
+    return c, row, left, n, e, j
+
+
+@gluon.jit
+def _taken(p, i):
+    """Every lane says that it needs the note of tile `i` no more."""
+    async_copy.mbarrier_arrive(p.taken.index(i % QUEUE), increment_count=False)
 
 
 @gluon.jit
@@ -246,15 +265,13 @@ def _write(p, acc, bias, PART: gl.constexpr, COUNT: gl.constexpr, base, low, wid
 
 
 @gluon.jit
-def _multiply(p, tile, PART: gl.constexpr, A: gl.constexpr, B: gl.constexpr):
+def _multiply(p, c, row, left, n, e, PART: gl.constexpr, A: gl.constexpr, B: gl.constexpr):
     """128 weight rows of a tile by its A + B rows: one in-order K chain an element."""
     FIRST: gl.constexpr = SLAB * PART if p.BN > SLAB else 0
-    c = _note(p, tile, 0)
-    note = _note(p, tile, 3)
-    product = note // PRODUCT
+    product = n // PRODUCT
     depth = gl.where(product == 0, p.hidden, p.inner)
     width = gl.where(product == 2, p.hidden, p.inner)
-    col = (note % PRODUCT) * p.BN + FIRST
+    col = (n % PRODUCT) * p.BN + FIRST
     LA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
     biases = p.up_bias_ptr
     if product == 1:
@@ -262,8 +279,7 @@ def _multiply(p, tile, PART: gl.constexpr, A: gl.constexpr, B: gl.constexpr):
     if product == 2:
         biases = p.down_bias_ptr
     column = col + gl.arange(0, SLAB, layout=gl.SliceLayout(1, LA))
-    e = _note(p, tile, 4).to(gl.int64)
-    bias = gl.load(biases + e * width + column, mask=column < width, other=0.0).to(gl.float32)
+    bias = gl.load(biases + e.to(gl.int64) * width + column, mask=column < width, other=0.0).to(gl.float32)
     acc0 = gl.zeros((SLAB, A), gl.float32, layout=LA)
     if B > 0:
         LB: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, B, 16])
@@ -291,8 +307,6 @@ def _multiply(p, tile, PART: gl.constexpr, A: gl.constexpr, B: gl.constexpr):
     else:
         acc0 = warpgroup_mma_wait(0, (acc0,))
     mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
-    row = _note(p, tile, 1)
-    left = _note(p, tile, 2)
     base = p.first_ptr
     if product == 1:
         base = p.second_ptr
@@ -311,34 +325,32 @@ def _consume(p, PART: gl.constexpr):
     i = p.hidden * 0
     if p.BN == SLAB:
         i += PART
-    mbarrier.wait(p.ready.index(i % QUEUE), (i // QUEUE) & 1)
-    left = _note(p, i, 2)
+    c, row, left, n, e, j = _hear(p, i)
     while left > 0:
+        _taken(p, i)
         if left <= 64:
             if p.BM > 64:
-                _multiply(p, i, PART, 64, 0)
+                _multiply(p, c, row, left, n, e, PART, 64, 0)
             elif left <= 32:
-                _multiply(p, i, PART, 32, 0)
+                _multiply(p, c, row, left, n, e, PART, 32, 0)
             else:
-                _multiply(p, i, PART, 64, 0)
+                _multiply(p, c, row, left, n, e, PART, 64, 0)
         elif p.BM > 96:
             if left <= SLAB:
-                _multiply(p, i, PART, 128, 0)
+                _multiply(p, c, row, left, n, e, PART, 128, 0)
             elif p.BM > SLAB + 16:
                 if left <= SLAB + 16:
-                    _multiply(p, i, PART, 128, 16)
+                    _multiply(p, c, row, left, n, e, PART, 128, 16)
                 else:
-                    _multiply(p, i, PART, 128, 32)
+                    _multiply(p, c, row, left, n, e, PART, 128, 32)
             elif p.BM > SLAB:
-                _multiply(p, i, PART, 128, 16)
+                _multiply(p, c, row, left, n, e, PART, 128, 16)
         elif p.BM > 64:
-            _multiply(p, i, PART, 64, 32)
+            _multiply(p, c, row, left, n, e, PART, 64, 32)
         barrier()
         mbarrier.arrive(p.written.index(i % QUEUE), count=1)
-        mbarrier.arrive(p.taken.index(i % QUEUE), count=1)
         i += 1 if p.BN > SLAB else 2
-        mbarrier.wait(p.ready.index(i % QUEUE), (i // QUEUE) & 1)
-        left = _note(p, i, 2)
+        c, row, left, n, e, j = _hear(p, i)
 
 
 @gluon.jit
@@ -347,19 +359,14 @@ def _tell(p):
     have reached the L2."""
     EACH: gl.constexpr = 2 if p.BN > SLAB else 1
     i = p.hidden * 0
-    mbarrier.wait(p.ready.index(0), 0)
-    left = _note(p, i, 2)
+    c, row, left, n, e, j = _hear(p, i)
     while left > 0:
-        q = i % QUEUE
-        j = _note(p, i, 5)
-        mbarrier.wait(p.written.index(q), (i // QUEUE) & 1)
-        if _note(p, i, 3) < 2 * PRODUCT:
+        mbarrier.wait(p.written.index(i % QUEUE), (i // QUEUE) & 1)
+        if n < 2 * PRODUCT:
             gl.atomic_add(p.done_ptr + j, EACH, sem="release")
-        barrier()
-        mbarrier.arrive(p.taken.index(q), count=1)
+        _taken(p, i)
         i += 1
-        mbarrier.wait(p.ready.index(i % QUEUE), (i // QUEUE) & 1)
-        left = _note(p, i, 2)
+        c, row, left, n, e, j = _hear(p, i)
 
 
 @gluon.jit
@@ -410,7 +417,7 @@ def chain_kernel(
     written = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(QUEUE):
         mbarrier.init(ready.index(i), count=129)
-        mbarrier.init(taken.index(i), count=3 if BN > SLAB else 2)
+        mbarrier.init(taken.index(i), count=288 if BN > SLAB else 160)
         mbarrier.init(written.index(i), count=2 if BN > SLAB else 1)
     fence_async_shared()
     notes = gl.allocate_shared_memory(
