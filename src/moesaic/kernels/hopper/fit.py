@@ -20,12 +20,14 @@ BARRIER_BYTES = 1024
 ROWS = {
     "prefill": (128,),
     "tall": (64, 128, 192, 256, 320, 384),
+    "trim": (128, 144, 160, 176, 192),
     "decode": (16, 32, 64, 128),
     "pair": (16, 32, 64, 128),
     "flex": (64, 128),
 }
 COLUMNS = {
-    "prefill": (256,), "tall": (128,), "decode": (64, 128), "pair": (64, 128), "flex": (128, 256),
+    "prefill": (256,), "tall": (128,), "trim": (256,), "decode": (64, 128), "pair": (64, 128),
+    "flex": (128, 256),
 }  # fmt: skip
 ONE_LAUNCH = ("pair", "flex")
 FOUND_BYTES = 2560
@@ -46,6 +48,8 @@ def shared_bytes(kernel: str, bm: int, bn: int, stages: int, bk: int = 64) -> in
     staged = bm * bn * STAGED[kernel] if kernel in STAGED else STAGED_BYTES
     if kernel == "flex":
         staged = 2 * 64 * (64 + (32 if bn == 128 else 0)) * 2
+    if kernel == "trim" and stages * (bm + bn) * bk * 2 + staged + BARRIER_BYTES > SHARED_LIMIT:
+        staged //= 2
     found = FOUND_BYTES if (kernel, bm) == ("pair", 16) else 0
     return stages * (bm + bn) * bk * 2 + staged + found + BARRIER_BYTES
 

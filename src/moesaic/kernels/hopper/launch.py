@@ -23,13 +23,20 @@ from .decode import decode_kernel
 from .prefill import prefill_kernel
 from .tall import tall_kernel
 from .tiles import check_triton
+from .trim import BOX, trim_kernel
 
 LOADER_REGISTERS = {
     "prefill": {True: 40, False: 24},
     "tall": {False: 24},
+    "trim": {True: 56, False: 24},
     "decode": {True: 56, False: 40},
 }
-KERNELS = {"prefill": prefill_kernel, "tall": tall_kernel, "decode": decode_kernel}
+CONSUMER_REGISTERS = {
+    "prefill": {True: 232, False: 240}, "tall": {False: 240}, "trim": {True: 224, False: 240},
+}  # fmt: skip
+KERNELS = {
+    "prefill": prefill_kernel, "tall": tall_kernel, "trim": trim_kernel, "decode": decode_kernel,
+}  # fmt: skip
 RAGGED_EXTENT = 0x7FFF0000
 RAGGED_ROWS = 1 << 30
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -39,11 +46,12 @@ class HopperConfig(NamedTuple):
     """How one grouped GEMM is tiled; moves time, never bits.
 
     `prefill` tiles are 128 rows by `bn` weight rows, `decode` tiles `bm` rows (16 to 128) by `bn`
-    (64 or 128), `tall` tiles up to `bm` sorted rows (a multiple of 64, to 384) by 128. `pair` and
-    `flex` are both products in one launch, by tiles of `bm` rows and by such as tall as their rows.
+    (64 or 128), `tall` tiles up to `bm` sorted rows (a multiple of 64, to 384) by 128, `trim` tiles
+    as many rows as there are, up to `bm` (a multiple of 16, to 192), by 256. `pair` and `flex` are
+    both products in one launch, by tiles of `bm` rows and by such as tall as their rows.
     """
 
-    kernel: Literal["prefill", "tall", "decode", "pair", "flex"]
+    kernel: Literal["prefill", "tall", "trim", "decode", "pair", "flex"]
     bm: int
     bn: int
     stages: int
@@ -101,12 +109,12 @@ def ragged_descriptor(out: Tensor, box_rows: int, box_cols: int) -> TensorDescri
 
 
 def _row_box(config: HopperConfig) -> tuple[int, int]:
-    """Rows and depth of one load of sorted rows: tall tiles load them in units of 64."""
-    return (64 if config.kernel == "tall" else config.bm), config.bk
+    """Rows and depth of one load of sorted rows: tall tiles load them in units, trim in boxes."""
+    return {"tall": 64, "trim": BOX.value}.get(config.kernel, config.bm), config.bk
 
 
 def _store_box(config: HopperConfig, gated: bool) -> tuple[int, int]:
-    """Rows and columns of one store: prefill stores pieces, decode whole tiles."""
+    """Rows and columns of one store: pieces, but of decode whole tiles."""
     if config.kernel != "decode":
         return 64, 64
     return config.bm, config.bn // (2 if gated else 1)
@@ -116,10 +124,8 @@ def _constants(
     config: HopperConfig, *, entries: int, gather: bool, gated: bool, bias: bool = False
 ) -> dict[str, Any]:
     registers = {}
-    if config.kernel == "prefill":
-        registers = {"CREG": 232 if gather else 240}
-    elif config.kernel == "tall":
-        registers = {"CREG": 240}
+    if config.kernel in CONSUMER_REGISTERS:
+        registers = {"CREG": CONSUMER_REGISTERS[config.kernel][gather]}
     return {
         "N": entries,
         "LANES": max(32, 1 << (entries - 1).bit_length()),
@@ -181,11 +187,13 @@ def grouped_mm_hopper(
     Raises:
         RuntimeError: Triton is outside the tested range.
         ValueError: `tall` tiles with rows that are not sorted, shared tiles that are not `tall`,
-            or a bias of a gated product.
+            or a bias of a gated product or of `trim` tiles.
     """
     check_triton()
     if gated and bias is not None:
         raise ValueError("only ungated products have a bias here; use the Triton path")
+    if config.kernel == "trim" and bias is not None:
+        raise ValueError("trim tiles have no bias; use tall or prefill tiles")
     if config.kernel == "tall" and order_S is not None:
         raise ValueError("tall tiles take sorted rows; call gather_rows first and pass no order_S")
     shared = ticket if isinstance(ticket, SharedTiles) else None
@@ -294,6 +302,8 @@ def _aot_case(
     integers = ("order_ptr", "tile_end_ptr", "task_ptr", "row_start_ptr", "rows_ptr")
     counters = ("total_ptr", "ticket_ptr")
     kind = "up" if gated else "down"
+    if config.kernel == "trim" and gather:
+        kind += "-gathered"
     if bias:
         kind = "relu-gathered" if gather else "relu"
     kind += f"-{role}" if role else ""
@@ -335,6 +345,12 @@ def aot_cases() -> list[AotCase]:
     tall = [HopperConfig("tall", 384, 128, 3), HopperConfig("tall", 256, 128, 4)]
     cases = [
         _aot_case(tile, False, gated, "bf16", gated) for tile in tall for gated in (True, False)
+    ]
+    trim = [HopperConfig("trim", bm, 256, stages) for bm, stages in ((128, 4), (160, 4), (192, 3))]
+    cases += [
+        _aot_case(tile, gather, gated, "bf16", tile.bm == 192)
+        for tile in trim
+        for gather, gated in ((False, True), (False, False), (True, True), (True, False))
     ]
     cases += [
         _aot_case(tile, gather, gather, "bf16", tile.kernel == "prefill" or tile.bm == 16)
