@@ -279,7 +279,8 @@ def _multiply(p, c, row, left, n, e, PART: gl.constexpr, A: gl.constexpr, B: gl.
     if product == 2:
         biases = p.down_bias_ptr
     column = col + gl.arange(0, SLAB, layout=gl.SliceLayout(1, LA))
-    bias = gl.load(biases + e.to(gl.int64) * width + column, mask=column < width, other=0.0).to(gl.float32)
+    at = biases + e.to(gl.int64) * width + column
+    bias = gl.load(at, mask=column < width, other=0.0).to(gl.float32)
     acc0 = gl.zeros((SLAB, A), gl.float32, layout=LA)
     if B > 0:
         LB: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, B, 16])
@@ -325,7 +326,7 @@ def _consume(p, PART: gl.constexpr):
     i = p.hidden * 0
     if p.BN == SLAB:
         i += PART
-    c, row, left, n, e, j = _hear(p, i)
+    c, row, left, n, e, _ = _hear(p, i)
     while left > 0:
         _taken(p, i)
         if left <= 64:
@@ -350,7 +351,7 @@ def _consume(p, PART: gl.constexpr):
         barrier()
         mbarrier.arrive(p.written.index(i % QUEUE), count=1)
         i += 1 if p.BN > SLAB else 2
-        c, row, left, n, e, j = _hear(p, i)
+        c, row, left, n, e, _ = _hear(p, i)
 
 
 @gluon.jit
@@ -359,14 +360,14 @@ def _tell(p):
     have reached the L2."""
     EACH: gl.constexpr = 2 if p.BN > SLAB else 1
     i = p.hidden * 0
-    c, row, left, n, e, j = _hear(p, i)
+    _, _, left, n, _, j = _hear(p, i)
     while left > 0:
         mbarrier.wait(p.written.index(i % QUEUE), (i // QUEUE) & 1)
         if n < 2 * PRODUCT:
             gl.atomic_add(p.done_ptr + j, EACH, sem="release")
         _taken(p, i)
         i += 1
-        c, row, left, n, e, j = _hear(p, i)
+        _, _, left, n, _, j = _hear(p, i)
 
 
 @gluon.jit
