@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import moesaic
 from moesaic.integrations import blocks
-from moesaic.integrations.blocks import BLOCK, recognise_block
+from moesaic.integrations.blocks import BLOCK
+from moesaic.integrations.known_blocks import recognise_block
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "transformers-families.json"
 FAMILIES = ("qwen3_moe", "deepseek_v3", "qwen2_moe")  # plain, shared expert, shared with a gate

@@ -24,7 +24,8 @@ from ..dispatch import Impl
 from ..parallel.expert_parallel import Options
 from ..parallel.placement import Placement
 from ..types import ExpertSpec
-from .blocks import BLOCK, fused_block, plan_block, read_next, recognise_block
+from .blocks import BLOCK, fused_block
+from .known_blocks import plan_block, read_next, recognise_block
 from .layouts import UnsupportedExperts, family_of, is_experts, spec_of, weights_of
 from .routers import PLAN, fused_forward, recognise
 from .spread import SpreadLayer, Tokens, spread_layers
