@@ -411,7 +411,8 @@ def test_the_literal_reading_on_16384_gpus_is_quick_and_small() -> None:
 
 @pytest.mark.slow
 def test_public_figures_are_met_as_the_page_says() -> None:
-    from moesaic.planner.validation import all_rows, errors, kind
+    from moesaic.planner.validation import all_rows
+    from moesaic.planner.validation_page import errors, kind
 
     rows = all_rows(Path("no-such-folder"), Path("benchmarks/predictions"))
     operations = errors(r for r in rows if kind(r.group) == "operations")
