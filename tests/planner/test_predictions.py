@@ -319,11 +319,17 @@ def test_an_explanation_of_dont_names_what_would_make_it_possible() -> None:
     assert then["memory x2"] is not None and then["half the batch"] is not None
     assert then["flops x2"] is None and then["NVLink x2"] is None
     told = {str(c) for c in verdict.changes}
-    assert "flops x2: still nothing within the limits" in told
+    assert "flops x2: still nothing within the limits, nothing fits" in told
     slow = replace(some.workload, sequences=64, context=2000, tpot_ms=1e-3)
     late = replace(some, workload=slow)
     found = search(late, workers=1)
-    assert all(c.best is None for c in explain(late, found, judge(found, slow)).changes)
+    changes = {c.what: c for c in explain(late, found, judge(found, slow)).changes}
+    assert all(c.best is None for c in changes.values())
+    # What is not within the limits says how near it comes.
+    wider, faster = changes["network bandwidth x2"], changes["memory bandwidth x2"]
+    assert faster.fastest_ms is not None and wider.fastest_ms is not None
+    assert 1e-3 < faster.fastest_ms < wider.fastest_ms
+    assert str(faster).endswith(f"the fastest {faster.fastest_ms:.1f} ms")
 
 
 def test_an_empty_space_is_refused() -> None:

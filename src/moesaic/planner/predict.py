@@ -119,9 +119,9 @@ def predict(
         step_s += breakdown["engine"]
     mem = memory(model, cluster.gpu, strategy, workload, tokens, sequences)
     busy = _utilisation(model, strategy, costs, line, step_s)
-    watts = cluster.gpu.idle_watts + busy["compute"] * (cluster.gpu.watts - cluster.gpu.idle_watts)
     rate = tokens * strategy.homes * copies * strategy.micro_batches / step_s
-    gpus, price = copies * strategy.gpus, cluster.usd_per_gpu_hour
+    gpus = copies * strategy.gpus
+    joules, usd = _price(cluster, busy["compute"], rate / gpus)
     return Prediction(
         strategy=strategy,
         phase=workload.phase,
@@ -139,12 +139,19 @@ def predict(
         bubble=1.0 - busy["compute"],
         hidden=line.hidden() if overlap else 0.0,
         balancedness=sum(c.balancedness for c in costs) / len(costs),
-        joules_per_token=watts * gpus / rate,
-        usd_per_million=None if price is None else price * gpus / 3600 / rate * 1e6,
+        joules_per_token=joules,
+        usd_per_million=usd,
         binding=_binding(breakdown, costs, mem),
         line=line,
         slices=given.sizes,
     )
+
+
+def _price(cluster: Cluster, busy: float, rate: float) -> tuple[float, float | None]:
+    """Joules of a token, and dollars of a million, of GPUs that give `rate` tokens/s each."""
+    watts = cluster.gpu.idle_watts + busy * (cluster.gpu.watts - cluster.gpu.idle_watts)
+    price = cluster.usd_per_gpu_hour
+    return watts / rate, None if price is None else price / 3600 / rate * 1e6
 
 
 def _utilisation(
@@ -317,8 +324,10 @@ def _binding(breakdown: dict[str, float], costs: Sequence[LayerCost], mem: Memor
     found = max(groups, key=groups.__getitem__)
     if found == "exchange":
         return f"exchange over {costs[0].binding}"
-    worst = min(c.balancedness for c in costs)
-    return f"experts, fullest rank {1 / worst:.1f}x the mean" if found == "experts" else found
+    over = 1 / min(c.balancedness for c in costs)
+    if found == "experts" and over >= 1.05:
+        return f"experts, fullest rank {over:.1f}x the mean"
+    return found
 
 
 def first_token_s(

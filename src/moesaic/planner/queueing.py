@@ -55,8 +55,49 @@ class Queued:
     tokens_per_s: float
 
 
+class _Copy:
+    """One copy at work, and what its requests saw: seconds to the first token, then of each."""
+
+    def __init__(self, env: Any, service: Service) -> None:
+        import simpy
+
+        self.env, self.service, self.queue = env, service, simpy.Store(env)
+        self.first: list[float] = []
+        self.pace: list[float] = []
+        self.tokens = 0
+        # Of every running sequence how many tokens it has, and since when.
+        self.running: list[list[float]] = []
+        env.process(self.work())
+
+    def work(self) -> Generator[Any, Any, None]:
+        """A prompt whenever one waits and there is room, else a step of all that run."""
+        service = self.service
+        while True:
+            if not self.running:
+                yield from self.admit((yield self.queue.get()))
+            while self.queue.items and len(self.running) < service.slots:
+                yield from self.admit((yield self.queue.get()))
+            step = float(np.interp(len(self.running), service.batches, service.step_s))
+            yield self.env.timeout(step)
+            self.tokens += len(self.running)
+            for sequence in self.running:
+                sequence[0] += 1
+            for sequence in [s for s in self.running if s[0] >= service.output]:
+                self.pace.append((self.env.now - sequence[1]) / max(1, service.output - 1))
+                self.running.remove(sequence)
+
+    def admit(self, came: float) -> Generator[Any, Any, None]:
+        """A prompt that came then is taken in and gets its first token."""
+        service = self.service
+        yield self.env.timeout(service.prefill_s)
+        late = max(0.0, service.first_s - service.prefill_s)
+        self.first.append(self.env.now - came + late)
+        self.tokens += 1
+        self.running.append([1.0, self.env.now])
+
+
 def simulate_queue(service: Service, arrival: Arrival, *, seed: int = 0) -> Queued:
-    """Serve the arrivals until the time is over.
+    """Serve the arrivals, in turns by the copies, until the time is over.
 
     Raises:
         ValueError: nothing arrives within the time.
@@ -65,51 +106,25 @@ def simulate_queue(service: Service, arrival: Arrival, *, seed: int = 0) -> Queu
 
     times = arrival.drawn(seed)
     env: Any = simpy.Environment()
-    waiting = [simpy.Store(env) for _ in range(service.copies)]
-    first: list[float] = []
-    pace: list[float] = []
-    tokens = [0]
+    copies = [_Copy(env, service) for _ in range(service.copies)]
 
     def source() -> Generator[Any, Any, None]:
         for number, when in enumerate(times):
             yield env.timeout(when - env.now)
-            yield waiting[number % service.copies].put(when)
-
-    def copy(queue: Any) -> Generator[Any, Any, None]:
-        running: list[list[float]] = []
-        while True:
-            if not running:
-                came = yield queue.get()
-                yield from admit(came, running)
-            while queue.items and len(running) < service.slots:
-                came = yield queue.get()
-                yield from admit(came, running)
-            step = float(np.interp(len(running), service.batches, service.step_s))
-            yield env.timeout(step)
-            tokens[0] += len(running)
-            for sequence in running:
-                sequence[0] += 1
-            for sequence in [s for s in running if s[0] >= service.output]:
-                pace.append((env.now - sequence[1]) / max(1, service.output - 1))
-                running.remove(sequence)
-
-    def admit(came: float, running: list[list[float]]) -> Generator[Any, Any, None]:
-        yield env.timeout(service.prefill_s)
-        first.append(env.now - came + max(0.0, service.first_s - service.prefill_s))
-        tokens[0] += 1
-        running.append([1.0, env.now])
+            yield copies[number % service.copies].queue.put(when)
 
     env.process(source())
-    for queue in waiting:
-        env.process(copy(queue))
     env.run(until=arrival.seconds)
-
-    def both(values: list[float]) -> tuple[float, float]:
-        if not values:
-            return (float("nan"), float("nan"))
-        return float(np.median(values)), float(np.percentile(values, 95))
-
+    first = [s for copy in copies for s in copy.first]
+    pace = [s for copy in copies for s in copy.pace]
     return Queued(
-        offered=len(times), finished=len(pace), ttft_s=both(first), tpot_s=both(pace),
-        tokens_per_s=tokens[0] / arrival.seconds,
+        offered=len(times), finished=len(pace), ttft_s=_both(first), tpot_s=_both(pace),
+        tokens_per_s=sum(copy.tokens for copy in copies) / arrival.seconds,
     )  # fmt: skip
+
+
+def _both(values: list[float]) -> tuple[float, float]:
+    """Median and 95th percentile."""
+    if not values:
+        return (float("nan"), float("nan"))
+    return float(np.median(values)), float(np.percentile(values, 95))

@@ -47,19 +47,23 @@ class Change:
         gain: the recommended strategy's throughput per GPU after it over before; None where
             nothing is recommended.
         best: the strategy that would be best then; None: still none is within the limits.
+        fastest_ms: the fastest step then of those that fit; None: nothing fits.
     """
 
     what: str
     gain: float | None
     best: str | None
+    fastest_ms: float | None
 
     def __str__(self) -> str:
-        if self.gain is None:
-            then = "still nothing within the limits" if self.best is None else (
-                f"then {self.best} is within the limits"
-            )  # fmt: skip
-            return f"{self.what}: {then}"
-        return f"{self.what}: x {self.gain:.2f}, best then {self.best}"
+        if self.gain is not None:
+            return f"{self.what}: x {self.gain:.2f}, best then {self.best}"
+        if self.best is not None:
+            return f"{self.what}: then {self.best} is within the limits"
+        near = (
+            "nothing fits" if self.fastest_ms is None else f"the fastest {self.fastest_ms:.1f} ms"
+        )
+        return f"{self.what}: still nothing within the limits, {near}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +289,8 @@ def explain(question: Question, predictions: Sequence[Prediction], verdict: Verd
             same = next(p for p in again if p.strategy == verdict.best.strategy)
             gain = same.per_gpu / verdict.best.per_gpu
         best = None if then is None else then.strategy.name
-        changes.append(Change(what=what, gain=gain, best=best))
+        fastest = min((p.step_s * 1e3 for p in again if p.fits), default=None)
+        changes.append(Change(what=what, gain=gain, best=best, fastest_ms=fastest))
     return replace(verdict, changes=tuple(changes))
 
 
