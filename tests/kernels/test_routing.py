@@ -219,3 +219,5 @@ def test_plan_keeps_rows_in_a_warp_and_one_launch_alone() -> None:
     programs, plan = plan_route(5, 256, **how)
     assert (programs, plan["ALONE"]) == (3, False)
     assert plan_route(10**6, 256, **how)[0] == 2112
+    alone = [plan_route(t, 128, counted=False, **how) for t in (1, 40, 1024, 1025)]
+    assert [(n, plan["BLOCK_T"]) for n, plan in alone] == [(1, 1), (40, 1), (1024, 1), (257, 4)]

@@ -34,6 +34,8 @@ from .routing_triton import experts_of, write_routes
 __all__ = ["aot_cases", "plan_route", "route", "route_kernel", "route_ref"]
 
 MAX_PROGRAMS = 2112
+ROW_EACH = 1024
+"""Tokens up to which programs that count nothing take a row each."""
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -120,17 +122,22 @@ def plan_route(
     renormalize: bool,
     n_group: int,
     topk_group: int,
+    counted: bool = True,
 ) -> tuple[int, dict[str, Any]]:
     """Programs, and constants and options, of a launch for tokens > 0.
 
     A program is one warp (rows never cross warps) up to 512 columns, padding included. It is
-    alone, and then counts are stored rather than added, when the batch is one or two blocks.
+    alone, and then counts are stored rather than added, when the batch is one or two blocks. A row
+    alone has a whole warp's reductions in one instruction each; several share a warp's latency,
+    which pays where there are many.
     """
     groups = n_group if topk_group < n_group else 1
     group = experts // groups
     groups_pad, group_pad = triton.next_power_of_2(groups), triton.next_power_of_2(group)
     columns = groups_pad * group_pad
     block_t = max(1, min(32, 512 // columns))
+    if tokens == 1 or (tokens <= ROW_EACH and not counted):
+        block_t = 1
     alone = tokens <= 2 * block_t
     plan = {
         "TOP_K": top_k,
@@ -146,7 +153,8 @@ def plan_route(
         "num_warps": max(1, columns // 512),
         "enable_fp_fusion": False,
     }
-    return 1 if alone else min(triton.cdiv(tokens, block_t), MAX_PROGRAMS), plan
+    programs = min(triton.cdiv(tokens, block_t), MAX_PROGRAMS)
+    return 1 if alone and counted else programs, plan
 
 
 def route(
@@ -233,7 +241,7 @@ def choose_experts(
     ids_TK = logits_TE.new_empty((tokens, rule["top_k"]), dtype=torch.int32)
     weights_TK = logits_TE.new_empty((tokens, rule["top_k"]), dtype=weights_dtype)
     if tokens:
-        programs, plan = plan_route(tokens, experts, **rule)
+        programs, plan = plan_route(tokens, experts, counted=False, **rule)
         pdl = logits_TE.is_cuda and torch.cuda.get_device_capability(logits_TE.device) >= (9, 0)
         route_kernel[(programs,)](
             logits_TE,
@@ -265,7 +273,7 @@ def _aot_case(name: str, dtype: str, tokens: int, experts: int, top_k: int, **ho
     quick, bias, counted, pdl = (how.pop(flag, False) for flag in flags)
     rule: dict[str, Any] = {"scoring": "softmax", "renormalize": True, "n_group": 1}
     rule |= {"topk_group": 1} | how
-    _, plan = plan_route(tokens, experts, top_k=top_k, **rule)
+    _, plan = plan_route(tokens, experts, top_k=top_k, counted=not pdl, **rule)
     options = {name: plan.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     weights = dtype if pdl else "fp32"
     signature = {"logits_ptr": f"*{dtype}", "ids_ptr": "*i32", "weights_ptr": f"*{weights}"}
