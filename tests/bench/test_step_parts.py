@@ -53,3 +53,11 @@ def test_a_launch_that_waits_for_the_one_before_counts_once() -> None:
     )
     assert sum(found.values()) == pytest.approx(39.5e-3)
     assert not any(parts_ms([]).values())
+
+
+def test_a_router_in_one_launch_takes_no_product_with_it() -> None:
+    found = parts_ms(
+        steps(("nvjet_a", 7.0), ("router_kernel", 3.0), ("up", 20.0), ("nvjet_b", 9.0))
+    )
+    us = {part: round(ms * 1e3, 3) for part, ms in found.items() if ms}
+    assert us == {"products": 7.5, "router": 3.5, "other": 20.5, "head": 9.0}

@@ -3,7 +3,7 @@
 A launch is charged with the time until the next one starts, so that a launch which starts early and
 waits for the one before it on the device counts nothing twice. Names of launches say what they do:
 attention's kernels, ours, products of cuBLAS and of Inductor. The product right before our choice
-of experts is the router's, the last product of the step is the head's, and what is left over are
+of experts is the router's (a router of few experts is one launch), the last product of the step is the head's, and what is left over are
 norms, residuals, rotary embeddings, caches and the gaps before them.
 
     parts_ms([Launch("nvjet_tst", 0.0, 4.0), Launch("route_kernel", 5.0, 2.0),
@@ -26,6 +26,7 @@ PARTS = ("attention", "products", "router", "experts", "head", "other")
 REPLAYS = 3
 _ATTENTION = re.compile(r"sdpa_|flash_|fmha")
 _ROUTE = re.compile(r"route_kernel")
+_ROUTER = re.compile(r"router?_kernel")
 _OURS = re.compile(r"(?!triton_)[a-z_]+_kernel")
 # Inductor's products of one row reduce over a transposed weight: "t" is among what they fuse.
 _PRODUCT = re.compile(r"nvjet|gemm|gemv|splitK|cutlass|triton_red_.*_mm_(.*_)?(t_|route)")
@@ -61,7 +62,7 @@ def replayed(replay: Callable[[], Any]) -> list[Launch]:
 
 
 def _part(name: str) -> str:
-    if _ROUTE.fullmatch(name):
+    if _ROUTER.fullmatch(name):
         return "router"
     if _OURS.fullmatch(name):
         return "experts"
