@@ -3,8 +3,9 @@
 A launch is charged with the time until the next one starts, so that a launch which starts early and
 waits for the one before it on the device counts nothing twice. Names of launches say what they do:
 attention's kernels, ours, products of cuBLAS and of Inductor. The product right before our choice
-of experts is the router's (a router of few experts is one launch), the last product of the step is the head's, and what is left over are
-norms, residuals, rotary embeddings, caches and the gaps before them.
+of experts is the router's (a router of few experts is one launch), the last product of the step is
+the head's, and what is left over are norms, residuals, rotary embeddings, caches and the gaps
+before them.
 
     parts_ms([Launch("nvjet_tst", 0.0, 4.0), Launch("route_kernel", 5.0, 2.0),
               Launch("pair_kernel", 7.5, 20.0), Launch("nvjet_tst", 28.0, 9.0)])
