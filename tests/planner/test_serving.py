@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from moesaic.planner.batching import serve
 from moesaic.planner.cluster import load_cluster
+from moesaic.planner.command import main as plan_command
 from moesaic.planner.engine_kernels import engine_experts_s, engine_reduce_s
 from moesaic.planner.engines import known_model, part_of
 from moesaic.planner.fleet import queued
@@ -20,6 +23,7 @@ from moesaic.planner.search import Question
 from moesaic.planner.serving import Deployment
 from moesaic.planner.workload import Workload, load_workload
 
+MODELS = Path(str(files("moesaic.planner").joinpath("models")))
 MODEL = known_model("qwen3_30b")
 
 
@@ -172,7 +176,7 @@ def test_weights_that_leave_no_cache_are_shown_and_never_recommended() -> None:
     found = offers(question(asked), workers=1)
     assert [o.served for o in found] == [None] and "61 GB of weights in 42 GB" in found[0].why
     assert "has room in a node" in judged(found, Workload())
-    with pytest.raises(ValueError, match="no layout of vllm is possible"):
+    with pytest.raises(ValueError, match=r"served: no layout of vllm on 3 of the 8 GPUs"):
         offers(question(replace(asked, gpus=(3,))), workers=1)
 
 
@@ -234,3 +238,28 @@ def test_a_wrong_request_trace_is_refused_with_its_line(
     (tmp_path / "r.csv").write_text(text)
     with pytest.raises(ValueError, match=words):
         read_requests(tmp_path / "r.csv")
+
+
+def test_a_plan_shows_engines_beside_strategies_and_says_what_they_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "w.yaml").write_text(
+        "prompt: 100\noutput: 20\nsequences: 4\ncontext: 128\n"
+        "served: {engines: [vllm, trtllm], gpus: [2], at_once: [4], requests: 8}\n"
+        "strategies: {families: [ep], ep: [8], tp: [1], pp: [1], replicas: [0],\n"
+        "             micro_batches: [1], overlap: [false]}\n"
+    )
+    code = plan_command(
+        model=MODELS / "qwen3_30b.json", cluster="H200x1", workload=tmp_path / "w.yaml",
+        out=tmp_path / "out", explained=False, results=tmp_path, workers=1, layers=1,
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    told = json.loads(printed.splitlines()[-1])
+    assert code == 0 and told["engine"].startswith("Of serving engines ")
+    assert "trtllm: published times of vllm in bf16 on H200" in " ".join(printed.split())
+    document = json.loads((tmp_path / "out/plan.json").read_text())
+    assert document["served"] == told["engine"] and len(document["offers"]) == 6
+    first = document["offers"][0]
+    assert first["fits"] and first["served"]["tpot_ms"] > 0 and first["copies"] == 4
+    report = (tmp_path / "out/report.html").read_text()
+    assert "Serving engines" in report and "TP2 EP2" in report

@@ -18,7 +18,7 @@ from .exchange import Ways, measured_ways
 from .kernels import ROOFLINE, KernelTable, device_lines, fit_table, measured_layers, path_of
 from .model import Model, load_model
 from .offers import HEADS as OFFER_HEADS
-from .offers import cells, judged, offers, shown_offers
+from .offers import WITH_TRACE, cells, judged, offer_jobs, offers, shown_offers
 from .predict import Prediction, first_token_s, predict
 from .queueing import Queued, Service, simulate_queue
 from .report import HEADS, Plan, engine_sources, facts, row, shown, write
@@ -72,6 +72,8 @@ def make_plan(
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:  # fmt: skip
     """Search, judge, and look closer at what is recommended."""
+    if question.workload.served is not None:
+        offer_jobs(question)  # refuses what is impossible before anything takes its time
     predictions = search(question, workers=workers, progress=progress)
     verdict = judge(predictions, question.workload, question.cluster.gpus)
     if explained:
@@ -87,6 +89,8 @@ def make_plan(
             queued = serve(q, best, ttft)
     found = offers(q, workers=workers, progress=progress) if q.workload.served else []
     notes = []
+    if found and q.workload.trace is not None:
+        notes.append(f"serving engines take routing {WITH_TRACE}, not the trace")
     if best is not None and q.workload.ttft_ms and ttft and ttft * 1e3 > q.workload.ttft_ms:
         notes.append(
             f"the recommended strategy's first token takes {ttft * 1e3:.0f} ms, "

@@ -24,6 +24,8 @@ from .search import Question, over_cores
 from .serving import Deployment
 from .workload import Workload
 
+# Steps of an engine do not follow those of a routing trace: with one they take this instead.
+WITH_TRACE = "lognormal:0.4"
 HEADS = ("engine", "layout", "copies", "requests", "output tok/s/GPU", "tok/s/GPU", "TTFT ms",
          "p95", "TPOT ms", "p95", "fits")  # fmt: skip
 
@@ -102,6 +104,30 @@ def layouts(model: Model, cluster: Cluster, asked: Asked, routing: str) -> Itera
                     )  # fmt: skip
 
 
+def offer_jobs(question: Question) -> list[tuple[Deployment, Workload, int | None]]:
+    """Every layout with every number of users, None where requests come by themselves.
+
+    Raises:
+        ValueError: no layout is possible; names the line that asks.
+    """
+    w, cluster = question.workload, question.cluster
+    asked = w.served
+    assert asked is not None
+    routing = w.routing if w.trace is None else WITH_TRACE
+    found = [
+        (d, w, users)
+        for d in layouts(question.model, cluster, asked, routing)
+        for users in asked.at_once or (None,)
+    ]
+    if not found:
+        sizes = " or ".join(map(str, asked.gpus)) or "any"
+        raise ValueError(
+            f"{asked.where}: no layout of {', '.join(asked.engines)} on {sizes} of the "
+            f"{cluster.gpus_per_node} GPUs of a node divides the model's heads and experts"
+        )
+    return found
+
+
 def offers(
     question: Question, *, workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -115,21 +141,7 @@ def offers(
     Raises:
         ValueError: no layout is possible.
     """
-    w, cluster = question.workload, question.cluster
-    asked = w.served
-    assert asked is not None
-    routing = w.routing if w.trace is None else "lognormal:0.4"
-    jobs = [
-        (d, w, users)
-        for d in layouts(question.model, cluster, asked, routing)
-        for users in asked.at_once or (None,)
-    ]
-    if not jobs:
-        raise ValueError(
-            f"served: no layout of {', '.join(asked.engines)} is possible on {asked.gpus or 'the'} "
-            f"GPUs of a node of {cluster.gpus_per_node}: heads, experts or widths do not divide"
-        )
-    found: list[Offer] = []
+    jobs, found = offer_jobs(question), list[Offer]()
     for offer in over_cores(_offer, jobs, workers):
         found.append(offer)
         if progress is not None:

@@ -110,6 +110,7 @@ class Asked:
         trace: recorded requests.
         budget, most, memory: instead of the engine's own, see `scheduler.Engine`.
         cache: bytes of a number in the cache.
+        where: the file's line, for messages.
     """
 
     engines: tuple[str, ...]
@@ -122,6 +123,7 @@ class Asked:
     most: int | None = None
     memory: float | None = None
     cache: int = 2
+    where: str = "served"
 
 
 def arrival_from(block: Block | None, folder: Path) -> Arrival | None:
@@ -176,6 +178,7 @@ def asked_from(block: Block | None, folder: Path, arrival: Arrival | None) -> As
         most=block.integer("most", None),
         memory=block.number("memory", None, high=1.0, above=True),
         cache=block.integer("cache_bytes", 2, high=2),
+        where=f"{block.source}:{block.line}",
     )
     if found.requests is not None and not at_once:
         raise ValueError(f"{block.where('requests')}: requests needs at_once; a trace has its own")
