@@ -66,6 +66,7 @@ CASES = {
     "one expert a rank": (4, (5, 0, 7, 8), 2, 4, 1, SMALL),
     "as many as choices": (2, (9, 4), 2, 4, 2, SPARSE),
     "fewer than choices": (3, (6, 6, 1), 4, 6, 2, SPARSE),
+    "uneven slices": (2, (5, 9), 2, 4, 2, Tile(3, 2, 4, 4, 48, 16, 4)),
     "alone": (1, (6,), 2, 4, 4, SMALL),
     "gathered": (2, (90, 70), 2, 4, 2, Tile(3, 1, 64, 32, 64, 64, 4)),
 }

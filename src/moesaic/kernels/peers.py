@@ -100,8 +100,9 @@ def plan_push(rows: int, words: int, ranks: int, programs: int) -> Tile:
         blocks = max(1, blocks)
         chunk = min(256, max(64, triton.next_power_of_2(triton.cdiv(rows, blocks))))
         # Few programs need more bytes in flight each: measured on 2 H200s, 32 programs.
-        gathered = 32 if few or chunk == 64 else 16
-        return Tile(blocks, own, chunk, gathered, whole, block, 16)
+        wide = few or chunk == 64
+        moved = (32, block) if wide else (16, min(256, block))
+        return Tile(blocks, own, chunk, moved[0], whole, moved[1], 16)
     if rows > 256:
         chunk, width = 16, whole
     elif rows > 8:
@@ -189,14 +190,25 @@ def move_tile(
     src_ptr, dst_ptr, from_R, to_R, live_R, first,
     WORDS: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copy words [first, first + SLICE) of the live rows from_R of src to rows to_R of dst."""
+    """Copy words [first, first + SLICE) of the live rows from_R of src to rows to_R of dst.
+
+    A block is on its way here while the one before it is stored: few programs else wait for one or
+    the other, and cannot fill a link.
+    """
     src_R1 = src_ptr + from_R.to(tl.int64)[:, None] * WORDS
     dst_R1 = dst_ptr + to_R.to(tl.int64)[:, None] * WORDS
-    for step in range(0, SLICE, BLOCK):
-        word_1W = first + step + tl.arange(0, BLOCK)[None, :]
-        mask = live_R[:, None] & (word_1W < WORDS)
-        value = tl.load(src_R1 + word_1W, mask=mask)
-        tl.store(dst_R1 + word_1W, value, mask=mask)
+    live_R1 = live_R[:, None]
+    whole: tl.constexpr = WORDS % SLICE == 0
+    word_1W = first + tl.arange(0, BLOCK)[None, :]
+    live = live_R1 if whole else live_R1 & (word_1W < WORDS)
+    value = tl.load(src_R1 + word_1W, mask=live)
+    for _ in range(BLOCK, SLICE, BLOCK):
+        next_1W = word_1W + BLOCK
+        next_live = live_R1 if whole else live_R1 & (next_1W < WORDS)
+        following = tl.load(src_R1 + next_1W, mask=next_live)
+        tl.store(dst_R1 + word_1W, value, mask=live)
+        word_1W, value, live = next_1W, following, next_live
+    tl.store(dst_R1 + word_1W, value, mask=live)
 
 
 @triton.jit
