@@ -304,6 +304,21 @@ def test_an_explanation_names_what_helps() -> None:
     gains = {c.what: c.gain for c in verdict.changes}
     # Two sequences a GPU: weights are read for a handful of rows; bandwidth helps, flops do not.
     assert gains["memory bandwidth x2"] > gains["flops x2"] and gains["flops x2"] < 1.05
+    assert verdict.binds is not None and verdict.binds.startswith("memory bandwidth (twice of it")
+    assert judge(found, question.workload).binds is None
+
+
+def test_an_explanation_tells_a_gain_that_memory_forbids() -> None:
+    """Twice the batch would be faster, and does not fit beside the cache there is."""
+    some = small_question(sequences=1000, context=20000)
+    need = min(p.memory.total for p in search(some, workers=1))
+    gpu = replace(some.cluster.gpu, memory_bytes=1.2 * need, reserve_bytes=0.0)
+    tight = replace(some, cluster=replace(some.cluster, gpu=gpu))
+    found = search(tight, workers=1)
+    verdict = explain(tight, found, judge(found, tight.workload))
+    twice = next(c for c in verdict.changes if c.what == "twice the batch")
+    assert twice.best is None and not twice.kept
+    assert str(twice).endswith("over memory or limits, best then none of them")
 
 
 def test_an_explanation_of_dont_names_what_would_make_it_possible() -> None:

@@ -156,6 +156,8 @@ def show(plan: Plan, explained: bool) -> None:
     wide.print(Text("verdict: ", "bold") + Text(plan.verdict.sentence))
     wide.print(Text(plan.verdict.one_per_gpu))
     if explained:
+        if plan.verdict.binds is not None:
+            wide.print(Text("what binds: ", "bold") + Text(plan.verdict.binds))
         for change in plan.verdict.changes:
             wide.print(Text(f"  {change}"))
     if plan.served is not None:

@@ -113,6 +113,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "recommended": None if v.best is None else v.best.strategy.name,
         "verdict": v.sentence,
         "one_expert_per_gpu": v.one_per_gpu,
+        "binds": v.binds,
         "changes": [asdict(c) for c in v.changes],
         "ttft_ms": None if plan.ttft_s is None else plan.ttft_s * 1e3,
         "queue": None if plan.queued is None else plan.queued.__dict__,

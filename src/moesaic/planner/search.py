@@ -23,6 +23,8 @@ from .strategies import Strategy, enumerate_strategies
 from .workload import Workload
 
 OURS = ("one-per-gpu", "literal")
+MEMORY = "memory x2"
+RESOURCES = ("memory bandwidth x2", "flops x2", "NVLink x2", "network bandwidth x2")
 T = TypeVar("T")
 
 
@@ -48,16 +50,19 @@ class Change:
             nothing is recommended.
         best: the strategy that would be best then; None: still none is within the limits.
         fastest_ms: the fastest step then of those that fit; None: nothing fits.
+        kept: whether the recommended one is then still within memory and limits.
     """
 
     what: str
     gain: float | None
     best: str | None
     fastest_ms: float | None
+    kept: bool = True
 
     def __str__(self) -> str:
         if self.gain is not None:
-            return f"{self.what}: x {self.gain:.2f}, best then {self.best}"
+            over = "" if self.kept else ", over memory or limits"
+            return f"{self.what}: x {self.gain:.2f}{over}, best then {self.best or 'none of them'}"
         if self.best is not None:
             return f"{self.what}: then {self.best} is within the limits"
         near = (
@@ -81,6 +86,17 @@ class Verdict:
     sentence: str
     one_per_gpu: str
     changes: tuple[Change, ...] = ()
+
+    @property
+    def binds(self) -> str | None:
+        """The resource that helps most when doubled, in words; None without changes to compare."""
+        found = [c for c in self.changes if c.gain is not None and c.what in RESOURCES]
+        if not found:
+            return None
+        most = max(found, key=lambda c: c.gain or 0.0)
+        if most.gain is None or most.gain < 1.02:
+            return "no resource alone"
+        return f"{most.what.removesuffix(' x2')} (twice of it: x {most.gain:.2f})"
 
 
 def _together(strategies: Sequence[Strategy]) -> list[list[Strategy]]:
@@ -284,17 +300,14 @@ def explain(question: Question, predictions: Sequence[Prediction], verdict: Verd
     for what, again in rows.items():
         good = [p for p in again if keeps_limits(p, question.workload)]
         then = max(good, key=lambda p: p.tokens_per_s, default=None)
-        gain = None
+        gain, kept = None, True
         if verdict.best is not None:
             same = next(p for p in again if p.strategy == verdict.best.strategy)
-            gain = same.per_gpu / verdict.best.per_gpu
+            gain, kept = same.per_gpu / verdict.best.per_gpu, keeps_limits(same, question.workload)
         best = None if then is None else then.strategy.name
         fastest = min((p.step_s * 1e3 for p in again if p.fits), default=None)
-        changes.append(Change(what=what, gain=gain, best=best, fastest_ms=fastest))
+        changes.append(Change(what=what, gain=gain, best=best, fastest_ms=fastest, kept=kept))
     return replace(verdict, changes=tuple(changes))
-
-
-MEMORY = "memory x2"
 
 
 def _changed(q: Question, halved: bool) -> list[tuple[str, Question]]:
