@@ -123,18 +123,29 @@ def _rows_at(
 
 
 @gluon.jit
-def _load_tile(
-    p, i, c, product, j, e, row, left, n, base, width, wanted, SORTED: gl.constexpr
-):  # fmt: skip
-    """Weights and rows of tile `i` of this program, the rows as soon as `wanted` is counted."""
+def _begin(p, i, c, product, j, e, row, left, n):
+    """Announce tile `i` of this program; ask for weights of the first as far as the ring goes."""
     _announce(p, i, c, row, left, n + product * PRODUCT, e, j)
     ahead = c * 0
+    if c == 0:
+        ahead = gl.minimum(gl.cdiv(gl.where(product == 0, p.hidden, p.inner), p.BK), p.NB)
+        for s in range(0, ahead):
+            _ask_of(p, product, s, e, n, s * p.BK)
+    return ahead
+
+
+@gluon.jit
+def _load_tile(
+    p, c, ahead, product, j, e, row, left, n, base, width, wanted, SORTED: gl.constexpr
+):  # fmt: skip
+    """Weights but for `ahead` stages, and rows of a tile, as soon as `wanted` is counted."""
     if SORTED:
         done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
         if done < wanted:
-            ahead = gl.minimum(gl.cdiv(width, p.BK), p.NB)
-            for s in range(0, ahead):
-                _ask_of(p, product, c + s, e, n, s * p.BK)
+            if c > 0:
+                ahead = gl.minimum(gl.cdiv(width, p.BK), p.NB)
+                for s in range(0, ahead):
+                    _ask_of(p, product, c + s, e, n, s * p.BK)
             while done < wanted:
                 done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
     ptrs, live = _rows_at(p, base, row, left, width, SORTED, 0, SLAB)
@@ -184,6 +195,13 @@ def _locate(p, end, t, first_mid, first_down, up_n, mid_n, down_n):
 
 
 @gluon.jit
+def _draw_later(p, left):
+    """Draw a tile when the place of the one before is known. Nobody then has two tiles of the first
+    product while another, begun at the same time, waits for one of them."""
+    return gl.atomic_add(p.ticket_ptr, 1, mask=left > -0x40000000, sem="relaxed")
+
+
+@gluon.jit
 def _load(p, up_n, mid_n, down_n):
     """Four warps: draw tiles, bring their weights and rows.
 
@@ -196,7 +214,6 @@ def _load(p, up_n, mid_n, down_n):
     lane = gl.arange(0, p.LANES, layout=L)
     end = gl.load(p.tile_end_ptr + lane, mask=lane < p.N, other=0x7FFFFFFF)
     t = draw(p)
-    after = draw(p)
     row_tiles = gl.max(gl.where(end == 0x7FFFFFFF, 0, end), axis=0)
     first_mid = row_tiles * up_n
     first_down = first_mid + row_tiles * mid_n
@@ -205,24 +222,30 @@ def _load(p, up_n, mid_n, down_n):
     product, j, e, row, left, n, wanted = _locate(
         p, end, t, first_mid, first_down, up_n, mid_n, down_n
     )
+    after = _draw_later(p, left)
     i = t * 0
     c = t * 0
     drawn = gl.maximum(t, after)
     while t < total:
+        ahead = c * 0
+        if left > 0:
+            ahead = _begin(p, i, c, product, j, e, row, left, n)
         t = after
-        after = draw(p)
+        after = _draw_later(p, left)
         drawn = after
         product_, j_, e_, row_, left_, n_, wanted_ = _locate(
             p, end, t, first_mid, first_down, up_n, mid_n, down_n
         )
         if left > 0:
             if product == 0:
-                c = _load_tile(p, i, c, 0, j, e, row, left, n, p.x, p.hidden, wanted, False)
+                c = _load_tile(p, c, ahead, 0, j, e, row, left, n, p.x, p.hidden, wanted, False)
             else:
                 base = p.first_ptr
                 if product == 2:
                     base = p.second_ptr
-                c = _load_tile(p, i, c, product, j, e, row, left, n, base, p.inner, wanted, True)
+                c = _load_tile(
+                    p, c, ahead, product, j, e, row, left, n, base, p.inner, wanted, True
+                )
             i += 1
         product, j, e, row, left, n, wanted = product_, j_, e_, row_, left_, n_, wanted_
     if drawn == last:
@@ -257,7 +280,8 @@ def _put(p, y, PART: gl.constexpr, COUNT: gl.constexpr, base, width, row, left, 
 def _write(p, acc, bias, PART: gl.constexpr, COUNT: gl.constexpr, base, low, width, row, left, at,
            col):  # fmt: skip
     """Add the bias to (128, COUNT), put zeros for what is below `low`, and write it."""
-    acc += gl.convert_layout(bias, gl.SliceLayout(1, acc.type.layout))[:, None]
+    wide = gl.convert_layout(bias.to(gl.float32), gl.SliceLayout(1, acc.type.layout))
+    acc += wide[:, None]
     y = gl.where(acc < low, 0.0, acc)
     first, second = y.reshape(2, 64, COUNT).permute(1, 2, 0).split()
     _put(p, first, PART, COUNT, base, width, row, left, at, col)
@@ -269,7 +293,7 @@ def _multiply(p, c, row, left, n, e, PART: gl.constexpr, A: gl.constexpr, B: gl.
     """128 weight rows of a tile by its A + B rows: one in-order K chain an element."""
     FIRST: gl.constexpr = SLAB * PART if p.BN > SLAB else 0
     product = n // PRODUCT
-    depth = gl.where(product == 0, p.hidden, p.inner)
+    depth = gl.where(left == 0, 0, gl.where(product == 0, p.hidden, p.inner))
     width = gl.where(product == 2, p.hidden, p.inner)
     col = (n % PRODUCT) * p.BN + FIRST
     LA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, A, 16])
@@ -280,7 +304,7 @@ def _multiply(p, c, row, left, n, e, PART: gl.constexpr, A: gl.constexpr, B: gl.
         biases = p.down_bias_ptr
     column = col + gl.arange(0, SLAB, layout=gl.SliceLayout(1, LA))
     at = biases + e.to(gl.int64) * width + column
-    bias = gl.load(at, mask=column < width, other=0.0).to(gl.float32)
+    bias = gl.load(at, mask=column < width, other=0.0)
     acc0 = gl.zeros((SLAB, A), gl.float32, layout=LA)
     if B > 0:
         LB: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, B, 16])
@@ -307,7 +331,7 @@ def _multiply(p, c, row, left, n, e, PART: gl.constexpr, A: gl.constexpr, B: gl.
         acc0, acc1 = warpgroup_mma_wait(0, (acc0, acc1))
     else:
         acc0 = warpgroup_mma_wait(0, (acc0,))
-    mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
+    mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=left > 0)
     base = p.first_ptr
     if product == 1:
         base = p.second_ptr
@@ -326,21 +350,23 @@ def _consume(p, PART: gl.constexpr):
     i = p.hidden * 0
     if p.BN == SLAB:
         i += PART
-    c, row, left, n, e, _ = _hear(p, i)
-    while left > 0:
-        _taken(p, i)
-        if left <= 64:
+    # A first round without rows, while the first tile is on its way: its instructions are.
+    left = i * 0
+    c, row, n, e = left, left, left, left
+    height = left + p.BM
+    while height > 0:
+        if height <= 64:
             if p.BM > 64:
                 _multiply(p, c, row, left, n, e, PART, 64, 0)
-            elif left <= 32:
+            elif height <= 32:
                 _multiply(p, c, row, left, n, e, PART, 32, 0)
             else:
                 _multiply(p, c, row, left, n, e, PART, 64, 0)
         elif p.BM > 96:
-            if left <= SLAB:
+            if height <= SLAB:
                 _multiply(p, c, row, left, n, e, PART, 128, 0)
             elif p.BM > SLAB + 16:
-                if left <= SLAB + 16:
+                if height <= SLAB + 16:
                     _multiply(p, c, row, left, n, e, PART, 128, 16)
                 else:
                     _multiply(p, c, row, left, n, e, PART, 128, 32)
@@ -348,10 +374,14 @@ def _consume(p, PART: gl.constexpr):
                 _multiply(p, c, row, left, n, e, PART, 128, 16)
         elif p.BM > 64:
             _multiply(p, c, row, left, n, e, PART, 64, 32)
-        barrier()
-        mbarrier.arrive(p.written.index(i % QUEUE), count=1)
-        i += 1 if p.BN > SLAB else 2
+        if left > 0:
+            barrier()
+            mbarrier.arrive(p.written.index(i % QUEUE), count=1)
+            i += 1 if p.BN > SLAB else 2
         c, row, left, n, e, _ = _hear(p, i)
+        if left > 0:
+            _taken(p, i)
+        height = left
 
 
 @gluon.jit
