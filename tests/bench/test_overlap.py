@@ -89,17 +89,26 @@ def test_a_wrong_bit_shows(run_on_cpu, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_targets_and_page_come_from_the_lines(tmp_path: Path) -> None:
-    def line(impl: str, ms: float, **more: Any) -> dict[str, Any]:
-        cell = cells()[0]
-        stamped = dict.fromkeys(("device", "torch", "triton", "commit", "date"), "x")
-        named = {"model": cell.model, "tokens": cell.tokens, "clock": "overlap", "impl": impl}
-        return stamped | named | {"ms": ms, "over_in_turn": 2.0 / ms, "routing": "uniform"} | more
+    """Curves promise more than a split keeps: at first it is chosen, told the times it is not."""
+    cell = cells()[0]
+    stamped = dict.fromkeys(("device", "torch", "triton", "commit", "date"), "x")
+    stamped |= {"suite": "overlap", "model": cell.model, "tokens": cell.tokens}
 
-    lines = [line(IN_TURN, 2.0), line("split@24", 1.0, sms=24, other_sms=108)]
-    lines.append(line(CHOSEN, 1.25, reason="because"))
-    targets = SUITE.summarize(lines)
-    assert [t.value for t in targets[:2]] == [0.8, 1.6] and not targets[0].met
-    assert targets[-1].met and not SUITE.summarize([line(CHOSEN, 1.0, wrong=True)])[-1].met
+    def line(impl: str, ms: float, **more: Any) -> dict[str, Any]:
+        told = {"clock": "overlap", "impl": impl, "ms": ms, "over_in_turn": 3.0 / ms}
+        return stamped | told | {"routing": "uniform"} | more
+
+    lines = overlaps.curve_lines(stamped, curves(0.5))
+    lines += [line(IN_TURN, 3.0), line(STREAMS, 2.9)]
+    lines += [line(f"split@{n}", 6.0, sms=n, other_sms=132 - n) for n in SIZES]
+    lines.append(line(CHOSEN, 6.0, reason="because"))
+    first, settled, steps, *_, bad = SUITE.summarize(lines)
+    assert first.value == pytest.approx(2.9 / 6.0, rel=1e-3) and not first.met
+    assert settled.value == pytest.approx(2.9 / 3.0, rel=1e-3) and settled.met and bad.met
+    assert 0.9 < (steps.value or 0) < 1.0
+    kept = [x | {"ms": 2.4} if x["impl"] in ("split@16", CHOSEN) else x for x in lines]
+    assert overlap.fed_back(kept, cell) == ["split@16"] * 32
+    assert not SUITE.summarize([line(CHOSEN, 1.0, wrong=True)])[-1].met
     assert SUITE.section is not None
-    text, _ = SUITE.section(lines, targets, tmp_path, "h200-x2", "figures")
-    assert "because" in text and "split@24" in text
+    text, _ = SUITE.section(lines, SUITE.summarize(lines), tmp_path, "h200-x2", "figures")
+    assert "because" in text and "split@24" in text and f"{CHOSEN}, told" in text

@@ -8,8 +8,8 @@ all, so that every rank finds the same curves and the same plans.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -250,6 +250,21 @@ def plans_of(curves: Curves, machine: MachineSlices) -> dict[str, Plan]:
 def way_of(plan: Plan) -> str:
     """How a plan is carried out: a split of the sweep, or one batch after the other."""
     return f"{SPLIT}{prepared_size(SIZES, plan.sizes[EXCHANGE])}" if plan.sliced else IN_TURN
+
+
+def settled(curves: Curves, took: Mapping[str, float], steps: int = 32) -> list[str]:
+    """The ways that `adaptive` goes, step by step, when it is told how long each step took.
+
+    Args:
+        took: milliseconds of one layer of both batches, by way.
+    """
+    total = curves[EXPERTS].sms[-1]
+    guard = Guard(POLICIES["adaptive"], curves, MachineSlices(total_sms=total))
+    profile, ways, ms = profile_of(curves), list[str](), None
+    for step in range(steps):
+        ways.append(way_of(guard(replace(profile, step=HISTORY + step, took_ms=ms))))
+        ms = took[ways[-1]]
+    return ways
 
 
 def overlap_lines(team: Team, cell: Cell, model: Model, fixed: Line, seed: int) -> list[Line]:
