@@ -13,6 +13,7 @@ from moesaic.kernels.batching import batch_rows, batch_rows_ref
 from moesaic.kernels.gather import gather_rows, gather_rows_ref
 from moesaic.kernels.hopper import experts as layer
 from moesaic.kernels.hopper.experts import LayerConfig, choose, experts_hopper, refusal
+from moesaic.kernels.hopper.fit import SHARED_LIMIT, shared_bytes
 from moesaic.kernels.hopper.launch import (
     HopperConfig,
     grouped_mm_hopper,
@@ -30,6 +31,7 @@ TILES = [
     HopperConfig("tall", 256, 128, 4),
     HopperConfig("tall", 320, 128, 3),
     HopperConfig("tall", 384, 128, 3),
+    HopperConfig("trim", 160, 256, 4),
     HopperConfig("decode", 16, 64, 8, ctas_per_sm=2),
     HopperConfig("decode", 16, 128, 10),
     HopperConfig("decode", 32, 128, 9),
@@ -58,9 +60,8 @@ def draw(tokens: int, top_k: int, experts: int, hidden: int, inter: int, seed: i
 def test_every_chosen_tile_fits_shared_memory(tokens: int) -> None:
     for experts, top_k, inter in ((128, 8, 768), (8, 2, 14336), (256, 8, 2048)):
         tile = choose(tokens, top_k, experts, 2 * inter, 132).up
-        stage = (tile.bm + tile.bn) * tile.bk * 2
-        staged = tile.bm * tile.bn if tile.kernel == "decode" else 32 * 1024
-        assert tile.ctas_per_sm * (tile.stages * stage + staged) <= 227 * 1024
+        used = shared_bytes(tile.kernel, tile.bm, tile.bn, tile.stages)
+        assert tile.ctas_per_sm * used <= SHARED_LIMIT
 
 
 def test_refusals_name_the_reason() -> None:

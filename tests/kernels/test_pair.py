@@ -74,7 +74,7 @@ def test_few_rows_take_one_launch() -> None:
         assert tile_problem(one.up._asdict()) is None
     for tokens, experts, up_rows, kernel in (
         (4, 64, 2048, "pair"), (128, 64, 2048, "pair"), (256, 64, 2048, "flex"),
-        (64, 256, 4096, "pair"), (64, 128, 28672, "decode"), (8192, 64, 2048, "tall"),
+        (64, 256, 4096, "pair"), (64, 128, 28672, "decode"), (8192, 64, 2048, "trim"),
         (2, 128, 28672, "decode"), (64, 64, 2048, "pair"),
     ):  # fmt: skip
         tile = choose_layer(tokens, 8, experts, up_rows, 132).up

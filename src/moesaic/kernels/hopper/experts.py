@@ -41,21 +41,18 @@ def choose(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) ->
     """Tiles for an expected number of rows per expert, the measured best of each range.
 
     With few rows the work is reading weights, and a narrow token side wastes no shared memory;
-    from about fifty rows on, the tensor cores want tall tiles. Those take rows that were copied
-    together, which pays where the product is wide; 128-row tiles gather their rows themselves.
-    Around 256 rows a task, 384 rows a tile keep a task whole and its weights are read once.
+    from about fifty rows on, the tensor cores want many, and no more than there are: tiles trimmed
+    to their rows, which they gather themselves.
     """
     rows_per_expert = tokens * top_k / experts
     for most, rows, stages in ((2, 16, 10), (12, 32, 9), (48, 64, 8)):
         if rows_per_expert <= most:
             tile = HopperConfig("decode", rows, 128, stages)
             return LayerConfig(tile, tile)
-    if up_rows < 2048:
+    if up_rows < 2048 and rows_per_expert <= 100:
         tile = HopperConfig("prefill", 128, 256, 4)
-    elif 200 < rows_per_expert <= 340:
-        tile = HopperConfig("tall", 384, 128, 3)
     else:
-        tile = HopperConfig("tall", 256, 128, 4)
+        tile = HopperConfig("trim", 160, 256, 4)
     return LayerConfig(tile, tile)
 
 
