@@ -27,7 +27,7 @@ def plain_capture(calls):
         for call in calls:
             call()
 
-    return Captured(SimpleNamespace(replay=replay), len(calls), calls[0]())
+    return Captured(SimpleNamespace(replay=replay, reset=list), len(calls), calls[0]())
 
 
 def wall_ms(work, *, head_start):

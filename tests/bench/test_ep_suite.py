@@ -205,7 +205,7 @@ def test_a_capture_that_fails_on_one_rank_is_given_up_by_all(monkeypatch) -> Non
 
     class Two:
         def __init__(self, other: float) -> None:
-            self.other, self.votes = other, []
+            self.other, self.votes, self.captured = other, [], []
 
         def largest(self, value: float) -> float:
             self.votes.append(value)

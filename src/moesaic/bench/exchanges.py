@@ -113,6 +113,7 @@ def attempt(team: Team, work: Callable[[], list[Line]], cell: Cell, fixed: Line)
         clock = cell.clock if ranks_of(cell) else "dispatch"
         text = reason(error)
         lines = [make_line(fixed, clock=clock, impl="moesaic", mode="graph", error=text)]
+    team.release()
     if team.device.type == "cuda":
         torch.cuda.empty_cache()
     return lines

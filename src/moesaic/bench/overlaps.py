@@ -97,6 +97,7 @@ def measure_all(
                 overlap_lines, team, cell, models[cell.model], fixed, context.seed + number
             )
             lines = attempt(work, fixed)
+            team.release()
             if team.rank == 0:
                 context.record(lines)
                 told = (f"{x['impl']} {x['ms'] or x.get('error')}" for x in lines)

@@ -97,6 +97,7 @@ class Team:
                 device_id=device if on_gpu else None,
             )
         self.groups: dict[int, dist.ProcessGroup | None] = {1: None}
+        self.captured: list[Captured] = []
 
     def group(self, ranks: int) -> dist.ProcessGroup | None:
         """This rank's group when the world is cut into groups of `ranks`; None of one rank."""
@@ -127,6 +128,12 @@ class Team:
         if self.size > 1:
             dist.barrier()
 
+    def release(self) -> None:
+        """Give back the graphs captured so far: one that dies by itself may do so in a capture."""
+        for captured in self.captured:
+            captured.graph.reset()
+        self.captured.clear()
+
     def close(self) -> None:
         """Leave the group that this made."""
         if self.started:
@@ -146,6 +153,7 @@ def capture_together(team: Team, calls: Sequence[Call]) -> Captured:
         error = raised
     if team.largest(float(error is not None)) or held is None:
         raise error or GraphError("another rank could not capture this")
+    team.captured.append(held)
     return held
 
 
