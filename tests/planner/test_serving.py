@@ -208,6 +208,7 @@ def test_requests_of_a_file_are_served_as_they_come(tmp_path: Path) -> None:
         ("served: {engines: [vlm], at_once: [4]}", r"w\.yaml:1: engines must be a list out of"),
         ("served: {engines: [vllm]}", r"w\.yaml:1: served needs one of at_once, .* got none"),
         ("arrival: {rate: 1}\nserved: {at_once: [4]}", r"w\.yaml:2: .* got at_once and arrival"),
+        ("served: {at_once: [4], gpus: [6]}", r"w\.yaml:1: gpus must be out of \(1, 2, 4, 8\)"),
         ("served: {at_once: [4], batch: 3}", r"w\.yaml:1: unknown field 'batch'"),
         ("phase: prefill\nserved: {at_once: [4]}", r"w\.yaml:2: served needs phase decode"),
         ("phase: prefill\narrival: {rate: 1}", r"w\.yaml:2: arrival needs phase decode"),

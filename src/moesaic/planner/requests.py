@@ -21,6 +21,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 # A burst or a closed loop of so many requests a user is long enough to be mostly full.
 REPEATS = 10
+GPUS = (1, 2, 4, 8)
 COLUMNS = ("seconds", "prompt", "output")
 
 
@@ -161,6 +162,9 @@ def asked_from(block: Block | None, folder: Path, arrival: Arrival | None) -> As
             f"{block.source}:{block.line}: served needs one of at_once, requests_file and the "
             f"workload's arrival, got {' and '.join(given) or 'none'}"
         )
+    gpus = block.integers("gpus", ())
+    if not set(gpus) <= set(GPUS):
+        raise block.wrong("gpus", f"out of {GPUS}, whose all-reduces are published", gpus)
     trace = None
     if name is not None:
         try:
@@ -169,7 +173,7 @@ def asked_from(block: Block | None, folder: Path, arrival: Arrival | None) -> As
             raise ValueError(f"{block.where('requests_file')}: cannot read {name}") from error
     found = Asked(
         engines=block.texts("engines", ("vllm", "sglang", "trtllm"), among=tuple(ENGINES)),
-        gpus=block.integers("gpus", ()),
+        gpus=gpus,
         at_once=at_once,
         requests=block.integer("requests", None),
         spread=block.boolean("spread", False),
