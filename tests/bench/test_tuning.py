@@ -433,7 +433,14 @@ def test_every_job_reaches_its_kernel_once() -> None:
     seen, lines, count, calls = json.loads(run.stdout)
     assert sorted(lines) == ["compiled"] * count + ["done 0"] * 2
     kinds = {"grouped_mm_kernel", "decode_kernel", "prefill_kernel", "tall_kernel"}
-    kinds |= {"gather_kernel", "pair_kernel", "route_kernel", "combine_kernel", "sort_small_kernel"}
+    kinds |= {
+        "trim_kernel",
+        "gather_kernel",
+        "pair_kernel",
+        "route_kernel",
+        "combine_kernel",
+        "sort_small_kernel",
+    }
     assert set(seen) == kinds and sum(seen.values()) - seen["gather_kernel"] == count
     tiles = ["decode_kernel", "gather_kernel"]
     batching, pair = ["sort_small_kernel"], ["pair_kernel"]

@@ -135,10 +135,10 @@ def triton_space(problem: Problem) -> Space[GemmConfig]:
 
 def rows_of_tiles(rows: float) -> tuple[int, ...]:
     """Tile heights of the Hopper path worth timing for an expected number of rows an expert."""
-    for most, heights in ((2, (16,)), (12, (16, 32)), (48, (32, 64)), (128, (64, 128, 256))):
+    for most, heights in ((2, (16,)), (12, (16, 32)), (48, (32, 64)), (128, (64, 128, 160, 256))):
         if rows <= most:
             return heights
-    return (128, 192, 256, 320, 384)
+    return (128, 160, 192, 256, 320, 384)
 
 
 def taller(tokens: int, rows: float) -> tuple[int, ...]:
@@ -173,6 +173,8 @@ def tiles_of(bm: int, *, few_rows: bool) -> tuple[Tile, ...]:
         found.append(Tile("prefill", 128, 256, stages))
     if bm >= 128 and bm in ROWS["tall"]:
         found.append(Tile("tall", bm, 128, deepest("tall", bm, 128)))
+    if bm in ROWS["trim"]:
+        found.append(Tile("trim", bm, 256, deepest("trim", bm, 256)))
     return tuple(dict.fromkeys(found))
 
 
