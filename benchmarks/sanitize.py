@@ -44,7 +44,7 @@ def tiles() -> Iterator[tuple[str, Callable[[], object]]]:
     hidden, up, down = normal(150, 320), normal(3, 384, 320), normal(3, 320, 192)
     ids = torch.rand(150, 3, device="cuda").topk(2, 1).indices.int()
     kinds = [("decode", 16, 64, 3), ("decode", 64, 128, 3), ("prefill", 128, 256, 4)]
-    kinds += [("tall", 256, 128, 4), ("tall", 384, 128, 3)]
+    kinds += [("tall", 256, 128, 4), ("tall", 384, 128, 3), ("trim", 160, 256, 4)]
 
     def both(config: HopperConfig) -> None:
         sort, tasks = batch_rows(ids, 3, heights=(config.bm,))
