@@ -195,20 +195,22 @@ def move_tile(
     A block is on its way here while the one before it is stored: few programs else wait for one or
     the other, and cannot fill a link.
     """
-    src_R1 = src_ptr + from_R.to(tl.int64)[:, None] * WORDS
-    dst_R1 = dst_ptr + to_R.to(tl.int64)[:, None] * WORDS
     live_R1 = live_R[:, None]
     whole: tl.constexpr = WORDS % SLICE == 0
     word_1W = first + tl.arange(0, BLOCK)[None, :]
+    src = src_ptr + from_R.to(tl.int64)[:, None] * WORDS + word_1W
+    dst = dst_ptr + to_R.to(tl.int64)[:, None] * WORDS + word_1W
     live = live_R1 if whole else live_R1 & (word_1W < WORDS)
-    value = tl.load(src_R1 + word_1W, mask=live)
+    value = tl.load(src, mask=live)
     for _ in range(BLOCK, SLICE, BLOCK):
-        next_1W = word_1W + BLOCK
-        next_live = live_R1 if whole else live_R1 & (next_1W < WORDS)
-        following = tl.load(src_R1 + next_1W, mask=next_live)
-        tl.store(dst_R1 + word_1W, value, mask=live)
-        word_1W, value, live = next_1W, following, next_live
-    tl.store(dst_R1 + word_1W, value, mask=live)
+        src += BLOCK
+        word_1W += BLOCK
+        next_live = live_R1 if whole else live_R1 & (word_1W < WORDS)
+        following = tl.load(src, mask=next_live)
+        tl.store(dst, value, mask=live)
+        dst += BLOCK
+        value, live = following, next_live
+    tl.store(dst, value, mask=live)
 
 
 @triton.jit
