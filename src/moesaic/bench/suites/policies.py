@@ -247,6 +247,8 @@ def regret_targets(lines: Sequence[Line]) -> list[Target]:
     mine = {k: row["adaptive"] for k, row in rows.items()}
     ewma = {k: best_ewma(row) for k, row in rows.items()}
     bound = sum(row[f"adaptive by {LEARNED}"] for row in rows.values())
+    speeds = [name for name in next(iter(rows.values())) if name.startswith("adaptive by ewma")]
+    single = min(sum(row[name] for row in rows.values()) for name in speeds)
     others = sum(min(row[n] for n in POLICIES if n != "adaptive") for row in rows.values())
     targets = []
     for kind in dict.fromkeys(scene_kind for _, _, scene_kind in rows):
@@ -266,6 +268,13 @@ def regret_targets(lines: Sequence[Line]) -> list[Target]:
         at_most(
             "regret by learned alone over the best ewma's in hindsight, sums",
             over(bound, sum(ewma.values())), 1.0,
+        ),
+        at_most(
+            "regret of adaptive over the best single ewma's, sums",
+            over(sum(mine.values()), single), 1.0,
+        ),
+        at_most(
+            "regret by learned alone over the best single ewma's, sums", over(bound, single), 1.0
         ),
         at_least(
             "part of the recorded scenes in which adaptive regrets no more than the best ewma",
