@@ -147,7 +147,7 @@ def test_a_policy_that_regrets_more_or_fails_misses_its_targets() -> None:
     good = {t.name: t.met for t in SUITE.summarize(lines(0.03))}
     assert all(good.values())
     worse = [t for t in SUITE.summarize(lines(0.25)) if not t.met]
-    assert len(worse) == 4 and all("adaptive" in t.name for t in worse)
+    assert len(worse) == 5 and all("adaptive" in t.name for t in worse)
     (failed,) = [t for t in SUITE.summarize(lines(0.03, faults=1)) if not t.met]
     assert failed.name == "lines failed or with faults"
 
