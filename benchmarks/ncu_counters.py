@@ -54,7 +54,7 @@ def wanted(chosen: argparse.Namespace) -> list[Cell]:
         return cells
     missed = (
         Cell(x["model"], x["tokens"], x["routing"])
-        for x in over_limit(read_lines(chosen.misses))
+        for x in reversed(over_limit(read_lines(chosen.misses)))
         if not chosen.only or x["model"] in chosen.only
     )
     return list(dict.fromkeys([*missed, *cells]))
