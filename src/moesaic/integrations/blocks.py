@@ -31,6 +31,7 @@ from ..types import ExpertSpec
 from ..validate import values_wanted
 from .layouts import ACTIVATIONS
 from .routers import BIAS, PLAN, RouterPlan, fused_forward, product_outside
+from .transformers import STATE
 
 BLOCK = "_moesaic_block"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -208,17 +209,18 @@ def _plain_weights(modules: tuple[nn.Module, ...], like: Tensor) -> list[Tensor]
 
 def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, ...] | None:
     """Everything that `block_op` takes after the hidden states; None: the block's own forward."""
-    router, experts = block._modules[plan.parts.router], block._modules[plan.parts.experts]
-    if router is None or experts is None or block.training or _has_any_global_hook():  # type: ignore[no-untyped-call]
+    router, experts = getattr(block, plan.parts.router), getattr(block, plan.parts.experts)
+    if block.training or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
     if not (_untouched(router) and _untouched(experts)) or "forward" in vars(experts):
         return None
-    if getattr(vars(router).get("forward"), "__func__", None) is not fused_forward:
+    # Attributes as anybody reads them: not every version of torch traces lookups in `vars` alike.
+    if getattr(router.forward, "__func__", None) is not fused_forward:
         return None
-    state = vars(experts).get("_moesaic")
+    state = getattr(experts, STATE, None)
     if state is None or state.observe is not None or state.spread is not None:
         return None
-    if "counters" in experts._buffers or "counters" in vars(experts):
+    if getattr(experts, "counters", None) is not None:
         return None
     shared = _shared_weights(block, plan.parts)
     held = experts._parameters
@@ -239,7 +241,7 @@ def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, 
         return None
     if any(tensor.dtype != hidden_TH.dtype for tensor in shared):
         return None
-    rule: RouterPlan = vars(router)[PLAN]
+    rule: RouterPlan = getattr(router, PLAN)
     correction = router._buffers.get(BIAS) if rule.spec.scoring == "sigmoid" else None
     correction = None if correction is None else correction.float()
     outside = product_outside(hidden_TH, weight, router_bias, rule.fp32)
@@ -255,7 +257,7 @@ def fused_block(self: nn.Module, hidden_states: Tensor) -> Tensor:
 
     With hooks, gradients, counters, an observer or values to check: the block's own forward.
     """
-    plan: BlockPlan = vars(self)[BLOCK]
+    plan: BlockPlan = getattr(self, BLOCK)
     hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
     checked = not torch.compiler.is_compiling() and values_wanted()
     inputs = None if checked else _inputs(self, plan, hidden_TH)
