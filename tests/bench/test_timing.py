@@ -178,7 +178,7 @@ def test_a_replay_is_divided_by_its_calls_and_repeated_to_a_millisecond(
     calls = [lambda i=i: order.append(i) or f"out {i}" for i in range(8)]
     captured = timing.capture(calls)
     assert captured.calls == 8 and captured.first_output == "out 0"
-    assert order == [0, 0, 0, *range(8), *range(8)] and cuda.stream_now is cuda.outer
+    assert order == [0, 0, *range(8), *range(8)] and cuda.stream_now is cuda.outer
     sample = timing.graph_sampler(captured, min_ms=10.0)
     before = clock.now
     assert sample() == pytest.approx(0.5)
@@ -189,10 +189,13 @@ def test_long_calls_are_warmed_up_by_the_first_alone(
     clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakeCuda(clock).install(monkeypatch)
-    order: list[int] = []
-    wait = clock.work(timing.LONG_MS / 1e3)
-    timing.capture([lambda i=i: order.append(i) or wait() for i in range(4)])
-    assert order == [0, 0, 0, *range(4)]
+    cases = ((6e-3, True, [0]), (1e-3, True, [0, *range(4)]), (6e-3, False, [*range(4)]))
+    for seconds, alike, warm in cases:
+        order: list[int] = []
+        wait = clock.work(seconds)
+        calls = [lambda i=i, wait=wait, order=order: order.append(i) or wait() for i in range(4)]
+        timing.capture(calls, alike=alike)
+        assert order == [0, 0, *warm, *range(4)]
 
 
 def test_an_eager_sample_is_whole_rotations_unless_they_are_very_long(

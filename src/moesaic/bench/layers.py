@@ -219,7 +219,7 @@ def _prepare_calls(bench: Bench, name: str, calls: Sequence[Call], modes: Sequen
             bench.samplers[name, "eager"] = cpu_sampler(calls, min_ms=1.0)
 
     def graph() -> None:
-        bench.captured[name] = capture(calls)
+        bench.captured[name] = capture(calls, alike=True)
         bench.samplers[name, "graph"] = graph_sampler(bench.captured[name])
 
     if name != TWIN:

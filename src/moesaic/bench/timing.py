@@ -248,9 +248,10 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def capture(calls: Sequence[Call]) -> Captured:
-    """All calls in one CUDA graph, warmed up on the stream that captures: of calls over `LONG_MS`,
-    which differ in their data alone, the first only.
+def capture(calls: Sequence[Call], *, alike: bool = False) -> Captured:
+    """All calls in one CUDA graph, warmed up on the stream that captures.
+
+    `alike`: they differ in their data alone, so of calls over `LONG_MS` the first is warmed up only.
 
     Raises:
         GraphError: they cannot be captured, and why.
@@ -262,7 +263,7 @@ def capture(calls: Sequence[Call]) -> Captured:
     with torch.cuda.stream(side):
         calls[0]()
         refuse_sync(calls[0])
-        if _events_ms(calls[0], head_start=False) < LONG_MS:
+        if not alike or _events_ms(calls[0], head_start=False) < LONG_MS:
             _run(calls)
     outer.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
