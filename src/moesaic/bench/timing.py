@@ -251,7 +251,7 @@ def _no_collection() -> Iterator[None]:
 def capture(calls: Sequence[Call], *, alike: bool = False) -> Captured:
     """All calls in one CUDA graph, warmed up on the stream that captures.
 
-    `alike`: they differ in their data alone, so of calls over `LONG_MS` the first is warmed up only.
+    `alike`: they differ in data alone, so of calls over `LONG_MS` only the first is warmed up.
 
     Raises:
         GraphError: they cannot be captured, and why.
