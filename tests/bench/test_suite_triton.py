@@ -112,7 +112,7 @@ class FakeGraph:
 def test_a_graph_is_checked_after_its_output_was_poisoned(
     monkeypatch: pytest.MonkeyPatch, writes: bool
 ) -> None:
-    def capture(calls: Any) -> Captured:
+    def capture(calls: Any, *, alike: bool) -> Captured:
         out = calls[0]()
         if out.shape[0] == 32:  # the dense twin's rows
             return Captured(FakeGraph(calls[0], out, True), len(calls), out)
@@ -132,7 +132,7 @@ def test_a_graph_is_checked_after_its_output_was_poisoned(
 def test_what_cannot_be_captured_says_why_and_keeps_its_eager_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def capture(calls: Any) -> Captured:
+    def capture(calls: Any, *, alike: bool) -> Captured:
         raise GraphError("waits for the device: nonzero")
 
     monkeypatch.setattr(Machine, "modes", ("graph", "eager"))
