@@ -30,10 +30,15 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
     Raises:
         RuntimeError: the driver makes none.
     """
-    handle = ctypes.c_void_p()
-    with torch.cuda.device(device):
-        create = ctypes.CDLL("libcuda.so.1").cuStreamCreate
-        code = create(ctypes.byref(handle), NON_BLOCKING)
+    handle, context = ctypes.c_void_p(), ctypes.c_void_p()
+    driver, stream, into = ctypes.CDLL("libcuda.so.1"), ctypes.byref(handle), ctypes.byref(context)
+    # A thread that has called nothing of CUDA has no context: the device's own is lent to it.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    code = driver.cuInit(0) or driver.cuDevicePrimaryCtxRetain(into, index)
+    code = code or driver.cuCtxPushCurrent_v2(context)
+    if not code:
+        code = driver.cuStreamCreate(stream, NON_BLOCKING)
+        driver.cuCtxPopCurrent_v2(into)
     if code:
         raise RuntimeError(f"the CUDA driver made no stream: error {code}")
     return torch.cuda.ExternalStream(handle.value, device=device)
