@@ -36,8 +36,8 @@ from .single import constants, one_token
 class MlpConfig(NamedTuple):
     """The tiles of each product, which share one task map, and its order.
 
-    `chain`: tiles of one launch for three layers with biases and ReLU; no rule gives any yet, as
-    they have not been timed.
+    `chain`: tiles of one launch for three layers with biases and ReLU, where it is faster; then
+    `tiles` are of other layers of the shape.
     """
 
     tiles: tuple[HopperConfig, ...]
@@ -86,7 +86,8 @@ def choose_mlp(slots: int, experts: int, inter: int, layers: int, num_sms: int) 
 
     Few rows want tiles of about twice as many, so that an uneven expert stays one tile, and narrow
     ones where wide ones would leave SMs idle. More rows want tall tiles, whose rows are copied
-    together first; where there are many rows for the width that copy does not pay.
+    together first; where there are many rows for the width that copy does not pay. One launch for
+    three layers pays where an expert has about a tile of rows, or all have few tiles.
 
     >>> [(t.kernel, t.bm, t.bn) for t in choose_mlp(128, 32, 4096, 3, 132).tiles[:1]]
     [('decode', 16, 128)]
@@ -94,14 +95,24 @@ def choose_mlp(slots: int, experts: int, inter: int, layers: int, num_sms: int) 
     live = min(slots, experts)
     rows = slots / live
     few = live * inter // 128 < num_sms
-    if rows <= 48 or (few and rows <= 100):
+    if rows <= 48 or (few and rows <= 160):
         height = 16 if rows <= 8 else 32 if rows <= 24 else 64
-        tile = (NARROW if few else WIDE)[height]
+        tile = (NARROW if few and rows <= 100 else WIDE)[height]
     elif inter <= 2 * rows and rows > 340:
         tile = GATHERS
     else:
         tile = TALL_192 if few or rows <= 100 else TALL_256
-    return MlpConfig((tile,) * layers)
+    chain = _choose_chain(slots, rows, inter, few) if layers == 3 else None
+    return MlpConfig((tile,) * layers, chain=chain)
+
+
+def _choose_chain(slots: int, rows: float, inter: int, few: bool) -> ChainTiles | None:
+    """Tiles of one launch for all three products, where they were measured faster than three."""
+    if 48 < rows <= 160 and not few:
+        return ChainTiles(96, 128, 16, 6) if rows <= 80 else ChainTiles(144, 128, 16, 6)
+    if rows > 340 and slots <= 8192:
+        return ChainTiles(128, 256, 16, 4) if inter >= 2048 else ChainTiles(128, 128, 16, 6)
+    return None
 
 
 @lru_cache(maxsize=4096)
