@@ -137,4 +137,7 @@ def start_of(buf, MARK: gl.constexpr):
     first: gl.constexpr = MARK * 65537
     second: gl.constexpr = (MARK + 1) * 65537
     found = gl.where((once == first) & (again == second), at, 0x7FFFFFFF)
-    return gl.min(found, axis=0) // 16
+    start = gl.min(found, axis=0) // 16
+    # The minimum went from warp to warp through memory that what the partitions are given may take.
+    barrier()
+    return start
