@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,9 @@ def test_a_line_per_launch_says_what_was_busy() -> None:
     assert first["l2_to_sm_tbps"] == 4.0
     row = suite.counters_sheet(lines).rows[0]
     assert row[4:] == ["2.0", "1.50", "76", "90", "50", "4.0", "2.50"]
+    long = lines[1] | {"ms": 0.006}
+    text, _ = suite.section([first, long], [], Path(), "h200", "figures")
+    assert "1 of them, are left out" in text and "tall" not in text and "| 6.0 |" in text
     counted = {t.name: t for t in suite.summarize(lines)}["cells counted"]
     assert counted.value == 1.0 and not counted.met
 

@@ -32,6 +32,7 @@ METRICS: Mapping[str, Units] = {
 }
 OURS, TWIN, COPY = "moesaic", "dense-twin", "copy"
 COMBINE = "combine_kernel"
+SHORT_MS = 0.005
 COPIED_TOKENS = 4096
 """From so many tokens on, a copy of as many bytes as the combine moves is counted too."""
 GPTOSS = "gpt-oss-120b-swiglu"
@@ -134,9 +135,13 @@ def counters_sheet(lines: Sequence[Line]) -> Sheet:
 def section(
     lines: Sequence[Line], targets: Sequence[Target], root: Path, device: str, folder: str
 ) -> tuple[str, dict[str, str]]:
-    """Targets and one table of all launches."""
-    parts = [provenance(lines), markdown(targets_sheet(targets)), markdown(counters_sheet(lines))]
-    return "\n\n".join(parts) + "\n", {}
+    """Targets and one table of the launches over `SHORT_MS`, and of failures."""
+    shown = [x for x in lines if x["ms"] is None or x["ms"] >= SHORT_MS]
+    left = (
+        f"Launches under {SHORT_MS * 1e3:.0f} µs, {len(lines) - len(shown)} of them, are left out."
+    )
+    parts = [provenance(lines), markdown(targets_sheet(targets)), left]
+    return "\n\n".join([*parts, markdown(counters_sheet(shown))]) + "\n", {}
 
 
 SUITE = Suite(
