@@ -14,6 +14,7 @@ from typing import Any
 
 SHARED_LIMIT = 227 * 1024
 STAGED_BYTES = 4 * 64 * 64 * 2
+TRIM_STAGED = 2 * 32 * 64 * 2
 BARRIER_BYTES = 1024
 """Barriers, notes and what the partitions are started with: an upper bound of what is compiled."""
 
@@ -48,8 +49,9 @@ def shared_bytes(kernel: str, bm: int, bn: int, stages: int, bk: int = 64) -> in
     staged = bm * bn * STAGED[kernel] if kernel in STAGED else STAGED_BYTES
     if kernel == "flex":
         staged = 2 * 64 * (64 + (32 if bn == 128 else 0)) * 2
-    if kernel == "trim" and stages * (bm + bn) * bk * 2 + staged + BARRIER_BYTES > SHARED_LIMIT:
-        staged //= 2
+    if kernel == "trim":
+        left = SHARED_LIMIT - BARRIER_BYTES - stages * (bm + bn) * bk * 2
+        staged = min(STAGED_BYTES, max(TRIM_STAGED, left // TRIM_STAGED * TRIM_STAGED))
     found = FOUND_BYTES if (kernel, bm) == ("pair", 16) else 0
     return stages * (bm + bn) * bk * 2 + staged + found + BARRIER_BYTES
 

@@ -116,7 +116,7 @@ def _row_box(config: HopperConfig) -> tuple[int, int]:
 def _store_box(config: HopperConfig, gated: bool) -> tuple[int, int]:
     """Rows and columns of one store: pieces, but of decode whole tiles."""
     if config.kernel != "decode":
-        return 64, 64
+        return (32 if config.kernel == "trim" else 64), 64
     return config.bm, config.bn // (2 if gated else 1)
 
 

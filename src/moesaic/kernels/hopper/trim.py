@@ -14,7 +14,7 @@ One persistent launch walks the tiles. The loader fills a ring of NB stages with
 sorted rows by TMA (one warp), or those of tokens by cp.async through the slot order (four). Two
 consumer warpgroups take half of a tile's weight rows each; one may run ahead of the other by the
 length of the ring, which hides most of the writing: transposed through shared memory, by ragged TMA
-stores in pieces of 64 by 64.
+stores in pieces of 32 rows by 64 columns.
 
 Weights are seen as in `tall`. Products, order of the K chain and rounding are those of the others.
 """
@@ -37,10 +37,11 @@ from .tiles import (
     store_ragged,
     tile_count,
 )
-from .wgmma import multiply, settle, start_of
+from .wgmma import multiply, start_of
 
 BOX = gl.constexpr(16)
 STEP = gl.constexpr(16)
+PIECE_BYTES = gl.constexpr(32 * 64 * 2)
 
 
 @gluon.constexpr_function
@@ -51,8 +52,8 @@ def heights(BM):
 
 @gluon.constexpr_function
 def staged(BM, NB):
-    """Pieces of 64 by 64 that each warpgroup can have under way to memory: two where they fit."""
-    return 2 if NB * (BM + 256) * 128 + 4 * 8192 + 1024 <= 227 * 1024 else 1
+    """Pieces of 32 rows that each warpgroup can have under way to memory: what the ring leaves."""
+    return min(4, (227 * 1024 - 1024 - NB * (BM + 256) * 128) // (2 * PIECE_BYTES.value))
 
 
 @gluon.jit
@@ -184,16 +185,14 @@ def _chain(p, c, rows_at, weights_at, N: gl.constexpr, L: gl.constexpr):
         acc = (zero, zero, zero, zero, zero, zero)
     else:
         acc = (zero, zero, zero, zero)  # type: ignore[assignment]
-    for k in range(0, p.K, p.BK):
+    for _ in range(0, p.K, p.BK):
         i = c % p.NB
         mbarrier.wait(p.full.index(i), (c // p.NB) & 1)
         if p.GATHER:
             fence_async_shared()
         acc = multiply(acc, weights_at + i * (p.BN * 8), rows_at + i * (p.BM * 8), N, TYPE)
-        mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1, pred=k > 0)
+        mbarrier.arrive(p.empty.index(i), count=1)
         c += 1
-    acc = settle(acc, N)
-    mbarrier.arrive(p.empty.index((c + p.NB - 1) % p.NB), count=1)
     return c, acc
 
 
@@ -214,13 +213,25 @@ def _chain_of(
 
 @gluon.jit
 def _put_piece(p, y, PART: gl.constexpr, puts, row_start, end, row, col):
-    """Round 64 columns by 64 rows, turn them over in shared memory and send them off."""
+    """Turn 64 columns by 32 rows over in shared memory and send them off."""
     CB: gl.constexpr = staged(p.BM, p.NB)
     tma.store_wait(CB - 1)
     buf = p.c_bufs.index(CB * PART + puts % CB)
-    buf.reshape([64, 64]).store(y.to(p.out_desc.dtype).permute(1, 0))
+    buf.reshape([32, 64]).store(y.permute(1, 0))
     fence_async_shared()
     store_ragged(p.out_desc, buf, row_start, end, row, col)
+
+
+@gluon.jit
+def _put_columns(p, y, PART: gl.constexpr, puts, row_start, end, row, col):
+    """Round 64 columns by 64 rows and store what there is of them; the count of pieces sent."""
+    left, right = y.to(p.out_desc.dtype).reshape(64, 2, 32).permute(0, 2, 1).split()
+    _put_piece(p, left, PART, puts, row_start, end, row, col)
+    puts += 1
+    if row + 32 < end:
+        _put_piece(p, right, PART, puts, row_start, end, row + 32, col)
+        puts += 1
+    return puts
 
 
 @gluon.jit
@@ -235,15 +246,13 @@ def _put(p, low, high, PART: gl.constexpr, puts, row_start, end, row, n):
     """Activate and store 64 rows of this warpgroup's 128 weight rows; the count of pieces sent."""
     if p.GATED:
         y = gl.join(_activated(p, low), _activated(p, high)).permute(2, 0, 1).reshape(64, 64)
-        _put_piece(p, y, PART, puts, row_start, end, row, n * (p.BN // 2) + PART * 64)
-        return puts + 1
+        return _put_columns(p, y, PART, puts, row_start, end, row, n * (p.BN // 2) + PART * 64)
     else:
         col = n * p.BN + PART * 128
         low = activate_alone(low, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha)
         high = activate_alone(high, p.ACTIVATION, p.HAS_LIMIT, p.limit, p.alpha)
-        _put_piece(p, low, PART, puts, row_start, end, row, col)
-        _put_piece(p, high, PART, puts + 1, row_start, end, row, col + 64)
-        return puts + 2
+        puts = _put_columns(p, low, PART, puts, row_start, end, row, col)
+        return _put_columns(p, high, PART, puts, row_start, end, row, col + 64)
 
 
 @gluon.jit
@@ -307,7 +316,7 @@ def trim_kernel(
     x: pointer to (T, K) token rows when GATHER, else a TMA descriptor of the sorted rows (S, K)
     with box (BOX, BK). order_ptr: int32 (S,) slot of each sorted row, token = slot // top_k.
     w_desc: (E, C/16, 2, 8, K) box (1, BN/16, 2, 8, BK) when GATED, else (E, C, K) box (1, BN, BK).
-    out_desc: ragged store descriptor of (S, columns), box (1, 1, 64, 64). The task map's arrays
+    out_desc: ragged store descriptor of (S, columns), box (1, 1, 32, 64). The task map's arrays
     are (N,) int32, total_ptr (2,), ticket_ptr one zero when DYNAMIC. bias_ptr: not read, HAS_BIAS
     is False.
 

@@ -10,7 +10,7 @@ One warpgroup holds 128 weight rows by up to 192 rows in accumulators of (64, 64
 its lower 64 weight rows, then those of its upper. In the layout that Gluon gives such a tensor,
 element i of a thread is the i-th accumulator register of wgmma, so three tensors of 32 elements are
 the 96 registers of 192 rows and the first N / 2 of them those of N rows. All of them are outputs
-and inputs of the inline PTX, tied: a product that is still under way has no other reader.
+and inputs of the inline PTX, tied.
 
 wgmma finds its operands by address. Gluon gives none, so `start_of` looks for it.
 """
@@ -25,7 +25,7 @@ SWIZZLED = gl.constexpr(0x40000040)
 
 @gluon.constexpr_function
 def product_text(N, PIECES, TYPE):
-    """PTX of one stage: (128, 64) by (64, N) onto 2 * PIECES accumulators, then all but it done."""
+    """PTX of one stage: (128, 64) by (64, N) onto 2 * PIECES accumulators, and the wait for it."""
     half = 32 * PIECES
     weights, rows = 4 * half, 4 * half + 32
     lines = [
@@ -42,22 +42,15 @@ def product_text(N, PIECES, TYPE):
                 f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.{TYPE}.{TYPE}",
                 f"{{{held}}}, a, b, p, 1, 1, 0, 0;",
             ]
-    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 1;"]
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @gluon.constexpr_function
-def wait_text(N):
-    """PTX that waits for all products. N keeps the compiler from making one wait of several, with
-    moves of accumulators in front of it."""
-    return f"wgmma.wait_group.sync.aligned 0; // {N}"
-
-
-@gluon.constexpr_function
-def tied(PIECES, MORE):
-    """Constraints of 64 * PIECES accumulators, in and out, and of MORE integers."""
+def tied(PIECES):
+    """Constraints of 64 * PIECES accumulators, in and out, and of two tensors of integers."""
     count = 64 * PIECES
-    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * MORE)
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * 64)
 
 
 @gluon.constexpr_function
@@ -68,7 +61,10 @@ def floats(COUNT):
 
 @gluon.jit
 def multiply(acc, weights, rows, N: gl.constexpr, TYPE: gl.constexpr):
-    """Start one stage's product and wait for the one before it; the accumulators.
+    """One stage's product, added to the accumulators.
+
+    It is waited for: the stage can then be filled again at once, where a product left under way
+    would hold it until the next stage has come. Meanwhile the other warpgroup's product runs.
 
     acc: four or six fp32 (64, 64), three (two) for each 64 weight rows. weights, rows: starts of
     the 128 weight rows and of the N rows in shared memory, as `start_of` gives them.
@@ -78,27 +74,13 @@ def multiply(acc, weights, rows, N: gl.constexpr, TYPE: gl.constexpr):
     x = gl.full([64, 64], rows, gl.int32, layout=L)
     if len(acc) == 6:
         return gl.inline_asm_elementwise(
-            product_text(N, 3, TYPE), tied(3, 64),
+            product_text(N, 3, TYPE), tied(3),
             [acc[0], acc[1], acc[2], acc[3], acc[4], acc[5], w, x], floats(6), False, 32,
         )  # fmt: skip
     else:
         return gl.inline_asm_elementwise(
-            product_text(N, 2, TYPE), tied(2, 64),
+            product_text(N, 2, TYPE), tied(2),
             [acc[0], acc[1], acc[2], acc[3], w, x], floats(4), False, 32,
-        )  # fmt: skip
-
-
-@gluon.jit
-def settle(acc, N: gl.constexpr):
-    """Wait for all products; the accumulators."""
-    if len(acc) == 6:
-        return gl.inline_asm_elementwise(
-            wait_text(N), tied(3, 0), [acc[0], acc[1], acc[2], acc[3], acc[4], acc[5]], floats(6),
-            False, 32,
-        )  # fmt: skip
-    else:
-        return gl.inline_asm_elementwise(
-            wait_text(N), tied(2, 0), [acc[0], acc[1], acc[2], acc[3]], floats(4), False, 32
         )  # fmt: skip
 
 
