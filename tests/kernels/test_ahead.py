@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from moesaic.kernels import ahead
-from moesaic.kernels.ahead import fetch_ahead, plan_ahead
+from moesaic.kernels.ahead import fetch_ahead, fetch_starts, plan_ahead
 
 
 def test_what_is_fetched_is_cut_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,14 +29,17 @@ def test_fetching_changes_no_bit_and_keeps_the_order_of_launches() -> None:
     device = torch.device("cuda")
     later = [torch.randn(n, device=device).bfloat16() for n in (3_000_000, 5_000_001, 9_000_000)]
     before = [tensor.clone() for tensor in later]
+    stack = torch.randn(8, 3000, 512, device=device).bfloat16()
     x, total = torch.ones(1 << 26, device=device), torch.zeros(1 << 26, device=device)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     fetch_ahead(later)
+    fetch_starts(stack)
     with torch.cuda.graph(graph):
         for _ in range(8):
             torch.add(total, x, out=total)
             fetch_ahead(later)  # its end is the end of the launch before it, too
+            fetch_starts(stack)
     graph.replay()
     torch.cuda.synchronize()
     assert bool((total == 8).all())

@@ -6,8 +6,8 @@ Where a block whose router was fused does no more than `experts(x, *router(x))`,
 expert and that one's gate if it has them (see `known_blocks`), `fused_block` takes its place. It
 goes from one op to the next without calling modules between, and in a CUDA graph the shared expert
 runs beside the routed ones, on a stream of its own. The bits are those of the parts called one
-after the other. With few tokens a last launch asks the L2 for what the next decoder layer reads
-first.
+after the other. With few tokens launches ask the L2 for what is read later: of few experts, before
+the router, the rows of their first tiles, and after them what the next decoder layer reads first.
 
 Modules that are not called see no hooks: while any part has a hook, a replaced forward, gradients,
 counters or an observer, the block's own `forward` runs, with the fused router in it. So
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import choose_op, experts_op, on_its_device, route_hidden_op
-from ..types import ExpertSpec
+from ..types import ExpertSpec, RouterSpec
 from ..validate import values_wanted
 from .layouts import ACTIVATIONS
 from .routers import BIAS, PLAN, RouterPlan, fused_forward, product_outside
@@ -38,8 +38,11 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 BESIDE = 512
 """Tokens up to which a shared expert runs beside the routed ones: with more it fills the GPU."""
 
-AHEAD = 0
-"""Tokens up to which the next layer's weights are fetched."""
+AHEAD = 512
+"""Tokens up to which weights are fetched before they are read; with more, nothing waits for them.
+"""
+FEW_EXPERTS, SURE = 16, 4
+"""Experts up to which all are chosen for sure, where they have so many slots each."""
 
 torch.library.define(
     "moesaic::block",
@@ -113,6 +116,20 @@ def _fetch(_: Tensor, ahead: list[Tensor]) -> None:
     fetch_ahead(ahead)
 
 
+@on_its_device
+def _fetch_first(up: Tensor, halves: bool) -> None:
+    """What the first tiles of the up-projection read: rows of expert 0, of gate and up apart."""
+    from ..kernels.ahead import fetch_starts
+
+    fetch_starts(up[0].view(2, -1) if halves else up[:1])
+
+
+def _all_chosen(tokens: int, rule: str, experts: int) -> bool:
+    """Whether there are so many slots for so few experts that each is chosen."""
+    few = experts <= FEW_EXPERTS
+    return few and tokens * RouterSpec.from_key(rule).top_k >= SURE * experts
+
+
 def _block(
     hidden: Tensor,
     logits: Tensor | None,
@@ -131,6 +148,12 @@ def _block(
 ) -> Tensor:
     budget = {} if num_sms is None else {"num_sms": num_sms}
 
+    fetches = bool(ahead) and hidden.is_cuda and hidden.shape[0] <= AHEAD
+    up = params[0]
+    if fetches and up is not None and _all_chosen(hidden.shape[0], rule, up.shape[0]):
+        wanted = ExpertSpec.from_key(spec)
+        _fetch_first(up, wanted.gated and not wanted.interleaved and not wanted.transposed)
+
     def routed() -> Tensor:
         if logits is not None:
             ids, weights = choose_op(logits, correction, rule, as_logits)
@@ -141,7 +164,7 @@ def _block(
         return experts_op(hidden, ids, weights, *params, spec, impl, **budget)
 
     out = _sum_with_shared(hidden, shared, routed) if shared else routed()
-    if ahead and hidden.is_cuda and hidden.shape[0] <= AHEAD:
+    if fetches:
         _fetch(hidden, ahead)
     return out
 
@@ -230,7 +253,7 @@ def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, 
     if shared is None or weight is None or len(weights) != len(plan.shapes):
         return None
     for tensor, shape in zip(weights, plan.shapes, strict=True):
-        if tensor.shape != shape or tensor.dtype != hidden_TH.dtype:
+        if tuple(tensor.shape) != shape or tensor.dtype != hidden_TH.dtype:
             return None
     router_bias = router._parameters.get("bias")
     leaves = () if router_bias is None else (router_bias,)

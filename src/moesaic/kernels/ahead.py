@@ -1,9 +1,11 @@
 """Weights that later launches will read, asked into the L2 while the memory has little to do.
 
 After the experts of a few tokens come norms and residuals, which leave the memory idle, and then
-the products of the next decoder layer's attention, whose weights are known. One launch asks the L2
-for them: it starts when the one before it ends, writes nothing, waits for none of what it asked
-for, and changes no result.
+the products of the next decoder layer's attention, whose weights are known: `fetch_ahead`. While a
+router chooses and slots are sorted, the memory is idle too; where tokens are many for the experts
+there are, every expert is chosen, and what the first tiles read is known: `fetch_starts`. A launch
+asks the L2 for them: it starts when the one before it ends, writes nothing, waits for none of what
+it asked for, and changes no result.
 
     a, b, c, d    up to four tensors, taken in order, the last one cut where LIMIT is reached
 """
@@ -65,6 +67,23 @@ def ahead_kernel(
     gdc_wait()
 
 
+@triton.jit(do_not_specialize=["per", "stride", "count"])
+def starts_kernel(ptr, per, stride, count, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """As `ahead_kernel`, of one tensor: `per` chunks at every `stride` bytes, `count` in all.
+
+    Example: SIZE 4096, per 2, stride 1048576: chunk 3 is the bytes from 1048576 + 4096 on.
+    """
+    chunk = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    at = ptr.to(tl.int64) + (chunk // per).to(tl.int64) * stride
+    at += (chunk % per).to(tl.int64) * SIZE
+    size = tl.full([COUNT], SIZE, tl.int32)
+    live = (chunk < count).to(tl.int32)
+    tl.inline_asm_elementwise(
+        _ASK, "=r,l,r,r", [at, live, size], dtype=tl.int32, is_pure=False, pack=1
+    )
+    gdc_wait()
+
+
 def plan_ahead(ahead: Sequence[Tensor]) -> tuple[int, tuple[Any, ...]]:
     """Programs, and the arguments of a launch; no programs where there is nothing to ask for.
 
@@ -93,8 +112,22 @@ def fetch_ahead(ahead: Sequence[Tensor]) -> None:
         ahead_kernel[(programs,)](*arguments, SIZE=CHUNK, COUNT=LANES, num_warps=1, launch_pdl=True)
 
 
+def fetch_starts(blocks: Tensor) -> None:
+    """Ask for the starts of the blocks of a tensor (blocks, ...), `LIMIT` bytes in all."""
+    number = blocks.shape[0]
+    stride = blocks.stride(0) * blocks.element_size()
+    per = min(LIMIT // number, stride) // CHUNK
+    aligned = blocks.data_ptr() % 16 == 0 and stride % 16 == 0 and blocks.is_contiguous()
+    if not per or not aligned or torch.cuda.get_device_capability(blocks.device) < (9, 0):
+        return
+    count = per * number
+    starts_kernel[(triton.cdiv(count, LANES),)](
+        blocks, per, stride, count, SIZE=CHUNK, COUNT=LANES, num_warps=1, launch_pdl=True
+    )
+
+
 def aot_cases() -> list[AotCase]:
-    """The one form."""
+    """One form of each."""
     names = tuple(f"ahead_{letter}" for letter in "abcd")
     return [
         AotCase(
@@ -105,5 +138,14 @@ def aot_cases() -> list[AotCase]:
             options={"num_warps": 1, "launch_pdl": True},
             archs=(90, 100),
             ptx={90: ("cp.async.bulk.prefetch.L2",)},
-        )
+        ),
+        AotCase(
+            name="ahead/starts",
+            fn=starts_kernel,
+            signature={"ptr": "*bf16", "per": "i32", "stride": "i64", "count": "i32"},
+            constexprs={"SIZE": CHUNK, "COUNT": LANES},
+            options={"num_warps": 1, "launch_pdl": True},
+            archs=(90, 100),
+            ptx={90: ("cp.async.bulk.prefetch.L2",)},
+        ),
     ]
