@@ -95,6 +95,7 @@ def test_the_choices_are_those_that_were_measured_best() -> None:
         (large, 32): "decode16", (large, 64): "decode16", (large, 128): "decode32",
         (large, 256): "decode64", (large, 512): "tall192", (large, 4096): "tall256",
         (large, 8192): "tall256", (small, 512): "decode64",
+        (small, 256): "decode64",
     }  # fmt: skip
     for ((experts, top_k, inter), tokens), name in best.items():
         tile = choose_mlp(tokens * top_k, experts, inter, 3, 132).tiles[0]
@@ -102,8 +103,9 @@ def test_the_choices_are_those_that_were_measured_best() -> None:
         assert tile.bn == (256 if tile.kernel == "prefill" else 128)
     assert choose_mlp(2, 8, 1024, 3, 132).tiles[0].bn == 64, "a lone token's tiles are narrow"
     together = {
-        (small, 4096): (128, 128), (medium, 512): (96, 128), (medium, 1024): (144, 128),
-        (medium, 4096): (128, 256), (large, 512): (96, 128), (large, 1024): (144, 128),
+        (small, 1024): (128, 128), (small, 4096): (128, 128), (medium, 512): (96, 128),
+        (medium, 1024): (144, 128), (medium, 4096): (128, 256), (large, 512): (96, 128),
+        (large, 1024): (144, 128),
     }  # fmt: skip
     for (experts, top_k, inter), tokens in product(SHAPES[:3], (32, 256, 512, 1024, 4096, 8192)):
         chosen = choose_mlp(tokens * top_k, experts, inter, 3, 132).chain

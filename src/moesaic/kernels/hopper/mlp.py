@@ -97,7 +97,7 @@ def choose_mlp(slots: int, experts: int, inter: int, layers: int, num_sms: int) 
     few = live * inter // 128 < num_sms
     if rows <= 48 or (few and rows <= 160):
         height = 16 if rows <= 8 else 32 if rows <= 24 else 64
-        tile = (NARROW if few and rows <= 100 else WIDE)[height]
+        tile = (NARROW if few and rows <= 48 else WIDE)[height]
     elif inter <= 2 * rows and rows > 340:
         tile = GATHERS
     else:
@@ -110,6 +110,8 @@ def _choose_chain(slots: int, rows: float, inter: int, few: bool) -> ChainTiles 
     """Tiles of one launch for all three products, where they were measured faster than three."""
     if 48 < rows <= 160 and not few:
         return ChainTiles(96, 128, 16, 6) if rows <= 80 else ChainTiles(144, 128, 16, 6)
+    if few and 160 < rows <= 340:
+        return ChainTiles(128, 128, 16, 6)
     if rows > 340 and slots <= 8192:
         return ChainTiles(128, 256, 16, 4) if inter >= 2048 else ChainTiles(128, 128, 16, 6)
     return None
