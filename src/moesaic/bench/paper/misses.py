@@ -53,5 +53,14 @@ def part(lines: Sequence[Line], folder: Path) -> str:
     missed = [(x, factors_of(x, launches)) for x in over_lines(lines)]
     if not missed:
         return "Every measured cell that the rule judges is within it."
-    said = "Over the rule, and what their time over the floor is the product of:"
-    return f"{said}\n\n{markdown(sheet(missed))}"
+    counted = {x["commit"] for some in launches.values() for xs in some.values() for x in xs}
+    said = "Over the rule, and what their time over the floor is the product of"
+    if counted:
+        times = {x["commit"] for x, _ in missed}
+        said += f"; counters of commit {listed(counted)}, times of {listed(times)}"
+    return f"{said}:\n\n{markdown(sheet(missed))}"
+
+
+def listed(names: set[str]) -> str:
+    """Names in order, with commas."""
+    return ", ".join(sorted(names))
