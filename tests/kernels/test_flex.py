@@ -75,7 +75,7 @@ def test_a_row_of_a_table_says_flex_twice_or_not_at_all() -> None:
 CHOSEN = {
     # E, K, 2I: tiles of 64, 128, 512 and 1024 tokens, measured best over three routings
     (128, 8, 1536): ("pair-64x128", "pair-64x128", "flex-128x128", "prefill-128x256"),
-    (64, 8, 2048): ("pair-64x128", "pair-32x128", "flex-128x256", "flex-128x256"),
+    (64, 8, 2048): ("pair-64x128", "pair-64x128", "flex-128x256", "flex-128x256"),
     (128, 8, 3072): ("pair-64x128", "flex-128x128", "flex-128x256", "flex-128x256"),
     (256, 8, 4096): ("pair-64x128", "flex-128x128", "flex-128x128", "flex-128x256"),
     (128, 4, 5760): ("pair-64x128", "flex-128x128", "flex-128x128", "flex-128x256"),

@@ -22,6 +22,8 @@ TILES = [
     HopperConfig("pair", 16, 64, 6, ctas_per_sm=2),
     HopperConfig("pair", 16, 64, 10, ctas_per_sm=2),
     HopperConfig("pair", 16, 128, 10),
+    HopperConfig("pair", 16, 64, 10, bk=128),
+    HopperConfig("pair", 16, 128, 6, bk=128),
     HopperConfig("pair", 32, 128, 8),
     HopperConfig("pair", 64, 128, 7),
 ]
@@ -67,7 +69,7 @@ def test_both_views_of_a_weight_have_one_box() -> None:
 
 def test_few_rows_take_one_launch() -> None:
     for top_k, up_rows, kernel, stages in (
-        (8, 1536, "pair", 5), (8, 4096, "pair", 12), (2, 28672, "decode", 12),
+        (8, 1536, "pair", 10), (8, 4096, "pair", 10), (2, 28672, "decode", 12),
     ):  # fmt: skip
         one = choose_layer(1, top_k, 128, up_rows, 132)
         assert (one.up.kernel, one.up.stages) == (kernel, stages) and one.up == one.down
@@ -181,7 +183,7 @@ def test_bits_are_those_of_two_launches(tokens: int, arithmetic: str) -> None:
     how = ARITHMETIC[arithmetic]
     case = draw(tokens, how.get("gated", True))
     wanted = experts_hopper(**case, **how, config=alike(APART))
-    tiles = TILES[:2] if tokens == 1 else TILES[2:]
+    tiles = [*TILES[:2], *TILES[3:5]] if tokens == 1 else TILES[2:]
     for tile in tiles if arithmetic == "silu" else tiles[:1]:
         for _ in range(3):
             assert torch.equal(wanted, experts_hopper(**case, **how, config=alike(tile))), tile
@@ -220,7 +222,7 @@ def test_a_long_id_of_nobody_is_not_cut_to_an_expert(tokens: int) -> None:
     beyond[:, 1] += 2**32
     wanted = experts_hopper(**case | {"topk_ids": nobody}, config=alike(APART))
     assert not torch.equal(wanted, experts_hopper(**case, config=alike(APART)))
-    for tile in (APART, *TILES[:3]):
+    for tile in (APART, *TILES[:5]):
         got = experts_hopper(**case | {"topk_ids": beyond}, config=alike(tile))
         assert torch.equal(wanted, got), tile
 
@@ -241,7 +243,7 @@ def test_few_tokens_find_their_tasks(monkeypatch: pytest.MonkeyPatch, tokens: in
     }
     for name, ids in choices.items():
         wanted = experts_hopper(**case | {"topk_ids": ids}, config=alike(APART))
-        for tile in (TILES[1], TILES[2], HopperConfig("pair", 16, 128, 12)):
+        for tile in (*TILES[1:5], HopperConfig("pair", 16, 128, 12)):
             for budget in (None, 1):
                 got = experts_hopper(**case | {"topk_ids": ids}, config=alike(tile), num_sms=budget)
                 assert torch.equal(wanted, got), (name, tile, budget)

@@ -60,21 +60,21 @@ def choose(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) ->
 def choose_layer(tokens: int, top_k: int, experts: int, up_rows: int, num_sms: int) -> LayerConfig:
     """`choose`, but tiles for any routing where they were measured best over even, Zipf and worst.
 
-    Few tokens, see `pair.is_few`, are one launch, sort and sum included. Their ring is as long as
-    fits; where a token's up tiles are fewer than SMs it is shorter, for programs without one would
-    fetch down weights before others' up weights. Experts as wide as Mixtral's keep two launches up
-    to 96 tokens: a column of their down-projection is too long for one program, and narrow tiles
+    Few tokens, see `pair.is_few`, are one launch, sort and sum included. Where a token's up tiles
+    of 128 weight rows are fewer than SMs, tiles of 64 are more: then not all of them end, and not
+    all programs wait for the others' rows, at once. Experts as wide as Mixtral's keep two launches
+    up to 96 tokens: a column of their down-projection is too long for one program, and narrow tiles
     spread it. A few experts with many rows run their largest first: no tall task then begins when
     the others end.
     """
     rows = tokens * top_k / experts
     spread = top_k * up_rows // 128 >= num_sms
-    few = HopperConfig("pair", 16, 128, 12 if spread else 10)
+    few = HopperConfig("pair", 16, 128 if spread else 64, 6 if spread else 10, bk=128)
     if up_rows >= 8192 and tokens <= 16:
         tile = HopperConfig("decode", 16, 64, 12)
-    elif tokens == 1 and not spread:
-        tile = HopperConfig("pair", 16, 64, 5, ctas_per_sm=2)
-    elif tokens == 1 or is_few(tokens, top_k, few):
+    elif tokens == 1:
+        tile = HopperConfig("pair", 16, 64, 10, bk=128)
+    elif is_few(tokens, top_k, few):
         tile = few
     elif experts <= 16 and 100 < rows <= 340:
         tile = HopperConfig("tall", 256, 128, 4)
@@ -102,9 +102,11 @@ def _choose_any_routing(
     if tokens <= 96 or (up_rows < 3072 and tokens <= 192):
         if up_rows >= 8192 or rows > 20:
             return None
-        if tokens <= 48 or rows > 8:
-            few = rows <= 2 and tokens <= 16
-            return HopperConfig("pair", 16 if few else 32, 128, 10 if few else 8)
+        if rows <= 2 and tokens <= 16:
+            spread = top_k * up_rows // 128 >= num_sms
+            return HopperConfig("pair", 16, 128, 6 if spread else 10, bk=128 if spread else 64)
+        if tokens <= 48 or rows > 16:
+            return HopperConfig("pair", 32, 128, 8)
         return HopperConfig("pair", 64, 128, 8)
     if tokens > 1536 or rows > (48 if up_rows < 2048 or up_rows >= 8192 else 128):
         return None

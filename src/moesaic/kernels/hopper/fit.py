@@ -35,6 +35,8 @@ FOUND_BYTES = 2560
 """Through which a launch of pairs that finds its tasks itself numbers slots, and their list."""
 STAGED = {"decode": 2, "pair": 3}
 """Bytes of staged output for each element of a tile: of a gated product's half, and of a whole."""
+DEPTHS = {"pair": (64, 128)}
+"""Depths of a stage, where more than one: a deep one halves what programs say of stages."""
 DEFAULTS = {"bk": 64, "group_m": 8, "ctas_per_sm": 1}
 RANGES = {"stages": (2, 16), "group_m": (1, 64), "ctas_per_sm": (1, 4)}
 ORDERS = ("index", "large_first", "mixed")
@@ -67,7 +69,8 @@ def tile_problem(row: Mapping[str, Any]) -> str | None:
         return f"kernel must be one of {', '.join(ROWS)}, got {kernel!r}"
     if not all(type(value) is int for value in values.values()):
         return f"sizes must be whole numbers, got {values}"
-    for name, allowed in (("bm", ROWS[kernel]), ("bn", COLUMNS[kernel]), ("bk", (64,))):
+    depths = DEPTHS.get(kernel, (64,))
+    for name, allowed in (("bm", ROWS[kernel]), ("bn", COLUMNS[kernel]), ("bk", depths)):
         if values[name] not in allowed:
             return f"{kernel} tiles have {name} in {allowed}, got {values[name]}"
     for name, (low, high) in RANGES.items():

@@ -17,7 +17,7 @@ from ..launching import launch
 from ..taskmap import Order, TaskMap
 from .flexed import flex_kernel
 from .launch import HopperConfig, _layout, weight_descriptor
-from .pair import pair_mm_hopper_ref, rows_descriptor
+from .pair import FIRST, pair_mm_hopper_ref, rows_descriptor
 from .tiles import check_triton
 
 flex_mm_hopper_ref = pair_mm_hopper_ref
@@ -33,13 +33,18 @@ def _constants(config: HopperConfig, entries: int, gated: bool) -> dict[str, Any
         "BN": config.bn,
         "BK": config.bk,
         "NB": config.stages,
-        "CREG": 224,
+        "FIRST": FIRST if config.bn == 128 else config.stages,
+        "CREG": 136 if config.bn == 128 else 224,
         "LREG": 56,
     }
 
 
-OPTIONS = {"num_warps": 4, "maxnreg": 168}
-"""Three warpgroups share the registers, a thread that multiplies has more than one that loads."""
+def _options(config: HopperConfig) -> dict[str, int]:
+    """Three warpgroups share the registers, a thread that multiplies has more than one that loads.
+
+    Narrow tiles leave some, so that the combine's programs wait for the end on the same SMs.
+    """
+    return {"num_warps": 4, "maxnreg": 112 if config.bn == 128 else 168}
 
 
 def flex_mm_hopper(
@@ -102,7 +107,7 @@ def flex_mm_hopper(
         PDL=pdl,
         launch_pdl=pdl,
         **_constants(config, tasks.task_N.numel(), gated),
-        **OPTIONS,
+        **_options(config),
     )
     return out
 
@@ -171,7 +176,7 @@ def aot_cases() -> list[AotCase]:
                 **_constants(config, 128, gated),
                 "ACTIVATION": "silu" if gated else "relu", "HAS_LIMIT": False, "PDL": True,
             },
-            options=OPTIONS | {"launch_pdl": True},
+            options=_options(config) | {"launch_pdl": True},
             archs=(90,),
             aligned=("hidden", "inner"),
             unaligned=("ticket_ptr",),

@@ -126,7 +126,7 @@ def _load(p, up_n_tiles, down_n_tiles):
     settle(p, t, total)
     c = t * 0
     # The first weights are asked for before the rows are looked up.
-    ahead = gl.minimum(gl.cdiv(p.hidden, p.BK), p.NB)
+    ahead = gl.minimum(gl.cdiv(p.hidden, p.BK), p.FIRST)
     while t < tiles:
         j, e, row_start, rows, m, _, n = find(p, end, t, up_n_tiles)
         _ask_ahead(p, p.up_desc, c, ahead, row_start, rows, m, e, n, n, j)
@@ -138,7 +138,7 @@ def _load(p, up_n_tiles, down_n_tiles):
         j, e, row_start, rows, m, m_tiles, n = find(p, end, t - tiles, down_n_tiles)
         wanted = 2 * m_tiles * up_n_tiles + p.BM
         done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
-        ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.NB)
+        ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.FIRST)
         if done >= wanted:
             ahead = 0
         _ask_ahead(p, p.down_desc, c, ahead, row_start, rows, m, e, n, n + SECOND, j)
@@ -295,7 +295,7 @@ def flex_kernel(
     N: gl.constexpr, LANES: gl.constexpr, GATED: gl.constexpr,
     ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr,
-    CREG: gl.constexpr, LREG: gl.constexpr,
+    FIRST: gl.constexpr, CREG: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[token of row] @ up[e].T) @ down[e].T for the rows of every task.
 
@@ -303,7 +303,8 @@ def flex_kernel(
     (E, I/8, 2, 8, H) box (1, BN/16, 2, 8, BK), the middle strides those of gate and up when GATED,
     else (E, I/16, 2, 8, H) in order; down_desc: (E, H/16, 2, 8, I) in order, same box. act_ptr:
     (S, I), out_ptr: (S, H). The task map's arrays are (N,) int32. done_ptr: int32 (N,), BM for
-    every entry that has rows; ticket_ptr: one zero, zero again when the launch has ended.
+    every entry that has rows; ticket_ptr: one zero, zero again when the launch has ended. FIRST:
+    stages whose weights are asked for before their rows, which wait behind them.
 
     Two experts of 70 and 5 rows, BM = 64, I = 128 and BN = 128 gated: entry 0 has two row tiles, of
     64 and of 6 rows, entry 1 one of 5; three row tiles times two column tiles are six up tiles. A
@@ -336,6 +337,7 @@ def flex_kernel(
         x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr, row_start_ptr,
         rows_ptr, done_ptr, ticket_ptr, a_bufs, b_bufs, notes, full, empty, hidden, inner,
         top_k, limit, alpha, up_offset, N, LANES, GATED, ACTIVATION, HAS_LIMIT, BM, BN, BK, NB, PDL,
+        FIRST,
     )  # fmt: skip
     gl.warp_specialize(
         [

@@ -46,13 +46,14 @@ class Layer:
     BK: gl.constexpr
     NB: gl.constexpr
     PDL: gl.constexpr
+    FIRST: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
         row_start_ptr, rows_ptr, done_ptr, ticket_ptr, a_bufs, b_bufs, notes, full, empty,
         hidden, inner, top_k, limit, alpha, up_offset, N, LANES, GATED, ACTIVATION, HAS_LIMIT, BM,
-        BN, BK, NB, PDL,
+        BN, BK, NB, PDL, FIRST,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -87,6 +88,7 @@ class Layer:
         self.BK = gl.constexpr(BK)
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
+        self.FIRST = gl.constexpr(FIRST)
 
 
 @gluon.jit

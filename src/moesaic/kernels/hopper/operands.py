@@ -59,14 +59,16 @@ class Pair:
     NB: gl.constexpr
     PDL: gl.constexpr
     LATE: gl.constexpr
+    FLIGHT: gl.constexpr
+    FIRST: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
         row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr,
-        counters_ptr, a_bufs, b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts,
-        limit, alpha, up_offset, N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION,
-        HAS_LIMIT, BM, BN, BK, NB, PDL, LATE,
+        counters_ptr, a_bufs, b_bufs, notes, slots, full, empty, hidden, inner, top_k,
+        experts, limit, alpha, up_offset, N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION,
+        HAS_LIMIT, BM, BN, BK, NB, PDL, LATE, FLIGHT, FIRST,
     ):  # fmt: skip
         self.x = x
         self.order_ptr = order_ptr
@@ -113,6 +115,8 @@ class Pair:
         self.NB = gl.constexpr(NB)
         self.PDL = gl.constexpr(PDL)
         self.LATE = gl.constexpr(LATE)
+        self.FLIGHT = gl.constexpr(FLIGHT)
+        self.FIRST = gl.constexpr(FIRST)
 
 
 @gluon.jit

@@ -28,6 +28,10 @@ from .zeros import WORDS, zeroed
 LOADER_REGISTERS = 56
 FIRST_COLUMN = 1 + MAX_SLOTS
 """Counters of few tokens: a ticket, their slots, and from here on the column tiles of H."""
+FLIGHT = {64: 4, 128: 3}
+"""Deep stages asked for at once, by weight rows: more do not come sooner, see `pair_kernel`."""
+FIRST = 3
+"""Stages whose weights are asked for before their rows, where there are rows to look up."""
 FEW_TOKENS = 16
 """Up to so many tokens an expert's rows are one tile."""
 FEW_SLOTS = 64
@@ -50,6 +54,7 @@ def _constants(
     Down weights wait where rows are few and tiles wide: narrow ones share an SM, their short rings
     cannot hold many.
     """
+    flight = min(config.stages, FLIGHT[config.bn]) if config.bk == 128 else config.stages
     return {
         "N": entries,
         "LANES": max(32, 1 << (entries - 1).bit_length()),
@@ -64,12 +69,15 @@ def _constants(
         "BK": config.bk,
         "NB": config.stages,
         "LATE": (config.bm, config.bn) == (16, 128),
+        "FLIGHT": flight,
+        "FIRST": min(flight, FIRST) if config.bm == 64 else flight,
         "LREG": LOADER_REGISTERS,
     }
 
 
 def _options(config: HopperConfig) -> dict[str, int]:
-    most = {16: 64, 32: 128}.get(config.bm, 255)
+    # With all registers of an SM taken, the combine's programs could not wait there for the end.
+    most = {16: 64, 32: 128, 64: 112}.get(config.bm, 255)
     return {"num_warps": 4, "maxnreg": most}
 
 
@@ -245,16 +253,22 @@ def pair_mm_hopper_ref(
 def aot_cases() -> list[AotCase]:
     """The tiles that `experts.choose_layer` picks, of one token and of more, and a taller one."""
     cases = []
-    few = (("one", 16, 64, 5), ("one", 16, 128, 12), ("few", 16, 128, 12), ("few", 16, 128, 10))
-    many = (("map", 16, 128, 12), ("map", 16, 128, 10), ("map", 32, 128, 8), ("map", 64, 128, 8))
+    few = (
+        ("one", 16, 64, 10, 128), ("one", 16, 128, 6, 128), ("few", 16, 64, 10, 128),
+        ("few", 16, 128, 6, 128), ("one", 16, 128, 12, 64),
+    )  # fmt: skip
+    many = (
+        ("map", 16, 64, 10, 128), ("map", 16, 128, 6, 128), ("map", 16, 128, 10, 64),
+        ("map", 32, 128, 8, 64), ("map", 64, 128, 8, 64),
+    )  # fmt: skip
     each = [(*tile, counted) for counted in (False, True) for tile in few]
-    for found, bm, bn, stages, counted in [*each, *((*tile, False) for tile in many)]:
-        config = HopperConfig("pair", bm, bn, stages)
-        box = (1, bn // 16, 2, 8, 64)
-        described = f"tensordesc<bf16[1, {bn // 16}, 2, 8, 64],{_layout(box, torch.bfloat16)!r}>"
+    for found, bm, bn, stages, bk, counted in [*each, *((*tile, False) for tile in many)]:
+        config = HopperConfig("pair", bm, bn, stages, bk)
+        box = (1, bn // 16, 2, 8, bk)
+        described = f"tensordesc<bf16[1, {bn // 16}, 2, 8, {bk}],{_layout(box, torch.bfloat16)!r}>"
         pointers = ("tile_end_ptr", "task_ptr", "row_start_ptr", "rows_ptr")
         case = AotCase(
-            name=f"hopper/pair-{bm}x{bn}x{stages}-{found}{'-counted' * counted}",
+            name=f"hopper/pair-{bm}x{bn}x{bk}x{stages}-{found}{'-counted' * counted}",
             fn=pair_kernel,
             signature={
                 "x": "*bf16", "order_ptr": "*i32", "up_desc": described, "down_desc": described,

@@ -92,8 +92,11 @@ def _settle(p, t, total):
 
 @gluon.jit
 def _ask(p, desc, c, e, n, k):
-    """Have the weights of one stage brought by TMA."""
+    """Have the weights of one stage brought by TMA, when FLIGHT before it are not on their way."""
     i = c % p.NB
+    if p.FLIGHT < p.NB:
+        b = c - p.FLIGHT
+        mbarrier.wait(p.full.index((b + p.NB) % p.NB), (b // p.NB) & 1, pred=b >= 0)
     mbarrier.wait(p.empty.index(i), ((c // p.NB) & 1) ^ 1)
     mbarrier.expect(p.full.index(i), p.up_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(
@@ -102,9 +105,12 @@ def _ask(p, desc, c, e, n, k):
 
 
 @gluon.jit
-def _bring(p, c, ptrs, live):
-    """Copy the token rows of one stage."""
+def _bring(p, c, ptrs, live, left):
+    """Copy the token rows of one stage, and zeros beyond the `left` columns that there are."""
     i = c % p.NB
+    if p.BK > 64:
+        BL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        live &= (gl.arange(0, p.BK, layout=gl.SliceLayout(0, BL)) < left)[None, :]
     async_copy.async_copy_global_to_shared(p.a_bufs.index(i), ptrs, mask=live)
     async_copy.mbarrier_arrive(p.full.index(i), increment_count=False)
 
@@ -116,7 +122,7 @@ def _load_up(p, held, t, c, tiles, n_tiles, total, tasks):
     r = gl.arange(0, p.BM, layout=gl.SliceLayout(1, BL))
     cols = gl.arange(0, p.BK, layout=gl.SliceLayout(0, BL))
     # The first weights are asked for before the rows are looked up.
-    ahead = gl.minimum(gl.cdiv(p.hidden, p.BK), p.NB)
+    ahead = gl.minimum(gl.cdiv(p.hidden, p.BK), p.FIRST)
     while t < tiles:
         j, e, row_start, rows, m, _, n = _locate(p, held, t, n_tiles)
         slot = r
@@ -143,7 +149,7 @@ def _load_up(p, held, t, c, tiles, n_tiles, total, tasks):
         live = inside[:, None] & (cols >= 0)[None, :]
         ptrs = p.x + token.to(gl.int64)[:, None] * p.hidden + cols[None, :]
         for s in range(0, ahead):
-            _bring(p, s, ptrs + s * p.BK, live)
+            _bring(p, s, ptrs + s * p.BK, live, p.hidden - s * p.BK)
         c += ahead
         for k in range(ahead * p.BK, p.hidden, p.BK):
             i = c % p.NB
@@ -152,7 +158,7 @@ def _load_up(p, held, t, c, tiles, n_tiles, total, tasks):
                 write_note(p, i, row_start, rows, m, n, j)
                 note_slots(p, i, slot)
             _ask(p, p.up_desc, c, e, n, k)
-            _bring(p, c, ptrs + k, live)
+            _bring(p, c, ptrs + k, live, p.hidden - k)
             c += 1
         ahead = 0
         if p.LATE:
@@ -184,7 +190,7 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total, tasks):
             drawn = gl.num_programs(0) - gl.num_programs(0) // 4 + tiles
             while (done < wanted) & (gl.atomic_add(p.ticket_ptr, 0, sem="relaxed") < drawn):
                 done = gl.atomic_add(p.done_ptr + j, 0, sem="acquire")
-        ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.NB)
+        ahead = gl.minimum(gl.cdiv(p.inner, p.BK), p.FIRST)
         if done >= wanted:
             ahead = 0
         for s in range(0, ahead):
@@ -200,7 +206,7 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total, tasks):
         live = inside[:, None] & (cols >= 0)[None, :]
         ptrs = p.act_ptr + slot.to(gl.int64)[:, None] * p.inner + cols[None, :]
         for s in range(0, ahead):
-            _bring(p, c + s, ptrs + s * p.BK, live)
+            _bring(p, c + s, ptrs + s * p.BK, live, p.inner - s * p.BK)
         c += ahead
         for k in range(ahead * p.BK, p.inner, p.BK):
             i = c % p.NB
@@ -209,7 +215,7 @@ def _load_down(p, held, t, c, tiles, n_tiles, up_n_tiles, total, tasks):
                 write_note(p, i, row_start, rows, m + SECOND, n, j)
                 note_slots(p, i, slot)
             _ask(p, p.down_desc, c, e, n, k)
-            _bring(p, c, ptrs + k, live)
+            _bring(p, c, ptrs + k, live, p.inner - k)
             c += 1
         _settle(p, t, total)
     return t, c
@@ -339,7 +345,7 @@ def pair_kernel(
     FEW: gl.constexpr, TOP_K: gl.constexpr, SUM: gl.constexpr, COUNT: gl.constexpr,
     GATED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, BM: gl.constexpr,
     BN: gl.constexpr, BK: gl.constexpr, NB: gl.constexpr, PDL: gl.constexpr, LATE: gl.constexpr,
-    LREG: gl.constexpr,
+    FLIGHT: gl.constexpr, FIRST: gl.constexpr, LREG: gl.constexpr,
 ):  # fmt: skip
     """out[row] = act(x[token of row] @ up[e].T) @ down[e].T for the rows of every task.
 
@@ -354,7 +360,10 @@ def pair_kernel(
     summed in slot order, counted by joined_ptr, a zero for each BN columns of H, put back at the
     end. COUNT: of these tokens, rows and tiles of each expert are added to counters_ptr (3, E).
     LATE: a tile is drawn when all loads of the one before are asked for, and a down tile whose rows
-    are not there asks for its weights when three in four of the last up tiles have been.
+    are not there asks for its weights when three in four of the last up tiles have been. FLIGHT:
+    stages of a program that may be on their way at once, NB at most: more make no byte come sooner,
+    and all that is written waits behind them. FIRST, FLIGHT at most: weights that are asked for
+    before their rows, which wait behind them too.
     """
     A: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], up_desc.dtype)
     COLS: gl.constexpr = BN // 2 if GATED else BN
@@ -385,9 +394,9 @@ def pair_kernel(
     p = Pair(
         x, order_ptr, act_ptr, out_ptr, up_desc, down_desc, tile_end_ptr, task_ptr,
         row_start_ptr, rows_ptr, done_ptr, ticket_ptr, joined_ptr, weights_ptr, sum_ptr,
-        counters_ptr, a_bufs, b_bufs, notes, slots, full, empty, hidden, inner, top_k, experts,
-        limit, alpha, up_offset, N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION,
-        HAS_LIMIT, BM, BN, BK, NB, PDL, LATE,
+        counters_ptr, a_bufs, b_bufs, notes, slots, full, empty, hidden, inner, top_k,
+        experts, limit, alpha, up_offset, N, LANES, ONE, FEW, TOP_K, SUM, COUNT, GATED, ACTIVATION,
+        HAS_LIMIT, BM, BN, BK, NB, PDL, LATE, FLIGHT, FIRST,
     )  # fmt: skip
     gl.warp_specialize(
         [(_multiply, (p, up_buf, down_buf)), (_load, (p, up_n_tiles, down_n_tiles))], [4], [LREG]
