@@ -35,6 +35,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")
 CHAINS = (
     chain.ChainTiles(160, 256, 32, 4), chain.ChainTiles(144, 128, 16, 6),
+    chain.ChainTiles(96, 128, 16, 6), chain.ChainTiles(128, 256, 32, 4),
     chain.ChainTiles(48, 256, 32, 4), chain.ChainTiles(160, 128, 32, 5, 2),
 )  # fmt: skip
 SHAPES = ((8, 2, 1024), (16, 2, 2048), (32, 4, 4096), (64, 16, 1024))

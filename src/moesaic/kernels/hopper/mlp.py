@@ -113,7 +113,7 @@ def _choose_chain(slots: int, rows: float, inter: int, few: bool) -> ChainTiles 
     if few and 160 < rows <= 340:
         return ChainTiles(128, 128, 16, 6)
     if rows > 340 and slots <= 8192:
-        return ChainTiles(128, 256, 16, 4) if inter >= 2048 else ChainTiles(128, 128, 16, 6)
+        return ChainTiles(128, 256, 32, 4) if inter >= 2048 else ChainTiles(128, 128, 16, 6)
     return None
 
 
