@@ -39,7 +39,7 @@ from ...types import RouterSpec
 from ..baselines import BASELINES, LIGER, Forward
 from ..layer_page import layer_section
 from ..layer_targets import layer_targets
-from ..layer_windows import HOST_MODEL, WINDOW_S, measure_windows
+from ..layer_windows import HOST_MODEL, OTHER, WINDOW_S, has_other, measure_windows
 from ..layers import Candidate, Loaded, Machine, candidates_of, load, measure_cell
 from ..results import Line, Target, at_least, at_most, stamp
 from ..suite import Cell, Context, Suite
@@ -229,8 +229,10 @@ def estimate_s(cell: Cell, model: Model) -> float:
 
     Compiling kernels, which happens once per machine, is not counted.
     """
-    if cell.clock in ("host", "energy"):
-        return 1.0 + (2 * WINDOW_S + 1.0 if cell.clock == "energy" else 3.0)
+    if cell.clock == "host":
+        return 4.0
+    if cell.clock == "energy":
+        return 1.0 + (1 + has_other(cell, OTHER)) * (WINDOW_S + 0.5)
     loop_s = 10 * model.num_experts * 1e-4 if has_loop(cell) else 0.0
     return 0.3 + sampling_s(cell, model) + 200 * call_s(cell, model) + loop_s
 
