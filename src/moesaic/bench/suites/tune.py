@@ -210,33 +210,21 @@ def summarize(lines: Sequence[Line]) -> list[Target]:
     return [*targets, at_most("cells failed", float(failed), 0.0)]
 
 
-UNEVEN = (2, 1536)
-"""Token counts at which the tiles for an even routing are not those for an uneven one."""
-
-
 def table_of(lines: Sequence[Line], family: str) -> dict[str, dict[str, Any]]:
     """The Hopper rows of a shipped table, by shape and token count, from the lines.
 
-    Where the heuristic's tiles take as long as the best but for noise, they are the row. Of counts
-    whose tiles an uneven routing decides, rows come from lines over several routings alone: chosen
-    for an even one they took up to three times as long under another. A probe's few tiles are not
-    all that a single token can have.
+    Where the heuristic's tiles take as long as the best but for noise, they are the row. Rows come
+    from cells that were tuned whole by today's rule: chosen for an even routing alone, tiles took
+    up to three times as long under another, and the heuristic was another then.
     """
     rows: dict[str, dict[str, Any]] = {}
     gains = ratios(lines, MODELS)
     own = {(x["model"], x["tokens"]): x["row"] for x in lines
            if x["impl"] == "heuristic" and x.get("row")}  # fmt: skip
-    several = {(x["model"], x["tokens"]) for x in lines if x["routing"] == "worst"}
     for x in lines:
-        if x["impl"] != "moesaic" or not x["ms"] or x["routing"] != "uniform":
+        if measured(x) is None or x.get("by"):
             continue
         cell = (x["model"], x["tokens"])
-        if UNEVEN[0] <= x["tokens"] <= UNEVEN[1] and cell not in several:
-            continue
-        if x["tokens"] == 1 and x.get("by"):
-            continue
-        if cell not in own and gains.get(cell, math.inf) <= NOISE:
-            continue  # no gain, and nobody wrote down which tiles the heuristic had
         same = cell in own and gains.get(cell, math.inf) <= NOISE and x["tokens"] > 1
         problem = problem_for(MODELS[x["model"]], x["tokens"], x["dtype"], 90, family)
         row = own[cell] if same else x["row"]
