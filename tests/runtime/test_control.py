@@ -6,6 +6,7 @@ import logging
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,22 @@ import torch
 from moesaic import moe
 from moesaic.hardware.green import GreenDevice, GreenUnavailable
 from moesaic.runtime.control import Control, label_of
-from moesaic.runtime.plan import Curve, GroupProfile, MachineSlices, Plan, Share, SliceGroup
+from moesaic.runtime.plan import (
+    Allocation,
+    Curve,
+    GroupProfile,
+    MachineSlices,
+    Plan,
+    Share,
+    SliceGroup,
+)
 from moesaic.runtime.policies import POLICIES
+from moesaic.runtime.policies.adaptive import by
+from moesaic.runtime.policies.forecast import Way
+from moesaic.runtime.predictors import ewma
 from moesaic.runtime.seats import Seat, SeatedWork
 from moesaic.runtime.sliced import SlicedExperts
+from moesaic.runtime.slices import SliceError, SliceManager
 from moesaic.types import ExpertSpec, ExpertWeights
 
 MACHINE = MachineSlices(total_sms=132)
@@ -96,15 +109,37 @@ def test_what_fails_leaves_the_last_good_plan_and_is_logged_once(
     made.manager.check()
 
 
-def test_a_predictor_of_nan_keeps_every_policy_answering() -> None:
+def test_loads_of_nan_leave_every_policy_at_its_last_good_plan() -> None:
+    told = {}
     for name, policy in POLICIES.items():
         made = control(policy)
-        made.replan(profile(0))
-        good = made.plan.shares
-        plan = made.replan(profile(1, (math.nan, 1.0)))
-        assert plan.problem(profile(1), MACHINE) is None, name
-        assert plan.shares == good or plan.shares == made.plan.shares
+        good = made.replan(profile(0)).shares
+        seats = {group: work.current for group, work in made.works.items()}
+        assert made.replan(profile(1, (math.nan, 1.0))).shares == good, name
+        assert {group: work.current for group, work in made.works.items()} == seats, name
         made.manager.check()
+        told[name] = (bool(good), sum(made.faults.values()))
+    assert told["proportional"] == (True, 1) and told["none"] == (False, 0)
+
+
+def test_a_predictor_of_nan_is_a_fault_and_changes_no_graph(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    last = ewma(1.0)
+    broken = replace(
+        last, predict=lambda s, c: last.predict(s, c) * (math.nan if s.seen > 1 else 1)
+    )
+    groups = (GROUPS[0], replace(GROUPS[1], curve="flat"))
+    flat = Curve(work="flat", sms=(8, 132), ms=(1.1, 1.0))
+    made = Control(by((Way("broken", broken),)), CURVES | {"flat": flat}, MACHINE, works())
+    good = made.replan(replace(profile(0), groups=groups)).shares
+    assert good and not made.faults
+    seats = {group: work.current for group, work in made.works.items()}
+    with caplog.at_level(logging.WARNING, logger="moesaic"):
+        for step in range(1, 3):
+            assert made.replan(replace(profile(step), groups=groups)).shares == good
+    assert made.faults == Counter({"ValueError": 2}) and len(caplog.records) == 1
+    assert {group: work.current for group, work in made.works.items()} == seats
 
 
 def test_nothing_moves_during_a_step_and_the_profile_is_not_lost() -> None:
@@ -118,6 +153,68 @@ def test_nothing_moves_during_a_step_and_the_profile_is_not_lost() -> None:
             pass
     assert made.works["hot"].current == "56 0-6" and made.deferred == 2
     assert not made.faults
+
+
+def test_nobody_evicts_what_a_step_holds_and_every_try_is_noted() -> None:
+    made = control(lambda p, c, m, s: cut(32, 96))
+    made.replan(profile(0))
+    with made.step():
+        for _ in range(3):
+            with pytest.raises(SliceError, match="a step is running"):
+                made.manager.evict("hot")
+        with pytest.raises(SliceError, match="nobody of lower priority"):
+            made.manager.allocate("tenant", sms=64, priority=9)
+        assert made.works["hot"].current == "32 0-3" and made.works["cold"].current == "96 4-15"
+    assert made.manager.counts["refuse"] == 4 and not made.faults
+    assert [(e.kind, e.group) for e in made.manager.events][-4:] == [
+        *[("refuse", "hot")] * 3, ("refuse", "tenant"),
+    ]  # fmt: skip
+
+
+def test_who_loses_slices_between_steps_goes_on_and_gets_them_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = control(lambda p, c, m, s: cut(32, 96))
+    made.replan(profile(0))
+    made.manager.allocate("tenant", sms=64, priority=9)
+    with caplog.at_level(logging.WARNING, logger="moesaic"):
+        for step in range(1, 4):
+            with made.step():
+                # Slices of "cold" are the tenant's now: its graph must not run there any more.
+                assert made.works["cold"].current == "132 "
+                assert made.works["hot"].current == "32 0-3"
+            made.replan(profile(step))
+            assert made.manager.allocations["tenant"].priority == 9
+            made.manager.check()
+    assert made.faults == Counter({"evicted": 1, "SliceError": 3}) and len(caplog.records) == 2
+    made.manager.release("tenant")
+    made.replan(profile(5))
+    assert made.works["cold"].current == "96 4-15" and set(made.manager.allocations) == {
+        "hot", "cold",
+    }  # fmt: skip
+
+
+def test_a_pager_that_fails_leaves_plan_books_and_graphs() -> None:
+    class Full:
+        broken = False
+
+        def enter(self, allocation: Allocation) -> None:
+            if self.broken:
+                raise OSError("no room")
+
+        def leave(self, allocation: Allocation) -> None:
+            pass
+
+    pager, sizes = Full(), [32, 64, 56]
+    manager = SliceManager(MACHINE, pager=pager)
+    policy = lambda p, c, m, s: cut(sizes[p.step], 128 - sizes[p.step])  # noqa: E731
+    made = Control(policy, CURVES, MACHINE, works((32, 64)), manager)
+    made.replan(profile(0))
+    books, pager.broken = manager.allocations, True
+    for step in (1, 2):
+        assert made.replan(profile(step)).sizes["hot"] == 32
+        assert manager.allocations == books and made.works["hot"].current == "32 0-3"
+    assert made.faults == Counter({"SliceError": 1, "no graph": 1})
 
 
 def test_ten_thousand_plans_with_faults_leak_nothing() -> None:

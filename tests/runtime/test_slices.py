@@ -212,6 +212,44 @@ def test_what_a_step_holds_is_not_taken() -> None:
     assert manager.allocate("b", sms=8, priority=9).slices == (0,)
 
 
+def test_asking_for_more_earns_priority_whatever_others_are_given_meanwhile() -> None:
+    manager = SliceManager(MACHINE, ageing=4)
+    manager.allocate("high", sms=64, priority=1)
+    manager.allocate("low", sms=32)
+    for refusals in range(8):
+        with pytest.raises(SliceBusy):
+            manager.resize("low", sms=96)
+        assert manager._refused["low"] == refusals + 1
+        manager.allocate("other", sms=8)
+        manager.release("other")
+    assert manager.resize("low", sms=96).sms == 96 and "high" not in manager.allocations
+    assert not manager._refused
+
+
+def test_a_plan_evicts_strangers_in_its_way_only_where_they_are_lower() -> None:
+    manager = paper()
+    manager.allocate("aside", sms=64)
+    manager.observe("aside", 1.0)
+    manager.allocate("stranger", sms=64, memory_bytes=500, priority=1)
+    manager.release("aside")
+    manager.allocate("low", sms=8)
+    groups = [SliceGroup(name=n, kind="hot", curve="", priority=1) for n in "ab"]
+    plan = Plan(policy="t", reason="", shares=(Share("a", 32), Share("b", 32)))
+    manager.apply(plan, groups)
+    assert set(manager.allocations) == {"a", "b", "stranger"}  # "low" was in the way
+    wide = Plan(policy="t", reason="", shares=(Share("a", 64), Share("b", 32)))
+    before = manager.allocations
+    with pytest.raises(SliceError, match="'stranger', of no lower priority"):
+        manager.apply(wide, groups)
+    assert manager.allocations == before
+    heavy = [SliceGroup(name="a", kind="hot", curve="", priority=1, memory_bytes=600)]
+    with pytest.raises(SliceError, match="in the plan's way"):
+        manager.apply(Plan(policy="t", reason="", shares=(Share("a", 8),)), heavy)
+    manager.apply(Plan(policy="t", reason=""), groups)
+    assert set(manager.allocations) == {"stranger"}
+    manager.check()
+
+
 class Disk:
     """A pager that keeps the books of bytes, and refuses where told."""
 

@@ -3,8 +3,10 @@
 Between two steps `replan` asks the policy (through a `Guard`), enters the plan into the slice
 manager and moves every group's work to the seat of its new slices. All of it happens or none of it:
 whatever fails, the last good plan stays in force, the layer goes on with the same bits, the kind of
-the fault is logged once and counted. During a step nothing moves; a profile that comes then is
-planned for when the step ends.
+the fault is logged once and counted. During a step nothing moves: a profile that comes then is
+planned for when the step ends, and nobody can evict what it holds. A group that loses its slices
+between steps, to a tenant of higher priority in the same books, goes on with its graph for the
+whole GPU until a plan can be carried out again.
 
     control = Control(policy, curves, machine, {"hot": hot_work, "cold": cold_work})
     while True:
@@ -74,6 +76,7 @@ class Control:
         self._faults: Counter[str] = Counter()
         self._stepping = False
         self._waiting: GroupProfile | None = None
+        self._given: dict[str, Allocation] = {}
         for work in self.works.values():
             work.use(machine.total_sms)
 
@@ -94,6 +97,7 @@ class Control:
         self._stepping = True
         try:
             with self.manager.step():
+                self._give_up_lost()
                 yield self.plan
         finally:
             self._stepping = False
@@ -107,31 +111,37 @@ class Control:
             self._waiting = profile
             self.deferred += 1
             return self.plan
+        self._give_up_lost()
         plan = self._guard(profile)
-        if plan.shares == self.plan.shares:
+        if plan.shares == self.plan.shares and plan.sizes.keys() == self._given.keys():
             self.plan = plan
             return plan
-        before = self.manager.allocations
+        # Looked up before the books change: after that nothing can fail any more.
+        size, laid = self.machine.granularity, self.manager.layout(plan)
+        seats = {name: (size * len(slices), label_of(slices)) for name, slices in laid.items()}
+        for name in seats.keys() & self.works.keys():
+            if not self.works[name].prepared(*seats[name]):
+                return self._fault("no graph", KeyError(f"{name!r} has none for {seats[name]}"))
         try:
             held = {a.group: a for a in self.manager.apply(plan, profile.groups)}
         except SliceError as error:
             return self._fault("SliceError", error)
-        try:
-            self._move(held)
-        except KeyError as error:
-            self.manager.restore(before)
-            self._move(before)
-            return self._fault("no graph", error)
+        self._given = {name: held[name] for name in seats}
+        for name, work in self.works.items():
+            work.use(*seats.get(name, (self.machine.total_sms,)))
         self.plan = plan
         return plan
 
-    def _move(self, held: Mapping[str, Allocation]) -> None:
-        """Choose every group's graph: that of its slices, or of the whole GPU without any."""
-        for name, work in self.works.items():
-            if name in held:
-                work.use(held[name].sms, label_of(held[name].slices))
-            else:
-                work.use(self.machine.total_sms)
+    def _give_up_lost(self) -> None:
+        """Groups that do not hold what the plan gave them move to the whole GPU."""
+        held = self.manager.allocations
+        lost = sorted(name for name, given in self._given.items() if held.get(name) != given)
+        for name in lost:
+            del self._given[name]
+            if name in self.works:
+                self.works[name].use(self.machine.total_sms)
+        if lost:
+            self._fault("evicted", SliceError(f"{', '.join(lost)} lost the slices of the plan"))
 
     def _fault(self, kind: str, error: Exception) -> Plan:
         if kind not in self._faults:

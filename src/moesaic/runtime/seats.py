@@ -50,7 +50,7 @@ class SeatedWork(Generic[Graph]):
 
     def prepare(self, seat: Seat) -> bool:
         """Capture for a seat, outside the hot path; False when that was done before."""
-        if (seat.sms, seat.label) in self._graphs:
+        if self.prepared(seat.sms, seat.label):
             return False
         self._graphs[seat.sms, seat.label] = (seat, self._capture(seat))
         self.captures += 1
@@ -60,6 +60,10 @@ class SeatedWork(Generic[Graph]):
     def sizes(self) -> tuple[tuple[int, str], ...]:
         """SMs and labels of the seats prepared, ascending."""
         return tuple(sorted(self._graphs))
+
+    def prepared(self, sms: int, label: str = "") -> bool:
+        """Whether there is a graph for a seat."""
+        return (sms, label) in self._graphs
 
     @property
     def current_seat(self) -> Seat:
@@ -84,7 +88,7 @@ class SeatedWork(Generic[Graph]):
         Raises:
             KeyError: it was not prepared; the work stays where it was.
         """
-        if (sms, label) not in self._graphs:
+        if not self.prepared(sms, label):
             raise KeyError(f"{self.name!r} has no graph for {sms} SMs {label!r}, only {self.sizes}")
         seat, graph = self._graphs[sms, label]
         if seat is not self._seat:

@@ -169,8 +169,7 @@ class SliceManager:
         Raises:
             SliceError: the group holds nothing, is in a step, or the size cannot be had.
         """
-        with self._lock:
-            old = self._known(group)
+        old = self._known(group)
         sms = old.sms if sms is None else sms
         memory_bytes = old.memory_bytes if memory_bytes is None else memory_bytes
         with self._request(group, sms, memory_bytes):
@@ -196,47 +195,43 @@ class SliceManager:
         """Take everything from a group, whatever its priority; raises as `release`."""
         self._drop(group, "evict", why)
 
-    def apply(self, plan: Plan, groups: Sequence[SliceGroup]) -> tuple[Allocation, ...]:
-        """Make the allocations those of a plan, side by side from the first slice on.
+    def layout(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """The slices that `apply` would give each group: side by side from the first one on."""
+        found, first = dict[str, tuple[int, ...]](), 0
+        for share in plan.shares:
+            count = -(-share.sms // self.machine.granularity)
+            found[share.group] = tuple(range(first, first + count))
+            first += count
+        return found
 
-        Groups without a share give back what they hold; without slices, all do. The memory and
-        priority of an allocation are those of its group.
+    def apply(self, plan: Plan, groups: Sequence[SliceGroup]) -> tuple[Allocation, ...]:
+        """Make the allocations of some groups those of a plan, as `layout` says.
+
+        Groups without a share give back what they hold; without slices, all of them do. The memory
+        and priority of an allocation are those of its group. What others than `groups` hold stays;
+        it is evicted where it is in the way and of lower priority than all that have a share.
 
         Raises:
-            SliceError: a step is running, or the plan does not fit; nothing was changed.
+            SliceError: a step is running, the plan does not fit, or somebody of no lower priority
+                is in its way; nothing was changed.
         """
         known = {group.name: group for group in groups}
         with self._request("plan", sum(plan.sizes.values()) or self.machine.granularity, 0):
             self._refuse_running(self._books.held)
-            books, first = _Books({}, {}), 0
-            for share in plan.shares:
-                if share.group not in known:
-                    raise SliceError(f"the plan has a share for {share.group!r}, a group unknown")
-                count = -(-share.sms // self.machine.granularity)
-                group = known[share.group]
-                made = self._allocation(
-                    group.name, range(first, first + count), group.memory_bytes, group.priority
-                )
-                old = self._books.held.get(group.name)
+            books = _Books({}, {})
+            for name, slices in self.layout(plan).items():
+                if name not in known:
+                    raise SliceError(f"the plan has a share for {name!r}, a group unknown")
+                group = known[name]
+                made = self._allocation(name, slices, group.memory_bytes, group.priority)
+                old = self._books.held.get(name)
                 same = old is not None and replace(old, since=made.since) == made
-                books.held[group.name] = old if old is not None and same else made
-                books.granted[group.name] = group.priority
-                first += count
+                books.held[name] = old if old is not None and same else made
+                books.granted[name] = group.priority
+            self._keep_others(books, known)
             self._refuse_excess(books)
             self._commit(books, "plan", None, why=f"{plan.policy}: {plan.reason}")
             return tuple(books.held.values())
-
-    def restore(self, allocations: Mapping[str, Allocation]) -> None:
-        """Go back to earlier allocations; raises SliceError as `apply`."""
-        with self._request("plan", self.machine.granularity, 0):
-            self._refuse_running(self._books.held)
-            granted = {
-                group: self._books.granted.get(group, a.priority)
-                for group, a in allocations.items()
-            }
-            books = _Books(dict(allocations), granted)
-            self._refuse_excess(books)
-            self._commit(books, "restore", None)
 
     @contextmanager
     def step(self) -> Iterator[tuple[Allocation, ...]]:
@@ -361,6 +356,20 @@ class SliceManager:
         held, budget = self._held_bytes(books) + memory_bytes, self.machine.memory_bytes
         return len(self._free(books)) < count or bool(budget and held > budget)
 
+    def _keep_others(self, books: _Books, known: Mapping[str, SliceGroup]) -> None:
+        """Enter what groups outside a plan hold, but for lower ones that are in its way."""
+        taken = {n for a in books.held.values() for n in a.slices}
+        claim = min((a.priority for a in books.held.values()), default=0)
+        others = [a for g, a in self._books.held.items() if g not in known]
+        others.sort(key=lambda a: (-self._standing(self._books, a), a.since, a.group))
+        for other in others:
+            if taken & set(other.slices) or self._short(books, 0, other.memory_bytes):
+                if self._standing(self._books, other) >= claim:
+                    raise SliceError(f"{other.group!r}, of no lower priority, is in the plan's way")
+                continue
+            books.held[other.group] = other
+            books.granted[other.group] = self._books.granted[other.group]
+
     def _refuse_excess(self, books: _Books) -> None:
         taken = [n for a in books.held.values() for n in a.slices]
         if taken and max(taken) >= self.machine.atoms:
@@ -391,8 +400,8 @@ class SliceManager:
                 raise
 
     def _drop(self, group: str, kind: str, why: str) -> None:
-        with self._lock:
-            self._requests += 1
+        found = self._books.held.get(group)
+        with self._request(group, found.sms if found else self.machine.min_sms, 0):
             old = self._known(group)
             self._refuse_running([group])
             books = self._books.copy()
@@ -416,8 +425,8 @@ class SliceManager:
                         self.pager.leave(entered)
                     raise SliceError(f"the pager refused {allocation.group!r}: {error}") from error
         self._books = books
-        for group in books.held:
-            self._refused.pop(group, None)
+        for allocation in changed:
+            self._refused.pop(allocation.group, None)
         for old in gone:
             if old.group not in books.held:
                 by = f"for {made.group}" if made else "not in the plan"
