@@ -113,7 +113,17 @@ def test_a_worker_that_hangs_is_stopped() -> None:
     found = inventory((1, 1), {0: ("MIG-a", 60, 71424)})
     script = "import time; print('begun', flush=True); time.sleep(60)"
     (worker,) = run_workers(found, [sys.executable, "-c", script], limit_s=2.0)
-    assert worker.code is None
+    assert worker.code is None and worker.output == "begun\n"
+
+
+def test_a_worker_that_hangs_takes_nothing_from_one_that_says_much() -> None:
+    found = inventory((1, 1), {0: ("MIG-a", 60, 71424), 1: ("MIG-b", 16, 16384)})
+    script = (
+        "import os, time; a = os.environ['CUDA_VISIBLE_DEVICES'] == 'MIG-a';"
+        "time.sleep(60) if a else print('x' * 300_000)"
+    )
+    first, second = run_workers(found, [sys.executable, "-c", script], limit_s=3.0)
+    assert first.code is None and (second.code, len(second.output)) == (0, 300_001)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,9 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 from .nvml import Gpu, NotAvailable
@@ -157,27 +159,32 @@ def run_workers(
     if inventory.missing:
         raise MigUnavailable(inventory.missing)
     base = dict(os.environ if environment is None else environment)
-    running = [
-        (
-            instance.uuid,
-            subprocess.Popen(
+    with ExitStack() as files:
+        running = []
+        for instance in inventory.instances:
+            # A file, not a pipe: one that nobody reads from would stop its worker when full.
+            output = files.enter_context(TemporaryFile())
+            process = subprocess.Popen(
                 list(command),
                 env=base | {"CUDA_VISIBLE_DEVICES": instance.uuid},
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.STDOUT,
-                text=True,
-            ),
-        )
-        for instance in inventory.instances
-    ]
-    end = time.monotonic() + limit_s
-    ended = []
-    for uuid, process in running:
-        try:
-            output, _ = process.communicate(timeout=max(0.0, end - time.monotonic()))
-            ended.append(Worker(uuid, process.returncode, output))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-            ended.append(Worker(uuid, None, output))
-    return tuple(ended)
+            )
+            running.append((instance.uuid, process, output))
+        end = time.monotonic() + limit_s
+        ended = []
+        for uuid, process, output in running:
+            code = _code_at(process, end)
+            output.seek(0)
+            ended.append(Worker(uuid, code, output.read().decode("utf-8", "replace")))
+        return tuple(ended)
+
+
+def _code_at(process: subprocess.Popen[bytes], end: float) -> int | None:
+    """The exit code of a process, waited for until `end`; None where it had to be stopped."""
+    try:
+        return process.wait(timeout=max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return None
