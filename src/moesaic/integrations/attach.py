@@ -25,7 +25,7 @@ from ..parallel.expert_parallel import Options
 from ..parallel.placement import Placement
 from ..types import ExpertSpec
 from .blocks import BLOCK, fused_block
-from .known_blocks import plan_block, read_next, recognise_block
+from .known_blocks import plan_block, recognise_block
 from .layouts import UnsupportedExperts, family_of, is_experts, spec_of, weights_of
 from .routers import PLAN, fused_forward, recognise
 from .spread import SpreadLayer, Tokens, spread_layers
@@ -186,15 +186,14 @@ def _fuse_blocks(model: nn.Module, layers: list[LayerState]) -> None:
         if layer.spread is not None:
             layer.block = "its experts are spread over ranks"
             continue
-        name = layer.name.rpartition(".")[0]
-        block = model.get_submodule(name)
+        block = model.get_submodule(layer.name.rpartition(".")[0])
         facts = (type(block), *((n, type(c)) for n, c in block.named_children()))
         if facts not in seen:
             seen[facts] = recognise_block(block, router, model.get_submodule(layer.name))
         parts = seen[facts]
         layer.block = parts if isinstance(parts, str) else "fused"
         if not isinstance(parts, str):
-            setattr(block, BLOCK, plan_block(parts, layer.spec, read_next(model, name)))
+            setattr(block, BLOCK, plan_block(parts, layer.spec))
             block.forward = types.MethodType(fused_block, block)
 
 

@@ -6,8 +6,7 @@ Where a block whose router was fused does no more than `experts(x, *router(x))`,
 expert and that one's gate if it has them (see `known_blocks`), `fused_block` takes its place. It
 goes from one op to the next without calling modules between, and in a CUDA graph the shared expert
 runs beside the routed ones, on a stream of its own. The bits are those of the parts called one
-after the other. With few tokens launches ask the L2 for what is read later: of few experts, before
-the router, the rows of their first tiles, and after them what the next decoder layer reads first.
+after the other.
 
 Modules that are not called see no hooks: while any part has a hook, a replaced forward, gradients,
 counters or an observer, the block's own `forward` runs, with the fused router in it. So
@@ -26,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import choose_op, experts_op, on_its_device, route_hidden_op
-from ..types import ExpertSpec, RouterSpec
+from ..ops import choose_op, experts_op, route_hidden_op
+from ..types import ExpertSpec
 from ..validate import values_wanted
 from .layouts import ACTIVATIONS
 from .routers import BIAS, PLAN, RouterPlan, fused_forward, product_outside
@@ -38,16 +37,10 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 BESIDE = 512
 """Tokens up to which a shared expert runs beside the routed ones: with more it fills the GPU."""
 
-AHEAD = 512
-"""Tokens up to which weights are fetched before they are read; with more, nothing waits for them.
-"""
-FEW_EXPERTS, SURE = 16, 4
-"""Experts up to which all are chosen for sure, where they have so many slots each."""
-
 torch.library.define(
     "moesaic::block",
     "(Tensor hidden, Tensor? logits, Tensor? router, Tensor? router_bias, Tensor? correction, "
-    "Tensor?[] params, Tensor[] shared, Tensor[] ahead, str rule, bool fp32, bool as_logits, "
+    "Tensor?[] params, Tensor[] shared, str rule, bool fp32, bool as_logits, "
     "str spec, str impl, int? num_sms) -> Tensor",
 )
 
@@ -66,14 +59,12 @@ class BlockPlan:
     """What replaces a block's forward, read when it was attached.
 
     `names`: the experts' parameters in the order of `WEIGHT_NAMES`, "" where there is none.
-    `ahead`: the linear layers that run first after this block, of the next decoder layer.
     """
 
     parts: Parts
     spec: ExpertSpec
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    ahead: tuple[nn.Module, ...] = ()
 
 
 @lru_cache(maxsize=64)
@@ -109,27 +100,6 @@ def _sum_with_shared(
     return out_TH.add_(rows[2])
 
 
-@on_its_device
-def _fetch(_: Tensor, ahead: list[Tensor]) -> None:
-    from ..kernels.ahead import fetch_ahead
-
-    fetch_ahead(ahead)
-
-
-@on_its_device
-def _fetch_first(up: Tensor, halves: bool) -> None:
-    """What the first tiles of the up-projection read: rows of expert 0, of gate and up apart."""
-    from ..kernels.ahead import fetch_starts
-
-    fetch_starts(up[0].view(2, -1) if halves else up[:1])
-
-
-def _all_chosen(tokens: int, rule: str, experts: int) -> bool:
-    """Whether there are so many slots for so few experts that each is chosen."""
-    few = experts <= FEW_EXPERTS
-    return few and tokens * RouterSpec.from_key(rule).top_k >= SURE * experts
-
-
 def _block(
     hidden: Tensor,
     logits: Tensor | None,
@@ -138,7 +108,6 @@ def _block(
     correction: Tensor | None,
     params: list[Tensor | None],
     shared: list[Tensor],
-    ahead: list[Tensor],
     rule: str,
     fp32: bool,
     as_logits: bool,
@@ -147,12 +116,6 @@ def _block(
     num_sms: int | None,
 ) -> Tensor:
     budget = {} if num_sms is None else {"num_sms": num_sms}
-
-    fetches = bool(ahead) and hidden.is_cuda and hidden.shape[0] <= AHEAD
-    up = params[0]
-    if fetches and up is not None and _all_chosen(hidden.shape[0], rule, up.shape[0]):
-        wanted = ExpertSpec.from_key(spec)
-        _fetch_first(up, wanted.gated and not wanted.interleaved and not wanted.transposed)
 
     def routed() -> Tensor:
         if logits is not None:
@@ -163,10 +126,7 @@ def _block(
             )
         return experts_op(hidden, ids, weights, *params, spec, impl, **budget)
 
-    out = _sum_with_shared(hidden, shared, routed) if shared else routed()
-    if fetches:
-        _fetch(hidden, ahead)
-    return out
+    return _sum_with_shared(hidden, shared, routed) if shared else routed()
 
 
 def _block_fake(hidden: Tensor, *_: object) -> Tensor:
@@ -219,17 +179,6 @@ def _shared_weights(block: nn.Module, parts: Parts) -> list[Tensor] | None:
     return there if len(there) == len(found) else None
 
 
-def _plain_weights(modules: tuple[nn.Module, ...], like: Tensor) -> list[Tensor]:
-    """Weights that are there as plain tensors on the device of `like`: not sharded, not away.
-
-    None in an exported program, which would hold them a second time.
-    """
-    if torch.compiler.is_exporting():
-        return []
-    held = [module._parameters.get("weight") for module in modules]
-    return [w for w in held if type(w) is nn.Parameter and w.device == like.device]
-
-
 def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, ...] | None:
     """Everything that `block_op` takes after the hidden states; None: the block's own forward."""
     router, experts = getattr(block, plan.parts.router), getattr(block, plan.parts.experts)
@@ -270,7 +219,7 @@ def _inputs(block: nn.Module, plan: BlockPlan, hidden_TH: Tensor) -> tuple[Any, 
     outside = product_outside(hidden_TH, weight, router_bias, rule.fp32)
     return (
         outside, None if outside is not None else weight, router_bias, correction, params, shared,
-        _plain_weights(plan.ahead, hidden_TH), rule.spec.key(), rule.fp32, rule.as_logits,
+        rule.spec.key(), rule.fp32, rule.as_logits,
         plan.spec.key(), state.impl, state.num_sms,
     )  # fmt: skip
 

@@ -149,26 +149,10 @@ def _run_stands(
     return None
 
 
-def read_next(model: nn.Module, block: str) -> tuple[nn.Module, ...]:
-    """The linear layers of the decoder layer after that of a block, in order, but its own block's.
-
-    After the last layer comes the first, of the next token. None, where decoder layers are no list.
-    """
-    layer, _, inside = block.rpartition(".")
-    layers, _, number = layer.rpartition(".")
-    if not number.isdigit() or not isinstance(held := model.get_submodule(layers), nn.ModuleList):
-        return ()
-    following = held[(int(number) + 1) % len(held)]
-    return tuple(
-        module for name, module in following.named_modules()
-        if type(module) is nn.Linear and name.partition(".")[0] != inside
-    )  # fmt: skip
-
-
-def plan_block(parts: Parts, spec: ExpertSpec, ahead: tuple[nn.Module, ...] = ()) -> BlockPlan:
+def plan_block(parts: Parts, spec: ExpertSpec) -> BlockPlan:
     """The plan of a recognised block."""
     shapes, named = spec.weight_shapes(), parameter_names(spec)
     return BlockPlan(
         parts, spec, tuple(named.get(name, "") for name in WEIGHT_NAMES),
-        tuple(tuple(shapes[name]) for name in WEIGHT_NAMES if name in shapes), ahead,
+        tuple(tuple(shapes[name]) for name in WEIGHT_NAMES if name in shapes),
     )  # fmt: skip
