@@ -351,7 +351,7 @@ def test_cells_over_their_limit_are_listed_with_what_counters_say(tmp_path: Path
     assert [layer_misses.binding(x) for x in (slow, heavy)] == ["memory", "products"]
     (tmp_path / "launches.jsonl").write_text("".join(json.dumps(x) + "\n" for x in counters))
     text = layer_misses.misses_part(lines, tmp_path)
-    assert "**4–128 tokens, worst case** (1 cell); largest: SMs without a block in 1." in text
+    assert "**4–128 tokens, worst case** (1 cell): largest: SMs without a block in 1." in text
     assert "| 128 | tiny | worst | 1.2 | 1.08 | 1.11 | memory | 1.20 | tail 2.00 × " in text
     assert (
         "busy 1.20 × others 1.11 × bytes 1.00 × rate 0.45; tensor 0 % | SMs without a block |"
@@ -365,7 +365,7 @@ def test_cells_over_their_limit_are_listed_with_what_counters_say(tmp_path: Path
     assert [layer_misses.factors_of(x, layer_misses.by_cell(broken)) for x in (slow, heavy)] == [
         None, None
     ]  # fmt: skip
-    assert "not counted in 1" in layer_misses.misses_part(lines, tmp_path / "none")
+    assert "not counted: 1" in layer_misses.misses_part(lines, tmp_path / "none")
     assert layer_misses.misses_part([good], tmp_path / "none").startswith("Every measured cell")
 
 

@@ -120,10 +120,11 @@ def causes_text(missed: Sequence[tuple[Line, Factors | None]]) -> str:
     for (regime_name, kind), some in groups.items():
         first = Counter(binding_factors(f)[0] for f in some if f and binding_factors(f))
         parts = [f"{NAMES[name]} in {count}" for name, count in first.most_common()]
+        parts[:1] = [f"largest: {part}" for part in parts[:1]]
         if uncounted := sum(f is None for f in some):
-            parts.append(f"not counted in {uncounted}")
+            parts.append(f"not counted: {uncounted}")
         cells = "1 cell" if len(some) == 1 else f"{len(some)} cells"
-        texts.append(f"- **{regime_name}, {kind}** ({cells}); largest: {', '.join(parts)}.")
+        texts.append(f"- **{regime_name}, {kind}** ({cells}): {', '.join(parts)}.")
     return "\n".join(texts)
 
 
