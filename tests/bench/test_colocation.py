@@ -170,6 +170,27 @@ def test_a_wrong_bit_a_broken_promise_and_missing_lines_show(
     assert found[f"{FIRST}, closed loop: chosen plan over the sweep's best"] < 0.9
 
 
+def test_points_of_short_trials_prove_no_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A point beats another only where it was measured for long, without steps that pile up."""
+    cell = cells()[1]
+    fixed = STAMPED | {"model": cell.model, "tokens": cell.tokens, "clock": "open"}
+
+    def inside(**more: Any) -> float | None:
+        ways = {
+            ALONE: {"ms": 1.0, "slowdown_p99": 1.0},
+            NO_CONTROL: {"ms": 9e3, "slowdown_p99": 1e4, "other_share": 0.98},
+            "split@2": {"ms": 1.5, "slowdown_p99": 2.0, "other_share": 0.99, "complete": False}
+            | more,
+        }
+        full = {"steps": 2000, "complete": True}
+        lines = [make_line(fixed, **{"impl": i, **full, **values}) for i, values in ways.items()]
+        return colocation_targets.dominated(lines, cell, NO_CONTROL)
+
+    assert inside(complete=True, steps=9) == 1 and inside(steps=600) == 1
+    assert inside(steps=178) is None and inside(steps=600, ms=200.0) is None
+    assert inside(steps=600, other_share=0.97) == 0
+
+
 def test_bandwidth_bounds_what_is_left_for_prefill() -> None:
     # Decode at 4 TB/s slowed down by 1.6 leaves 2 of 4.5; prefill alone takes 4.
     assert left_for_prefill(4e12, 4e12, 1.6, 1.0) == pytest.approx(0.5)

@@ -230,10 +230,12 @@ def line_of(work: Work, base: Any) -> GpuLine:
     return work.line(base)
 
 
-def alone_per_s(clockwork: Clockwork, other: Replays, *, seconds: float) -> float:
+def alone_per_s(
+    clockwork: Clockwork, other: Replays, *, seconds: float, warm_s: float = 0.0
+) -> float:
     """Launches per second of the other tenant, back to back with the whole GPU to itself."""
     line = GpuLine(other.graphs, other.stream, clockwork.base)
-    found = closed_loop(line, None, steps=10**9, limit_s=seconds)
+    found = closed_loop(line, None, steps=10**9, limit_s=seconds, warm_s=warm_s)
     other.stream.synchronize()
     return 1e3 * len(found.latencies_ms) / sum(found.latencies_ms)
 

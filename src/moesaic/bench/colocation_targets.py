@@ -24,6 +24,9 @@ SPLIT, LENT = "split@", "lend@"
 LOOPS = {"closed": (1.5, 0.60), "open": (1.25, 0.70)}
 """Largest p99 over alone and least share of the other's throughput, by loop."""
 STEPS = 2000
+SETTLED_S = 0.8
+"""Seconds of steps from which a trial says what goes on for good: in the first half a second clocks
+are higher, and prefill's share up to a twentieth."""
 REQUIRED_STEPS = (ALONE, NO_CONTROL, STREAMS, OURS, *(f"policy:{name}" for name in POLICIES))
 
 
@@ -64,13 +67,26 @@ def of_best(points_: dict[str, tuple[float, float]], slo: float, impl: str = OUR
     return best[0] / ours[0]
 
 
-def dominated(points_: dict[str, tuple[float, float]], impl: str) -> float | None:
-    """1 where some split has no larger p99 and no smaller share than `impl`, else 0."""
-    if impl not in points_:
+def settled(line: Line, alone_ms: float) -> bool:
+    """Whether a trial may be held against a long one: it is complete, or `SETTLED_S` long at least
+    and keeps up (in an overloaded open loop every step waits longer than the last)."""
+    keeps_up = line["clock"] == "closed" or line["ms"] <= 2 * alone_ms
+    return bool(line["complete"] or (keeps_up and line["steps"] * line["ms"] >= 1e3 * SETTLED_S))
+
+
+def dominated(lines: Sequence[Line], cell: Cell, impl: str) -> float | None:
+    """1 where some split has no larger p99 and no smaller share than `impl`, else 0; None where all
+    that have were measured for too short a time to tell."""
+    found, mine = points(lines, cell), [x for x in lines if measured_in(x, cell)]
+    alone = [x["ms"] for x in mine if x["impl"] == ALONE]
+    swept = [x for x in mine if x["impl"].startswith((SPLIT, LENT, OURS))]
+    if impl not in found or not alone or not swept:
         return None
-    p99, share = points_[impl]
-    swept = [point for name, point in points_.items() if name.startswith((SPLIT, LENT, OURS))]
-    return float(any(a <= p99 and b >= share for a, b in swept)) if swept else None
+    p99, share = found[impl]
+    better = [x for x in swept if x["slowdown_p99"] <= p99 and x["other_share"] >= share]
+    if any(settled(x, alone[0]) for x in better):
+        return 1.0
+    return None if better else 0.0
 
 
 def summarize(lines: Sequence[Line], cells: Sequence[Cell]) -> list[Target]:
@@ -89,8 +105,10 @@ def summarize(lines: Sequence[Line], cells: Sequence[Cell]) -> list[Target]:
             at_least(
                 f"{what}: {ADAPTIVE} over the sweep's best", of_best(found, slo, ADAPTIVE), 0.9
             ),
-            at_least(f"{what}: {NO_CONTROL} inside the front", dominated(found, NO_CONTROL), 1),
-            at_least(f"{what}: {STREAMS} inside the front", dominated(found, STREAMS), 1),
+            at_least(
+                f"{what}: {NO_CONTROL} inside the front", dominated(lines, cell, NO_CONTROL), 1
+            ),
+            at_least(f"{what}: {STREAMS} inside the front", dominated(lines, cell, STREAMS), 1),
             at_least(f"{what}: fewest steps of a way", min(steps, default=None), STEPS),
         ]
     bits = [x["differing"] for x in lines if x["clock"].startswith("bits")]

@@ -82,6 +82,9 @@ NEAR = {"closed": (0.84, 1.06), "open": (0.9, 1.06)}
 a longer one is up to a fifth longer, as clocks and power settle."""
 SHORT_S, LONG_S, COUNTED_S, WARM_S = 0.45, 1.5, 0.8, 0.7
 ROUNDS = 2
+FEW_SMS, FEW_PART = 8, 0.06
+"""Decode parts that ways without slices must lie inside of: each is measured for as many steps as
+these, or this part of the budget; short trials flatter prefill."""
 SLOW = {PLAIN: 0.66, PRIORITY: 0.3, BUDGET: 0.04}
 """Parts of the budget left for the ways whose steps are long, which come last."""
 
@@ -184,7 +187,7 @@ def begin(setting: Setting, cell: Cell, context: Context, stamped: Line) -> Benc
     context.say(f"{len(pair.splits)} splits captured, {pair.differing} answers differ")
     curves = measure_curves(pair)
     clockwork = Clockwork.on(context.device)
-    per_s = alone_per_s(clockwork, whole(pair.other), seconds=1.0)
+    per_s = alone_per_s(clockwork, whole(pair.other), seconds=LONG_S, warm_s=WARM_S)
     quiet = trial(clockwork, Loop("closed"), whole(pair.step), None, steps=500, limit_s=2.0)
     bench = Bench(pair, clockwork, fixed, curves, per_s, quiet.at(0.5))
     context.record(curve_lines(fixed, curves) + demand_lines(fixed, pair, quiet.at(0.5), per_s))
@@ -206,7 +209,8 @@ def sweep(bench: Bench, loop: str, alone: Trial, context: Context) -> dict[tuple
         if way == LEND:
             prepare_lending(pair, size)
         on = seats_of(pair, way, size)
-        swept[way, size] = bench.run(loop, on, STEPS, SHORT_S)
+        first_s = SHORT_S if size > FEW_SMS else max(SHORT_S, FEW_PART * context.budget_s)
+        swept[way, size] = bench.run(loop, on, STEPS, first_s)
         low, high = NEAR[loop]
         if low <= swept[way, size].at(0.99) / alone.at(0.99) / LOOPS[loop][0] <= high:
             swept[way, size] = bench.run(loop, on, STEPS, LONG_S)
@@ -323,7 +327,7 @@ def counted(bench: Bench, loop: str, ours: Way) -> list[Line]:
     work: dict[str, Callable[[], Any]] = {
         ALONE: partial(_some, bench, loop, (whole(pair.step), None)),
         "prefill alone": partial(
-            alone_per_s, bench.clockwork, whole(pair.other), seconds=COUNTED_S
+            alone_per_s, bench.clockwork, whole(pair.other), seconds=COUNTED_S, warm_s=WARM_S
         ),
         NO_CONTROL: partial(_some, bench, loop, seats_of(pair, PLAIN, None)),
         OURS: partial(_some, bench, loop, seats_of(pair, *ours)),
