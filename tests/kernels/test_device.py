@@ -83,8 +83,10 @@ def test_what_fails_is_raised_here(streams: dict[str, Stream]) -> None:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_nothing_waits_for_a_kernel_that_runs(legacy: bool) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
+    # The first use of a kernel loads it, and loading may wait for the device.
+    for_good(lambda: torch.ones(7, device=device), device)
     with torch.cuda.stream(None if legacy else torch.cuda.Stream()):
-        torch.cuda._sleep(2_000_000_000)
+        torch.cuda._sleep(4_000_000_000)
         ended = torch.cuda.Event()
         ended.record()
         ones = for_good(lambda: torch.ones(7, device=device), device)
