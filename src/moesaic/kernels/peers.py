@@ -86,10 +86,11 @@ def _own_programs(ranks: int, programs: int) -> int:
     return max(1, min(own, programs - (ranks - 1)))
 
 
-def plan_push(rows: int, words: int, ranks: int, programs: int) -> Tile:
+def plan_push(rows: int, words: int, ranks: int, programs: int, *, deep: bool = True) -> Tile:
     """Tiles for `rows` candidates a peer on at most `programs` programs (one an SM).
 
     Four shapes: parts of single rows, half rows, rows, and rows gathered from many candidates.
+    `deep`: few programs may have 128 KB each in registers; for sm_80 compilers spill some of it.
     """
     own = _own_programs(ranks, programs)
     blocks = min((programs - own) // max(1, ranks - 1), UNITS.value)
@@ -101,7 +102,7 @@ def plan_push(rows: int, words: int, ranks: int, programs: int) -> Tile:
         chunk = min(256, max(64, triton.next_power_of_2(triton.cdiv(rows, blocks))))
         # Few programs need more bytes in flight each: measured on 2 H200s, 32 programs.
         wide = few or chunk == 64
-        moved = (32, block) if wide else (16, min(256, block))
+        moved = (32 if deep else 16, block) if wide else (16, min(256, block))
         return Tile(blocks, own, chunk, moved[0], whole, moved[1], 16)
     if rows > 256:
         chunk, width = 16, whole

@@ -371,25 +371,27 @@ def aot_cases() -> list[Any]:
     from .aot import AotCase
 
     cases = []
+    every = (80, 90, 100)
     pushes = (
-        (1, 3584, 8, 8, 64, 132, False),
-        (128, 3584, 1, 1, 1, 132, False),
-        (8192, 3584, 8, 8, 64, 132, False),
-        (8192, 1024, 8, 1, 1, 132, True),
-        (8192, 1024, 8, 4, 4, 132, False),
-        (4096, 3584, 8, 8, 8, 132, False),
-        (8192, 3584, 8, 8, 64, 32, False),
+        (1, 3584, 8, 8, 64, 132, every, False),
+        (128, 3584, 1, 1, 1, 132, every, False),
+        (8192, 3584, 8, 8, 64, 132, every, False),
+        (8192, 1024, 8, 1, 1, 132, every, True),
+        (8192, 1024, 8, 4, 4, 132, every, False),
+        (4096, 3584, 8, 8, 8, 132, every, False),
+        (8192, 3584, 8, 8, 64, 32, (90, 100), False),
+        (8192, 3584, 8, 8, 64, 32, (80,), False),
     )
     at = dict.fromkeys(("flags_at", "status_at", "choice_at"), "i32")
-    for bound, words, top_k, width, local, programs, quick in pushes:
-        tile = plan_push(bound, words, 4, programs)
+    for bound, words, top_k, width, local, programs, archs, quick in pushes:
+        tile = plan_push(bound, words, 4, programs, deep=archs != (80,))
         options = _options(tile, True, True)
         launch = {name: options.pop(name) for name in ("num_warps", "maxnreg") if name in options}
         shape = {"G": 4, "K": top_k, "WIDTH": width, "WORDS": words} | options
-        name = f"t{bound}-w{words}-k{top_k}-j{width}-p{programs}"
+        name = f"t{bound}-w{words}-k{top_k}-j{width}-p{programs}" + "-sm80" * (archs == (80,))
         pointers = {"rows_ptr": "*i32", "base_ptr": "*i64", "seen_ptr": "*i32"}
         sizes = dict.fromkeys(("bound", "rank", "blocks", "own", "timeout_us"), "i32")
-        common: dict[str, Any] = {"options": launch, "quick": quick}
+        common: dict[str, Any] = {"options": launch, "quick": quick, "archs": archs}
         accesses = ("ld.global.v4.b32", "st.global.v4.b32", ".sys.release.add.u32")
         wide = dict.fromkeys((80, 90, 100), accesses)
         cases.append(

@@ -204,7 +204,9 @@ class SymmetricExchange:
 
         key = (rows, words)
         if key not in self.tiles:
-            self.tiles[key] = plan_push(max(1, rows), words, self.seat.ranks, self.num_sms)
+            ranks, device = self.seat.ranks, self.device
+            deep = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+            self.tiles[key] = plan_push(max(1, rows), words, ranks, self.num_sms, deep=deep)
         return self.tiles[key]
 
     @property
