@@ -13,7 +13,7 @@ from moesaic.kernels.batching import batch_rows, batch_rows_ref
 from moesaic.kernels.gather import gather_rows, gather_rows_ref
 from moesaic.kernels.hopper import experts as layer
 from moesaic.kernels.hopper.experts import LayerConfig, choose, experts_hopper, refusal
-from moesaic.kernels.hopper.fit import SHARED_LIMIT, shared_bytes
+from moesaic.kernels.hopper.fit import SHARED_LIMIT, shared_bytes, tile_problem
 from moesaic.kernels.hopper.launch import (
     HopperConfig,
     grouped_mm_hopper,
@@ -92,6 +92,31 @@ def test_kernels_are_given_rows_one_after_the_other(
     experts_hopper(*tensors, **weights)
     for got, wanted in zip(given, tensors, strict=True):
         assert got.is_contiguous() and torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("top_k", [8, 200])
+def test_a_token_too_wide_for_one_launch_reads_no_row_past_its_end(
+    top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages of 128 would also bring the 64 numbers that follow a row of 64 * odd."""
+    seen: list[LayerConfig] = []
+
+    def products(hidden: torch.Tensor, *_: object, config: LayerConfig, **__: object) -> None:
+        seen.append(config)
+
+    monkeypatch.setattr(layer, "products", products)
+    monkeypatch.setattr(layer, "combine", lambda *_, **__: None)
+    monkeypatch.setattr(layer, "sm_count", lambda device: 132)
+    width = 64 if top_k > 128 else 64 * 385
+    case = torch.zeros(1, width), torch.zeros(1, top_k, dtype=torch.int32), torch.ones(1, top_k)
+    weights = (
+        torch.empty(256, 128, width, device="meta"),
+        torch.empty(256, width, 64, device="meta"),
+    )
+    arithmetic = ("silu", True, None, 1.0, 0.0, None, None, None)
+    layer._launches(*case, *weights, *arithmetic)
+    assert [tile.kernel for tile in seen[0][:2]] == ["decode", "decode"]
+    assert all(tile_problem(tile._asdict()) is None for tile in seen[0][:2])
 
 
 @needs_hopper

@@ -269,7 +269,8 @@ def _launches(
         )  # fmt: skip
         if out is not None:
             return out
-        apart = config.up._replace(kernel="decode")
+        # Two launches have no deep stages: they would read past the end of a row.
+        apart = config.up._replace(kernel="decode", bk=64)
         config = LayerConfig(apart, apart, config.order)
     if config.up.kernel == "flex":
         return layer_flex(
