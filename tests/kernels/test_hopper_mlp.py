@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from moesaic import ExpertSpec, moe
 from moesaic.dispatch import hopper_problem
 from moesaic.kernels.batching import batch_rows_ref
-from moesaic.kernels.hopper import chain
+from moesaic.kernels.hopper import chain, mlp
 from moesaic.kernels.hopper.fit import chain_problem, layer_problem, tile_problem
 from moesaic.kernels.hopper.launch import (
     HopperConfig,
@@ -141,6 +141,19 @@ def test_the_twin_of_one_launch_is_three_products() -> None:
 def test_every_tile_is_compiled_ahead_of_time() -> None:
     names = {case.name for case in aot_cases()}
     assert {f"hopper/{t.kernel}-{t.bm}x{t.bn}-relu-bf16" for t in TILES} <= names
+
+
+@pytest.mark.parametrize("kernel, bm", [("trim", 160), ("pair", 16), ("flex", 128), ("tall", 256)])
+def test_a_row_of_layers_without_biases_is_for_these_alone(
+    kernel: Any, bm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables name shapes, not biases, and only some tiles have any."""
+    tile = HopperConfig(kernel, bm, 128 if kernel == "tall" else 256, 4)
+    measured = MlpConfig((tile, tile))
+    monkeypatch.setattr(mlp, "hopper_row", lambda problem: row_of(measured))
+    case = (512, 2, (8, 512, 1024), 2, torch.bfloat16, torch.device("cpu"), 132)
+    got = mlp.choose_measured.__wrapped__(*case)
+    assert got == (measured if kernel == "tall" else choose_mlp(512, 8, 1024, 2, 132))
 
 
 def test_a_row_whose_products_differ_in_height_is_refused() -> None:

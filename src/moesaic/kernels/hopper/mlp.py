@@ -75,6 +75,7 @@ TILES = (
     HopperConfig("tall", 320, 128, 3),
     HopperConfig("tall", 384, 128, 3),
 )
+BIASED = frozenset(tile.kernel for tile in TILES)
 NARROW = {16: TILES[0], 32: TILES[2], 64: TILES[4]}
 WIDE = {16: TILES[1], 32: TILES[3], 64: TILES[5]}
 GATHERS, TALL_192, TALL_256 = TILES[8], TILES[11], TILES[12]
@@ -140,9 +141,11 @@ def choose_measured(
         str(dtype).removeprefix("torch."), 90, device_family(name),
     )  # fmt: skip
     row = hopper_row(problem)
-    if row is None:
+    measured = None if row is None else config_of(row)
+    # A row may be of layers without biases, whose shapes have the same name and more tiles.
+    if measured is None or any(tile.kernel not in BIASED for tile in measured.tiles):
         return choose_mlp(slots, experts, inter, layers, num_sms)
-    return config_of(row)
+    return measured
 
 
 def config_of(row: dict[str, Any]) -> MlpConfig:
