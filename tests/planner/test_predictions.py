@@ -455,3 +455,18 @@ def test_a_serving_engine_adds_what_it_says_and_nothing_by_default() -> None:
     expected = (at(twice).step_s + 1e-3 + 2 * TINY.layers * 1e-4) * 1.5
     assert found.step_s == pytest.approx(expected)
     assert found.breakdown["engine"] == pytest.approx(expected - at(twice).step_s)
+
+
+def test_a_breakdown_sums_to_its_step() -> None:
+    """Nothing of a step that hides nothing is missing, the head neither."""
+    for changed in ({}, {"phase": "prefill", "prefill_tokens": 512}):
+        found = at(**changed)
+        assert found.breakdown["head"] > 0
+        # Exchange waits for the fullest GPU, so the longest tasks add up; experts end together.
+        assert sum(found.breakdown.values()) == pytest.approx(found.step_s, rel=1e-3)
+
+
+def test_embeddings_keep_two_bytes_beside_eight_bit_weights() -> None:
+    found = predict(replace(TINY, dtype="fp8"), load_cluster("H200x2"), WORK, ONE_EACH)
+    both = predict(replace(TINY, dtype="fp8", vocab=2000), load_cluster("H200x2"), WORK, ONE_EACH)
+    assert both.memory.weights - found.memory.weights == 2 * 2 * 1000 * 1024

@@ -60,10 +60,11 @@ def memory(
     cut = strategy.tp
     dense_elements = model.mlp_elements(model.dense_intermediate)
     shared = model.shared_experts * model.mlp_elements(model.shared_intermediate)
-    embeddings = 2 * model.vocab * hidden / cut
+    # Embeddings and head keep two bytes where the rest has eight bits.
+    embeddings = 2 * max(item, 2.0) * model.vocab * hidden / cut
     attention = layers * model.attention.weights(hidden) / cut
-    weights = item * (
-        embeddings + attention + dense * dense_elements / cut + moe * shared
+    weights = embeddings + item * (
+        attention + dense * dense_elements / cut + moe * shared
         + moe * hidden * model.experts.num_experts
     )  # fmt: skip
     slots = -(-(model.experts.num_experts + strategy.replicas) // strategy.ranks)

@@ -111,8 +111,11 @@ def predict(
     given = _shares(workload, strategy, costs)
     chain = _chain(model, cluster, workload, strategy, tokens, context, costs, given)
     overlap = strategy.overlap and given.together
-    step_s, line = _step(cluster, model, strategy, tokens, chain, decode, overlap)
-    breakdown = _breakdown(chain, strategy)
+    # A prefill needs the logits of a prompt's last token only.
+    head = product_s(cluster.gpu, tokens * strategy.tp if decode else 1.0,
+                     model.vocab / strategy.tp, model.hidden, 2, kernels=2)  # fmt: skip
+    step_s, line = _step(cluster, model, strategy, tokens, chain, head, decode, overlap)
+    breakdown = _breakdown(chain, strategy, head)
     if workload.serving is not None:
         layers = model.layers * strategy.micro_batches / strategy.stages
         breakdown["engine"] = workload.serving.seconds(step_s, layers)
@@ -255,12 +258,9 @@ def _apart(layers: Sequence[list[Task]]) -> tuple[list[Task], list[Task]]:
 
 def _step(
     cluster: Cluster, model: Model, strategy: Strategy, tokens: int, layers: list[list[Task]],
-    decode: bool, overlap: bool,
+    head: float, decode: bool, overlap: bool,
 ) -> tuple[float, TimeLine]:  # fmt: skip
     """Seconds of a step, and the time line of its first (or only) stage."""
-    # A prefill needs the logits of a prompt's last token only.
-    head = product_s(cluster.gpu, tokens * strategy.tp if decode else 1.0,
-                     model.vocab / strategy.tp, model.hidden, 2, kernels=2)  # fmt: skip
     last = [Task("head", "compute", head)]
     if strategy.stages == 1:
         chain, copies = _apart(layers)
@@ -298,7 +298,7 @@ def _longest(task: Task) -> float:
     return float(task.seconds if isinstance(task.seconds, float) else task.seconds.max())
 
 
-def _breakdown(layers: list[list[Task]], strategy: Strategy) -> dict[str, float]:
+def _breakdown(layers: list[list[Task]], strategy: Strategy, head: float) -> dict[str, float]:
     """Seconds by operation of one micro-batch's whole way, times the micro-batches of a stage."""
     times: dict[str, float] = {}
     repeats = strategy.micro_batches / strategy.stages
@@ -307,6 +307,7 @@ def _breakdown(layers: list[list[Task]], strategy: Strategy) -> dict[str, float]
             # Experts are copied once a step, whatever the micro-batches.
             often = 1.0 / strategy.stages if task.resource == "copy" else repeats
             times[task.name] = times.get(task.name, 0.0) + _longest(task) * often
+    times["head"] = head * repeats
     return times
 
 
@@ -319,6 +320,7 @@ def _binding(breakdown: dict[str, float], costs: Sequence[LayerCost], mem: Memor
         "attention": breakdown.get("attention", 0.0) + breakdown.get("all-reduce", 0.0),
         "experts": breakdown.get("experts", 0.0) + breakdown.get("shared", 0.0),
         "dense layers": breakdown.get("dense", 0.0),
+        "head": breakdown["head"],
         "copies of experts": breakdown.get("move experts", 0.0),
     }
     found = max(groups, key=groups.__getitem__)
