@@ -361,12 +361,26 @@ def test_a_queue_that_is_not_full_gives_the_steps_own_pace() -> None:
                       first_s=0.3, output=11)  # fmt: skip
     calm = simulate_queue(service, Arrival(rate=1.0, seconds=50.0, times=(1.0, 11.0, 21.0)))
     assert (calm.offered, calm.finished) == (3, 3)
-    assert calm.ttft_s == pytest.approx((0.3, 0.3)) and calm.tpot_s[0] == pytest.approx(0.01)
+    assert calm.ttft_s == pytest.approx((0.3, 0.3)) and calm.tpot_s is not None
+    assert calm.tpot_s[0] == pytest.approx(0.01) and calm.tokens_per_s == 3 * 11 / 50
     busy = simulate_queue(service, Arrival(rate=40.0, seconds=20.0), seed=1)
-    assert busy.ttft_s[0] > 5 * calm.ttft_s[0] and busy.finished < busy.offered
+    assert busy.ttft_s is not None and busy.ttft_s[0] > 5 * calm.ttft_s[0]
+    assert busy.finished <= busy.started < busy.offered
+    assert f"of the {busy.started} that got one in time" in str(busy)
     assert busy == simulate_queue(service, Arrival(rate=40.0, seconds=20.0), seed=1)
     with pytest.raises(ValueError, match="no request arrives"):
         simulate_queue(service, Arrival(rate=1.0, seconds=1.0, times=(5.0,)))
+
+
+def test_a_queue_counts_every_token_once_and_says_what_nobody_got() -> None:
+    service = Service(copies=1, slots=8, batches=(1.0, 8.0), step_s=(0.01, 0.02), prefill_s=0.1,
+                      first_s=0.3, output=1)  # fmt: skip
+    arrival = Arrival(rate=1.0, seconds=50.0, times=(1.0, 11.0, 21.0))
+    single = simulate_queue(service, arrival)
+    assert single.finished == 3 and single.tpot_s is None and single.tokens_per_s == 3 / 50
+    none = simulate_queue(replace(service, prefill_s=100.0, output=11), arrival)
+    assert (none.started, none.finished, none.ttft_s, none.tpot_s) == (0, 0, None, None)
+    assert str(none) == "0 of 3 finished, 0 tokens/s, a first token for none in time"
 
 
 # --- the command -----------------------------------------------------------------------------

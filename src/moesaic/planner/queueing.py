@@ -43,16 +43,31 @@ class Queued:
     """What requests saw.
 
     Args:
-        finished: requests done by the end; offered: requests that came.
-        ttft_s, tpot_s: (median, 95th percentile).
+        finished: requests done by the end; started: those that got a first token; offered: all.
+        ttft_s, tpot_s: (median, 95th percentile) of those that started, and of those that finished;
+            None where there is none.
         tokens_per_s: given in the whole time.
     """
 
     offered: int
+    started: int
     finished: int
-    ttft_s: tuple[float, float]
-    tpot_s: tuple[float, float]
+    ttft_s: tuple[float, float] | None
+    tpot_s: tuple[float, float] | None
     tokens_per_s: float
+
+    def __str__(self) -> str:
+        text = f"{self.finished} of {self.offered} finished, {self.tokens_per_s:.0f} tokens/s"
+        if self.ttft_s is None:
+            return f"{text}, a first token for none in time"
+        middle, late = (1e3 * s for s in self.ttft_s)
+        text += f", first token {middle:.0f} ms (p95 {late:.0f})"
+        if self.started < self.offered:
+            text += f" of the {self.started} that got one in time"
+        if self.tpot_s is not None:
+            middle, late = (1e3 * s for s in self.tpot_s)
+            text += f", then {middle:.1f} ms each (p95 {late:.1f})"
+        return text
 
 
 class _Copy:
@@ -67,6 +82,7 @@ class _Copy:
         self.tokens = 0
         # Of every running sequence how many tokens it has, and since when.
         self.running: list[list[float]] = []
+        self.finished = 0
         env.process(self.work())
 
     def work(self) -> Generator[Any, Any, None]:
@@ -77,14 +93,17 @@ class _Copy:
                 yield from self.admit((yield self.queue.get()))
             while self.queue.items and len(self.running) < service.slots:
                 yield from self.admit((yield self.queue.get()))
+            if not self.running:
+                continue
             step = float(np.interp(len(self.running), service.batches, service.step_s))
             yield self.env.timeout(step)
             self.tokens += len(self.running)
             for sequence in self.running:
                 sequence[0] += 1
             for sequence in [s for s in self.running if s[0] >= service.output]:
-                self.pace.append((self.env.now - sequence[1]) / max(1, service.output - 1))
+                self.pace.append((self.env.now - sequence[1]) / (service.output - 1))
                 self.running.remove(sequence)
+                self.finished += 1
 
     def admit(self, came: float) -> Generator[Any, Any, None]:
         """A prompt that came then is taken in and gets its first token."""
@@ -93,7 +112,10 @@ class _Copy:
         late = max(0.0, service.first_s - service.prefill_s)
         self.first.append(self.env.now - came + late)
         self.tokens += 1
-        self.running.append([1.0, self.env.now])
+        if service.output > 1:
+            self.running.append([1.0, self.env.now])
+        else:
+            self.finished += 1
 
 
 def simulate_queue(service: Service, arrival: Arrival, *, seed: int = 0) -> Queued:
@@ -118,13 +140,14 @@ def simulate_queue(service: Service, arrival: Arrival, *, seed: int = 0) -> Queu
     first = [s for copy in copies for s in copy.first]
     pace = [s for copy in copies for s in copy.pace]
     return Queued(
-        offered=len(times), finished=len(pace), ttft_s=_both(first), tpot_s=_both(pace),
+        offered=len(times), started=len(first), finished=sum(copy.finished for copy in copies),
+        ttft_s=_both(first), tpot_s=_both(pace),
         tokens_per_s=sum(copy.tokens for copy in copies) / arrival.seconds,
     )  # fmt: skip
 
 
-def _both(values: list[float]) -> tuple[float, float]:
+def _both(values: list[float]) -> tuple[float, float] | None:
     """Median and 95th percentile."""
     if not values:
-        return (float("nan"), float("nan"))
+        return None
     return float(np.median(values)), float(np.percentile(values, 95))

@@ -158,12 +158,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     if plan.ttft_s is not None:
         found.append(("time to first token", f"{plan.ttft_s * 1e3:.0f} ms on an idle deployment"))
     if plan.queued is not None:
-        x = plan.queued
-        found.append(
-            ("requests", f"{x.finished} of {x.offered} finished, {x.tokens_per_s:.0f} tokens/s, "
-             f"first token {x.ttft_s[0] * 1e3:.0f} ms (p95 {x.ttft_s[1] * 1e3:.0f}), then "
-             f"{x.tpot_s[0] * 1e3:.1f} ms each (p95 {x.tpot_s[1] * 1e3:.1f})")
-        )  # fmt: skip
+        found.append(("requests", str(plan.queued)))
     return [*found, *(("note", note) for note in plan.notes)]
 
 
