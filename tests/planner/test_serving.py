@@ -16,7 +16,7 @@ from moesaic.planner.command import main as plan_command
 from moesaic.planner.engine_kernels import engine_experts_s, engine_reduce_s
 from moesaic.planner.engines import known_model, part_of
 from moesaic.planner.fleet import queued
-from moesaic.planner.offers import judged, offers
+from moesaic.planner.offers import cells, judged, offers
 from moesaic.planner.requests import Asked, Load, Requests, read_requests
 from moesaic.planner.scheduler import ENGINES
 from moesaic.planner.search import Question
@@ -264,3 +264,23 @@ def test_a_plan_shows_engines_beside_strategies_and_says_what_they_take(
     assert first["fits"] and first["served"]["tpot_ms"] > 0 and first["copies"] == 4
     report = (tmp_path / "out/report.html").read_text()
     assert "Serving engines" in report and "TP2 EP2" in report
+
+
+def test_answers_of_one_token_have_no_time_of_the_next() -> None:
+    asked = Asked(engines=("vllm",), gpus=(2,), at_once=(1,), requests=1)
+    single = Question(model=MODEL, cluster=load_cluster("H200x1"),
+                      workload=Workload(prompt=128, output=1, served=asked))  # fmt: skip
+    found = offers(single, workers=1)
+    assert cells(found[0])[-3:] == ("-", "-", "yes")
+    assert judged(found, single.workload).endswith("the only one.")
+    served = found[0].served
+    # Four copies of 2 GPUs with one request each.
+    assert served is not None and (served.requests, served.output_tokens) == (4, 4)
+
+
+def test_a_folder_of_results_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none: no such folder"):
+        plan_command(
+            model=MODELS / "qwen3_30b.json", cluster="H200x1", workload=None, out=None,
+            explained=False, results=tmp_path / "none", workers=1, layers=1,
+        )  # fmt: skip

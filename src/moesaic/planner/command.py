@@ -29,6 +29,8 @@ from .workload import load_workload
 
 # The cards whose lines stand for those of the same generation.
 SAME_KERNELS = {"h100": "h200", "h800": "h200"}
+# Where the command looks for measured lines unless told; away from a checkout there are none.
+RESULTS = Path("benchmarks/results")
 
 
 def kernel_table(results: Path, device: str | None, model: Model, gpu: Gpu) -> KernelTable:
@@ -176,6 +178,8 @@ def main(
     results: Path, workers: int | None, layers: int,
 ) -> int:  # fmt: skip
     """Plan, show, write; 0 also when the advice is "don't"."""
+    if results != RESULTS and not results.is_dir():
+        raise ValueError(f"--results {results}: no such folder; without it {RESULTS}")
     what = load_model(model)
     where = load_cluster(cluster)
     load = load_workload(workload, num_experts=what.experts.num_experts, layers=what.moe_layers)

@@ -213,9 +213,10 @@ def judged(found: list[Offer], workload: Workload) -> str:
     return (
         f"Of serving engines {best.deployment.engine.name} {best.layout} with {best.load}: "
         f"{best.per_gpu:.0f} output tokens/s per GPU, first token {x.ttft_s * 1e3:.0f} ms (p95 "
-        f"{x.ttft_p95_s * 1e3:.0f}), then {x.tpot_s * 1e3:.1f} ms each (p95 "
-        f"{x.tpot_p95_s * 1e3:.1f})."
-    )
+        f"{x.ttft_p95_s * 1e3:.0f})"
+        + (f", then {x.tpot_s * 1e3:.1f} ms each (p95 {x.tpot_p95_s * 1e3:.1f})." if x.tpot_s
+           else ", the only one.")
+    )  # fmt: skip
 
 
 def shown_offers(found: Sequence[Offer], limit: int = 24) -> list[Offer]:
@@ -231,7 +232,9 @@ def cells(o: Offer) -> tuple[str, ...]:
     if x is None:
         return (*head, "-", "-", "-", "-", "-", "-", f"no: {o.why}")
     whole = (x.prompt_tokens + x.output_tokens) / x.seconds / o.used
-    times = (f"{s * 1e3:.1f}" for s in (x.ttft_s, x.ttft_p95_s, x.tpot_s, x.tpot_p95_s))
+    # Answers of one token have none after the first.
+    times = (f"{s * 1e3:.1f}" if s else "-"
+             for s in (x.ttft_s, x.ttft_p95_s, x.tpot_s, x.tpot_p95_s))  # fmt: skip
     return (*head, f"{o.per_gpu:.0f}", f"{whole:.0f}", *times, "yes")
 
 
