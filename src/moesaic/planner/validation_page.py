@@ -45,6 +45,7 @@ GOALS: tuple[tuple[tuple[str, ...], tuple[str, ...], str, float | None, float | 
         0.10,
         None,
     ),
+    (("DeepEP", "expert modules", BLIND), COUNTED, "- of these, all but NCCL's", 0.10, None),
     ((f"{BLIND}, round 1",), COUNTED, "- of these, predicted blind, round 1", 0.10, None),
     ((f"{BLIND}, round 2",), COUNTED, "- of these, predicted blind, round 2", 0.10, None),
     (("end to end",), COUNTED, "Published end to end", 0.20, None),
