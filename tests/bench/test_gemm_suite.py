@@ -132,7 +132,7 @@ def test_the_hopper_candidates_are_launched_as_meant() -> None:
         ["decode_kernel", 16, 128, 10, "off"],
         ["tall_kernel", 256, 128, 4, "off"],
         ["prefill_kernel", 128, 256, 4, "off"],
-        ["prefill_kernel", 128, 256, 4, "off"],
+        ["trim_kernel", 160, 256, 4, "off"],
     ]
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integrations.attach import selected
 from .counters import Case, counted
 from .results import Line, make_line
 from .suite import Cell
@@ -54,6 +53,8 @@ def step_cases(
     cell: Cell, device: torch.device, seed: int, backend: str | None = "inductor", **sizes: Any
 ) -> Iterator[Case]:
     """A step of one layer with moesaic, its block held against grouped_mm's on the same inputs."""
+    from ..integrations.attach import selected
+
     tidy(device)
     torch._dynamo.reset()
     model = random_model(cell.model, device, 1, **sizes)

@@ -47,7 +47,7 @@ class HopperConfig(NamedTuple):
 
     `prefill` tiles are 128 rows by `bn` weight rows, `decode` tiles `bm` rows (16 to 128) by `bn`
     (64 or 128), `tall` tiles up to `bm` sorted rows (a multiple of 64, to 384) by 128, `trim` tiles
-    as many rows as there are, up to `bm` (a multiple of 16, to 192), by 256. `pair` and `flex` are
+    as many rows as there are, up to `bm` (a multiple of 16, to 160), by 256. `pair` and `flex` are
     both products in one launch, by tiles of `bm` rows and by such as tall as their rows.
     """
 
@@ -346,9 +346,9 @@ def aot_cases() -> list[AotCase]:
     cases = [
         _aot_case(tile, False, gated, "bf16", gated) for tile in tall for gated in (True, False)
     ]
-    trim = [HopperConfig("trim", bm, 256, stages) for bm, stages in ((128, 4), (160, 4), (192, 3))]
+    trim = [HopperConfig("trim", bm, 256, stages) for bm, stages in ((128, 4), (160, 4))]
     cases += [
-        _aot_case(tile, gather, gated, "bf16", tile.bm == 192)
+        _aot_case(tile, gather, gated, "bf16", tile.bm == 160)
         for tile in trim
         for gather, gated in ((False, True), (False, False), (True, True), (True, False))
         if tile.bm == 160 or not gather or gated
